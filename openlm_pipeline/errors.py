@@ -1,0 +1,46 @@
+"""Errors for the person who must act: what was wrong, with which file, line or value, and what to do.
+
+`exit_code` is what the `openlm` command returns when such an error ends it.
+"""
+
+
+class OpenLMError(Exception):
+    """Base of every expected failure; its text is shown without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(OpenLMError):
+    """A recipe, flag or environment variable is wrong."""
+
+    exit_code = 2
+
+
+class MissingInputError(OpenLMError):
+    """An input that should be there is not: raw files, a tokenizer, shards, a checkpoint, a task file."""
+
+    exit_code = 3
+
+
+class DataError(OpenLMError):
+    """Data is there but broken: a truncated archive, too many bad records, a wrong shard."""
+
+    exit_code = 4
+
+
+class IdentityError(OpenLMError):
+    """A folder belongs to something else: its recorded identity differs from the one asked for."""
+
+    exit_code = 5
+
+
+class TrainingError(OpenLMError):
+    """The trainer ended without reaching its goal."""
+
+    exit_code = 6
+
+
+class BusyError(OpenLMError):
+    """Another process holds the lock of this folder."""
+
+    exit_code = 7

@@ -1,0 +1,229 @@
+"""The experiment: one frozen, typed description from raw text to scorecards.
+
+Fields either change results (they enter an identity, see `openlm_pipeline.lineage`) or say how and where to run
+(`Execution`, `Launcher`), which never does.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StringConstraints, model_validator
+
+from openlm_pipeline.models.config import ModelConfig, resolve_model
+from openlm_pipeline.strict import Strict
+from openlm_pipeline.units import Tokens, format_tokens, milestone_label
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_]*$")]
+"""Lower-case letters, digits and underscores: a name is used in paths, asset keys and job names."""
+
+
+class TrainedTokenizer(Strict):
+    """A byte-level BPE made from this experiment's first source."""
+
+    vocab_size: int = Field(ge=260)
+    """Number of ids, the special tokens included."""
+
+
+class TokenizerSpec(Strict):
+    """Which tokenizer: exactly one of `source` and `train`."""
+
+    name: Name
+    source: str | None = None
+    """Path of a `tokenizer.json`, of a folder that holds one, or a Hugging Face hub name."""
+    train: TrainedTokenizer | None = None
+    eot: str = "<|endoftext|>"
+    """The token that ends each document."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "TokenizerSpec":
+        if (self.source is None) == (self.train is None):
+            raise ValueError("give exactly one of 'source' (an existing tokenizer) and 'train' (make one)")
+        return self
+
+
+class Source(Strict):
+    """Raw text files that become one dataset of shards."""
+
+    name: Name
+    version: str = "v1"
+    files: tuple[str, ...] = Field(min_length=1)
+    """Globs: local paths (relative ones start at `OPENLM_HOME`) or any fsspec URL."""
+    origin: Literal["files", "embedded"] = "files"
+    """`embedded`: the corpus that this project makes from the Python installation it runs in."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share of this source in the mixture, relative to the other sources."""
+    text_key: str = "text"
+    max_bad_fraction: float = Field(default=0.001, ge=0, le=1)
+    """Share of bad records above which a file fails instead of being quarantined record by record."""
+
+
+class Dataset(Strict):
+    """One source with the settings that make it shards. Derived from an experiment."""
+
+    source: Source
+    tokenizer: TokenizerSpec
+    seq_len: int
+    samples_per_shard: int
+    shuffle_seed: int
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def version(self) -> str:
+        return self.source.version
+
+
+class Validation(Strict):
+    """Held-out text on which each milestone's loss is measured."""
+
+    source: Source
+    max_samples: int = Field(default=512, ge=1)
+    """At most this many samples of `seq_len` tokens, the first ones in shard order."""
+
+
+class Training(Strict):
+    """Optimisation: everything here changes the weights."""
+
+    global_batch: Tokens
+    """Tokens a step over all processes; a multiple of seq_len."""
+    lr: float = Field(gt=0)
+    lr_min: float = Field(default=0.0, ge=0)
+    """Floor of the cosine and of the decay of WSD."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup: Tokens = 0
+    """Tokens of linear warm-up from zero."""
+    decay: Tokens = 0
+    """Tokens of the final linear decay of the `wsd` schedule."""
+    horizon: Tokens | None = None
+    """Tokens at which the schedule ends; by default the last milestone. `constant` has none."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled; applied to every parameter, norms and embeddings included, as OpenLM does."""
+    grad_clip: float | None = Field(default=1.0, gt=0)
+    """Largest global L2 norm of the gradient."""
+    z_loss: float = Field(default=0.0, ge=0)
+    """Coefficient of the mean squared log-partition."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16`: parameters are cast to bfloat16 for compute, gradients are reduced in fp32."""
+
+
+class Execution(Strict):
+    """How to run training; nothing here changes results."""
+
+    micro_batch: int | None = Field(default=None, ge=1)
+    """Sequences a process handles at once; by default its whole share of the global batch."""
+    checkpoint_every: Tokens | None = None
+    """Tokens between rotating checkpoints; by default only milestones are saved."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Rotating checkpoints kept; milestones are always kept."""
+    log_every: int = Field(default=10, ge=1)
+    """Steps between two records of `metrics.jsonl`."""
+
+
+class Evaluation(Strict):
+    """Which tasks score a milestone."""
+
+    suite: str
+    """Name of a shipped suite or path of a YAML file in LLM Foundry's `icl_tasks` format."""
+    batch_tokens: int = Field(default=16384, ge=1)
+    """Tokens in one forward pass of the scorer, padding included. Execution only."""
+
+
+class Launcher(Strict):
+    """Where training runs."""
+
+    kind: Literal["local"] = "local"
+    processes: int = Field(default=1, ge=1)
+    """Processes of torchrun on this machine, one a GPU."""
+
+
+class Experiment(Strict):
+    """One experiment. Its runs, scorecards and reports are filed under `name/version`."""
+
+    name: Name
+    version: str = "v1"
+    description: str = ""
+    tokenizer: TokenizerSpec
+    seq_len: int = Field(ge=8)
+    """Tokens a sample predicts; a stored sample has one more."""
+    sources: tuple[Source, ...] = Field(min_length=1)
+    validation: Validation | None = None
+    samples_per_shard: int = Field(default=8192, ge=1)
+    shuffle_seed: int = 42
+    """Seed of the document order within a dataset."""
+    seed: int = 0
+    """Seed of the initial weights and of the sample order."""
+    model: dict[str, Any]
+    """`name` of a known model and any field of its config to override, or all fields of a new one."""
+    training: Training
+    milestones: tuple[Tokens, ...] = Field(min_length=1)
+    """Token counts at which a checkpoint is kept for ever and scored."""
+    evaluation: Evaluation | None = None
+    execution: Execution = Execution()
+    launcher: Launcher = Launcher()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Experiment":
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError("milestones must increase")
+        batch = self.training.global_batch
+        if batch % self.seq_len:
+            raise ValueError(f"training.global_batch {batch} is not a multiple of seq_len {self.seq_len}")
+        if self.milestones[0] < batch:
+            raise ValueError(f"the first milestone {format_tokens(self.milestones[0])} is less than one global batch")
+        names = [d.name for d in self.datasets()]
+        if len(names) != len(set(names)):
+            raise ValueError("every source, the validation source included, needs its own name")
+        if self.model_config_resolved().seq_len < self.seq_len:
+            raise ValueError(f"seq_len {self.seq_len} is more than the model's {self.model_config_resolved().seq_len}")
+        horizon = self.schedule_horizon()
+        if horizon is not None and self.training.warmup + self.training.decay > horizon:
+            raise ValueError(f"warm-up and decay are longer than the schedule ({format_tokens(horizon)} tokens)")
+        return self
+
+    def model_config_resolved(self) -> ModelConfig:
+        """The model's full config; a new model takes `seq_len`, and the vocabulary of a tokenizer made here."""
+        settings = dict(self.model)
+        if "name" not in settings:
+            settings.setdefault("seq_len", self.seq_len)
+            if self.tokenizer.train:
+                settings.setdefault("vocab_size", self.tokenizer.train.vocab_size)
+        return resolve_model(settings)
+
+    def datasets(self) -> list[Dataset]:
+        """The mixture's datasets in order, then the validation dataset."""
+        sources = [*self.sources, *([self.validation.source] if self.validation else [])]
+        return [
+            Dataset(
+                source=s,
+                tokenizer=self.tokenizer,
+                seq_len=self.seq_len,
+                samples_per_shard=self.samples_per_shard,
+                shuffle_seed=self.shuffle_seed,
+            )
+            for s in sources
+        ]
+
+    def training_datasets(self) -> list[Dataset]:
+        return self.datasets()[: len(self.sources)]
+
+    def validation_dataset(self) -> Dataset | None:
+        return self.datasets()[-1] if self.validation else None
+
+    def schedule_horizon(self) -> int | None:
+        """Tokens at which the learning-rate schedule ends, None for a constant one."""
+        if self.training.schedule == "constant":
+            return None
+        return self.training.horizon or self.milestones[-1]
+
+    def steps(self, tokens: int) -> int:
+        """Optimizer steps that reach `tokens`, rounded up."""
+        return -(-tokens // self.training.global_batch)
+
+    def labelled_milestones(self) -> Iterator[tuple[str, int]]:
+        """(`t0250B`, tokens) in order."""
+        return ((milestone_label(t), t) for t in self.milestones)

@@ -1,0 +1,96 @@
+"""Files that are either whole or not there: atomic writes, hashes, locks. Local paths only."""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from filelock import FileLock, Timeout
+
+from openlm_pipeline.errors import BusyError, DataError, MissingInputError
+
+TMP_SUFFIX = ".tmp"
+
+
+@contextlib.contextmanager
+def atomic_writer(path: Path) -> Iterator[BinaryIO]:
+    """Open `path` for binary writing under a temporary name; flushed, synced and renamed on success only."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(path.name + TMP_SUFFIX)
+    try:
+        with open(tmp, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except BaseException:
+        tmp.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic_writer(path) as f:
+        f.write(text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, keys in the order given, atomically."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file.
+
+    Raises:
+        MissingInputError: there is no such file.
+        DataError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise MissingInputError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise DataError(f"{path} is not valid JSON: {e}") from e
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's bytes, read in bounded memory."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path, doing: str) -> Iterator[None]:
+    """Hold `folder`/.lock for the length of a `with`; the lock dies with its process.
+
+    Raises:
+        BusyError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BusyError(
+            f"another process is already {doing} in {folder}. Wait for it to end, or stop it; "
+            "the lock goes away with the process that holds it."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename `folder` to `<name>.superseded-N`, so that nothing made before is lost; return the new path."""
+    n = 1
+    while (target := folder.with_name(f"{folder.name}.superseded-{n}")).exists():
+        n += 1
+    folder.rename(target)
+    return target

@@ -1,0 +1,1 @@
+"""What a thing is, apart from where and how it was made."""

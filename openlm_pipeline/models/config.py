@@ -1,0 +1,116 @@
+"""Model configs: OpenLM's nine sizes, their aliases, and the variants that its flags select.
+
+Sizes and aliases are those of open_lm's `model_configs/*.json`. Norm, qk-norm, position and FFN type stand in flags
+there; here they are fields, so that a checkpoint always says what it is.
+"""
+
+import difflib
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from openlm_pipeline.errors import ConfigError
+from openlm_pipeline.strict import Strict, explain
+
+NORMS = (
+    "default_layer_norm",
+    "lp_layer_norm",
+    "gain_only_layer_norm",
+    "gain_only_lp_layer_norm",
+    "no_wb_layer_norm",
+    "rms_norm",
+)
+
+
+class ModelConfig(Strict):
+    """Shape and variant of a Transformer."""
+
+    hidden_dim: int = Field(ge=2)
+    n_layers: int = Field(ge=1)
+    n_heads: int = Field(ge=1)
+    seq_len: int = Field(default=2048, ge=1)
+    vocab_size: int = Field(default=50432, ge=2)
+    post_embed_norm: bool = False
+    weight_tying: bool = False
+    norm: Literal[NORMS] = "default_layer_norm"
+    qk_norm: bool = False
+    positional_embedding: Literal["rotary", "llama_rotary", "head_rotary", "none"] = "rotary"
+    """`head_rotary` is the rotation over heads of early OpenLM: the same angle for q and k, so no position at all."""
+    ffn: Literal["swiglu", "swiglu_torch", "gelu"] = "swiglu"
+    rope_freq_dtype: Literal["float32", "bfloat16"] = "float32"
+    """`bfloat16` rounds the rotary frequencies as OpenLM did under autocast; for weights that were trained so."""
+
+    @model_validator(mode="after")
+    def _even_heads(self) -> "ModelConfig":
+        if self.head_dim < 1 or (self.head_dim % 2 and self.positional_embedding != "none"):
+            raise ValueError(f"hidden_dim {self.hidden_dim} // n_heads {self.n_heads} must be even and positive")
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head: floor(hidden_dim / n_heads), as OpenLM has it (488 // 12 = 40 in the 87m model)."""
+        return self.hidden_dim // self.n_heads
+
+    @property
+    def ffn_dim(self) -> int:
+        """Width inside the feed-forward network: SwiGLU 8/3 of hidden_dim up to a multiple of 256, GELU 4 times."""
+        if self.ffn == "gelu":
+            return 4 * self.hidden_dim
+        return 256 * -(-int(8 * self.hidden_dim / 3) // 256)
+
+
+_SIZES = {  # name: (hidden_dim, n_layers, n_heads)
+    "open_lm_11m": (96, 12, 12),
+    "open_lm_25m": (192, 12, 12),
+    "open_lm_41m": (288, 12, 12),
+    "open_lm_87m": (488, 12, 12),
+    "open_lm_160m": (768, 12, 12),
+    "open_lm_410m": (1024, 24, 16),
+    "open_lm_830m": (1536, 24, 16),
+    "open_lm_1b": (2048, 24, 16),
+    "open_lm_3b": (2560, 32, 32),
+    "open_lm_7b": (4096, 32, 32),
+}
+MODELS = {
+    name: ModelConfig(hidden_dim=dim, n_layers=layers, n_heads=heads) for name, (dim, layers, heads) in _SIZES.items()
+}
+ALIASES = {
+    "open_lm_411m": "open_lm_410m",  # the name in OpenLM's README, which has no config file there
+    "quark_neox": "open_lm_11m",
+    "atom_neox": "open_lm_25m",
+    "aphid_neox": "open_lm_87m",
+    "ant_neox": "open_lm_160m",
+    "potato_neox": "open_lm_410m",
+    "marmot_neox": "open_lm_830m",
+    "m1b_neox": "open_lm_1b",
+    "g3b_neox": "open_lm_3b",
+    "l7b_neox": "open_lm_7b",
+}
+
+
+def model_config(name: str) -> ModelConfig:
+    """The config of a known model or alias.
+
+    Raises:
+        ConfigError: no such name; the message suggests the nearest.
+    """
+    try:
+        return MODELS[ALIASES.get(name, name)]
+    except KeyError:
+        near = difflib.get_close_matches(name, [*MODELS, *ALIASES], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"there is no model {name!r}{hint} (`openlm models` lists them)") from None
+
+
+def resolve_model(settings: dict[str, Any]) -> ModelConfig:
+    """`{"name": ..., overrides}` or all fields of a new config -> ModelConfig.
+
+    Raises:
+        ConfigError: unknown name or field, or a value out of range.
+    """
+    fields = dict(settings)
+    base = model_config(fields.pop("name")).model_dump() if "name" in fields else {}
+    try:
+        return ModelConfig(**{**base, **fields})
+    except ValidationError as e:
+        raise explain(e, "model") from e
