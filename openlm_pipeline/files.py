@@ -21,11 +21,11 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(path.name + TMP_SUFFIX)
     try:
-        with open(tmp, "wb") as f:
+        with tmp.open("wb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
-        os.replace(tmp, path)
+        tmp.replace(path)
     except BaseException:
         tmp.unlink(missing_ok=True)
         raise
@@ -59,7 +59,7 @@ def read_json(path: Path) -> Any:
 def sha256_file(path: Path) -> str:
     """Hex digest of a file's bytes, read in bounded memory."""
     digest = hashlib.sha256()
-    with open(path, "rb") as f:
+    with path.open("rb") as f:
         while block := f.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

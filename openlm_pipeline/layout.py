@@ -29,7 +29,7 @@ class Home:
 
     def resolve(self, pattern: str) -> str:
         """A path or glob of a recipe: URLs and absolute paths as they are, others below the root."""
-        if "://" in pattern or os.path.isabs(pattern):
+        if "://" in pattern or Path(pattern).is_absolute():
             return pattern
         return str(self.root / pattern)
 

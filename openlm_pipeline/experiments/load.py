@@ -129,7 +129,6 @@ def load_experiment(recipe: str, overrides: Sequence[str] = ()) -> Experiment:
         raise explain(e, f"recipe {path}") from e
     except ConfigError as e:
         raise ConfigError(f"recipe {path}: {e}") from e
-    if path.parent == SHIPPED or path.stem in recipe_paths():
-        if experiment.name != path.stem:
-            raise ConfigError(f"recipe {path} is named {experiment.name!r}; a recipe's name is its file's name")
+    if experiment.name != path.stem and path in recipe_paths().values():
+        raise ConfigError(f"recipe {path} is named {experiment.name!r}; a recipe's name is its file's name")
     return experiment

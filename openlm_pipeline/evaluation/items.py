@@ -1,0 +1,99 @@
+"""The per-item table: one row a question, in Parquet. It is the source of truth; every summary derives from it.
+
+Its schema is `SCHEMA`; a file's metadata holds the JSON document given to `write_items`. Files appear whole or not
+at all.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from openlm_pipeline.errors import DataError, MissingInputError
+from openlm_pipeline.files import atomic_writer
+
+SCHEMA = pa.schema(
+    [
+        pa.field("run", pa.string(), nullable=False),
+        pa.field("run_version", pa.string(), nullable=False),
+        pa.field("milestone", pa.string(), nullable=False),
+        pa.field("step", pa.int64(), nullable=False),
+        pa.field("tokens", pa.int64(), nullable=False),  # trained at this milestone
+        pa.field("suite", pa.string(), nullable=False),
+        pa.field("suite_version", pa.string(), nullable=False),
+        pa.field("task", pa.string(), nullable=False),
+        pa.field("num_fewshot", pa.int32(), nullable=False),
+        pa.field("category", pa.string()),
+        pa.field("item", pa.int64(), nullable=False),  # row of the task's file, from 0
+        pa.field("item_hash", pa.string(), nullable=False),
+        pa.field("prompt_hash", pa.string(), nullable=False),
+        pa.field("num_choices", pa.int32(), nullable=False),  # 1 in language_modeling
+        pa.field("gold", pa.int32(), nullable=False),
+        pa.field("choice_mean", pa.int32()),  # options picked by the three rules; null in language_modeling
+        pa.field("choice_sum", pa.int32()),
+        pa.field("choice_norm", pa.int32()),
+        pa.field("correct", pa.bool_(), nullable=False),  # by the headline rule
+        pa.field("correct_sum", pa.bool_()),
+        pa.field("correct_norm", pa.bool_()),
+        pa.field("nll", pa.float64(), nullable=False),  # of the gold continuation, nats, summed over its tokens
+        pa.field("num_tokens", pa.int32(), nullable=False),  # of the gold continuation
+        pa.field("metric", pa.string(), nullable=False),
+    ]
+)
+CONTEXT_COLUMNS = ("run", "run_version", "milestone", "step", "tokens", "suite", "suite_version")
+"""Columns that say what was scored; the same in every row of a scorecard's table."""
+_METADATA_KEY = b"openlm"
+
+
+def items_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """A table of `SCHEMA` from one mapping a row."""
+    return pa.Table.from_pylist(list(rows), schema=SCHEMA)
+
+
+def with_context(table: pa.Table, context: Mapping[str, Any]) -> pa.Table:
+    """The table with its `CONTEXT_COLUMNS` set to `context`, in every row.
+
+    Raises:
+        ValueError: `context` does not have exactly those columns.
+    """
+    if set(context) != set(CONTEXT_COLUMNS):
+        raise ValueError(f"the context has {sorted(context)}, not {sorted(CONTEXT_COLUMNS)}")
+    for name, value in context.items():
+        field = SCHEMA.field(name)
+        column = pa.array([value] * table.num_rows, type=field.type)
+        table = table.set_column(SCHEMA.get_field_index(name), field, column)
+    return table.cast(SCHEMA)
+
+
+def concat_items(tables: Sequence[pa.Table]) -> pa.Table:
+    """One table after the other; an empty table of `SCHEMA` for none."""
+    return pa.concat_tables([t.cast(SCHEMA) for t in tables]) if tables else SCHEMA.empty_table()
+
+
+def write_items(path: Path, table: pa.Table, metadata: Mapping[str, Any]) -> None:
+    """Write the table atomically, with a JSON document in the file's metadata."""
+    table = table.cast(SCHEMA).replace_schema_metadata({_METADATA_KEY: json.dumps(metadata)})
+    with atomic_writer(path) as f:
+        pq.write_table(table, f, compression="zstd")
+
+
+def read_items(path: Path) -> tuple[pa.Table, dict[str, Any]]:
+    """The table and the JSON document that `write_items` put there.
+
+    Raises:
+        MissingInputError: there is no such file.
+        DataError: it is not Parquet, or not a table of `SCHEMA`.
+    """
+    try:
+        table = pq.read_table(path)
+    except FileNotFoundError:
+        raise MissingInputError(f"{path} does not exist: this checkpoint has not been scored") from None
+    except (pa.ArrowInvalid, OSError) as e:
+        raise DataError(f"{path} is not a readable Parquet file: {e}. Delete it and score again") from e
+    if missing := [name for name in SCHEMA.names if name not in table.schema.names]:
+        raise DataError(f"{path} is not a per-item table: it has no column {missing[0]!r}")
+    metadata = json.loads((table.schema.metadata or {}).get(_METADATA_KEY, b"{}"))
+    return table.select(SCHEMA.names).replace_schema_metadata(None).cast(SCHEMA), metadata

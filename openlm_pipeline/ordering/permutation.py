@@ -1,0 +1,35 @@
+"""A seeded permutation of 0..n-1 that needs no memory: a Feistel network with cycle walking.
+
+Source: Black and Rogaway, "Ciphers with Arbitrary Finite Domains" (2002). The round function is SplitMix64's mixer.
+"""
+
+_MASK = (1 << 64) - 1
+_ROUNDS = 6
+
+
+def mix(value: int) -> int:
+    """SplitMix64's finaliser: 64 well-mixed bits of a 64-bit integer."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def permute(index: int, size: int, seed: int) -> int:
+    """The place of `index` in a permutation of range(size) chosen by `seed`.
+
+    Raises:
+        IndexError: index is not in range(size).
+    """
+    if not 0 <= index < size:
+        raise IndexError(f"{index} is not in range({size})")
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    low = (1 << half) - 1
+    keys = [mix(mix(seed & _MASK) ^ r) for r in range(_ROUNDS)]
+    while True:  # the domain is less than 4 * size, so this ends after a few walks
+        left, right = index >> half, index & low
+        for key in keys:
+            left, right = right, left ^ (mix(right ^ key) & low)
+        index = (left << half) | right
+        if index < size:
+            return index

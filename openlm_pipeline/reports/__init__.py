@@ -1,0 +1,6 @@
+"""Reports: one table object, its renderings, and a self-contained page with charts."""
+
+from openlm_pipeline.reports.render import write_report
+from openlm_pipeline.reports.table import Table, milestones_table
+
+__all__ = ["Table", "milestones_table", "write_report"]

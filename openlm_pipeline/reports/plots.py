@@ -1,0 +1,195 @@
+"""The charts of a report, drawn from the milestones table and from the records of `metrics.jsonl`."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from openlm_pipeline.reports.svg import ACCENT, INK, MUTED, SECOND, drawing_style, inline_svg
+from openlm_pipeline.reports.table import AVERAGE, Column, Table
+from openlm_pipeline.units import format_tokens
+
+Records = Sequence[Mapping[str, Any]]
+
+_WIDTH_INCHES = 9.6
+_MAX_POINTS = 800
+"""Records beyond this are drawn as the mean and the range of equal runs of records, so that no spike is hidden."""
+
+
+def series(records: Records, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and finite values of `key`, in order of tokens; of a step done twice (a resume) the last record counts."""
+    by_tokens = {
+        int(r["tokens"]): float(r[key]) for r in records if r.get(key) is not None and math.isfinite(float(r[key]))
+    }
+    tokens = sorted(by_tokens)
+    return np.array(tokens, dtype=float), np.array([by_tokens[t] for t in tokens])
+
+
+def loss_chart(records: Records, milestones: Sequence[int]) -> str | None:
+    """Training loss against tokens with the validation losses; None without any loss."""
+    tokens, loss = series(records, "loss")
+    val_tokens, val_loss = series(records, "validation_loss")
+    if not len(tokens) and not len(val_tokens):
+        return None
+    with drawing_style():
+        figure = Figure(figsize=(_WIDTH_INCHES, 3.3), layout="constrained")
+        ax = figure.subplots()
+        if len(tokens):
+            _line(ax, tokens, loss, INK, "training")
+        if len(val_tokens):
+            ax.plot(val_tokens, val_loss, "o", color=ACCENT, markersize=5.5, label="held-out text", zorder=4)
+            for x, y in zip(val_tokens, val_loss) if len(val_tokens) <= 8 else ():
+                _label(ax, f"{y:.2f}", x, y, ACCENT)
+        for milestone in milestones:
+            ax.axvline(milestone, ymax=0.8, color=MUTED, linewidth=0.7, linestyle=(0, (1, 3)), zorder=1)
+        ax.set_ylabel("loss, nats per token")
+        _token_axis(ax)
+        ax.set_xlabel("training tokens; dotted lines are milestones" if milestones else "training tokens")
+        ax.legend(loc="upper right")
+        return inline_svg(figure, "loss", "Training and held-out loss against training tokens")
+
+
+def pace_chart(records: Records) -> str | None:
+    """Learning rate and throughput against tokens, side by side; None without either."""
+    panels = [
+        ("lr", "learning rate", FuncFormatter(lambda y, _: f"{y:g}")),
+        ("tokens_per_second", "throughput, tokens/s", FuncFormatter(lambda y, _: _short_count(y))),
+        ("grad_norm", "gradient norm", None),
+    ]
+    drawn = [(*series(records, key), title, formatter) for key, title, formatter in panels]
+    drawn = [panel for panel in drawn if len(panel[0])]
+    if not drawn:
+        return None
+    with drawing_style():
+        figure = Figure(figsize=(_WIDTH_INCHES, 1.9), layout="constrained")
+        for ax, (tokens, values, title, formatter) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn):
+            _line(ax, tokens, values, INK)
+            ax.set_title(title)
+            ax.set_ylim(0, ax.dataLim.y1 * 1.12 or 1.0)
+            ax.yaxis.set_major_locator(_ticks(4))
+            if formatter:
+                ax.yaxis.set_major_formatter(formatter)
+            _token_axis(ax, bins=4)
+        figure.supxlabel("training tokens", fontsize=8.5, color=MUTED)
+        return inline_svg(figure, "pace", ", ".join(title for _, _, title, _ in drawn) + " against training tokens")
+
+
+def average_chart(table: Table) -> str | None:
+    """The average against tokens on a log axis, with its 95% band and chance; None if no milestone has one."""
+    column = next(c for c in table.columns if c.key == AVERAGE)
+    if not _points(table, column):
+        return None
+    with drawing_style():
+        figure = Figure(figsize=(_WIDTH_INCHES, 2.9), layout="constrained")
+        ax = figure.subplots()
+        _accuracy_panel(ax, table, column)
+        labelled = _spaced([tokens for tokens, _ in _points(table, column)], 0.05)
+        for tokens, cell in _points(table, column):
+            if tokens in labelled:
+                _label(ax, cell.number, tokens, cell.value if cell.high is None else cell.high, INK)
+        if column.chance is not None:
+            end = ax.get_xlim()[1]
+            ax.annotate(
+                f"chance {column.chance:.3f}",
+                (end, column.chance),
+                (-2, 4),
+                textcoords="offset points",
+                ha="right",
+                color=SECOND,
+                fontsize=8.5,
+            )
+        ax.margins(y=0.12)
+        ax.set_ylabel("average accuracy")
+        ax.set_xlabel("training tokens, log scale; band: 95% interval; dashed: chance")
+        return inline_svg(figure, "average", "Average accuracy against training tokens, with 95% band and chance")
+
+
+def task_charts(table: Table) -> str | None:
+    """One small panel a task, accuracy against tokens; None if no task was scored."""
+    columns = [c for c in table.task_columns() if _points(table, c)]
+    if not columns:
+        return None
+    titles = [c.title for c in columns]
+    per_row = min(4, len(columns))
+    rows = -(-len(columns) // per_row)
+    with drawing_style():
+        figure = Figure(figsize=(_WIDTH_INCHES, 1.75 * rows + 0.2), layout="constrained")
+        figure.get_layout_engine().set(hspace=0.07, wspace=0.04)
+        axes = figure.subplots(rows, per_row, squeeze=False).ravel()
+        for ax, column in zip(axes, columns):
+            _accuracy_panel(ax, table, column)
+            ax.set_title(column.heading if titles.count(column.title) > 1 else column.title)
+            ax.yaxis.set_major_locator(_ticks(4))
+        for ax in axes[len(columns) :]:
+            ax.set_axis_off()
+        return inline_svg(figure, "tasks", "Accuracy against training tokens, one panel a task")
+
+
+def _points(table: Table, column: Column) -> list[tuple[int, Any]]:
+    cells = ((row.tokens, table.cell(row, column.key)) for row in table.rows)
+    return [(tokens, cell) for tokens, cell in cells if cell.value is not None]
+
+
+def _accuracy_panel(ax: Axes, table: Table, column: Column) -> None:
+    every = [row.tokens for row in table.rows]
+    cells = [table.cell(row, column.key) for row in table.rows]
+    value, low, high = (
+        np.array([math.nan if v is None else v for v in ends])  # a gap where a milestone has no score
+        for ends in zip(*((c.value, c.low, c.high) for c in cells))
+    )
+    ax.fill_between(every, low, high, color=ACCENT, alpha=0.16, linewidth=0)
+    ax.vlines(every, low, high, color=ACCENT, linewidth=1, alpha=0.7)
+    ax.plot(every, value, "o-", color=ACCENT, markersize=4, linewidth=1.5)
+    if column.chance is not None:
+        ax.axhline(column.chance, color=SECOND, linewidth=1.1, linestyle=(0, (5, 3)))
+    ax.set_xscale("log")
+    pad = (max(every) / min(every)) ** 0.06 if len(every) > 1 else 2.0
+    ax.set_xlim(min(every) / pad, max(every) * pad)
+    ax.set_xticks(_spaced(every, 0.2), minor=False)
+    ax.minorticks_off()
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: format_tokens(round(x))))
+
+
+def _label(ax: Axes, text: str, x: float, y: float, colour: str) -> None:
+    ax.annotate(text, (x, y), (0, 6), textcoords="offset points", ha="center", color=colour, fontsize=8.5)
+
+
+def _spaced(tokens: Sequence[int], apart: float) -> list[int]:
+    """The last and, going down, each milestone at least `apart` of the log range from the one kept before."""
+    if len(tokens) < 2:
+        return list(tokens)
+    span = math.log(max(tokens) / min(tokens))
+    kept = [max(tokens)]
+    for t in sorted(tokens, reverse=True)[1:]:
+        if math.log(kept[-1] / t) >= apart * span:
+            kept.append(t)
+    return kept[::-1]
+
+
+def _line(ax: Axes, tokens: np.ndarray, values: np.ndarray, colour: str, label: str | None = None) -> None:
+    """All records, or their mean within a band from the least to the greatest where there are very many."""
+    if len(tokens) > _MAX_POINTS:
+        parts = np.array_split(np.arange(len(tokens)), _MAX_POINTS)
+        middle = np.array([tokens[p].mean() for p in parts])
+        low, high = (np.array([f(values[p]) for p in parts]) for f in (np.min, np.max))
+        ax.fill_between(middle, low, high, color=colour, alpha=0.18, linewidth=0)
+        tokens, values = middle, np.array([values[p].mean() for p in parts])
+    ax.plot(tokens, values, color=colour, linewidth=1.2, label=label)
+
+
+def _ticks(bins: int) -> MaxNLocator:
+    return MaxNLocator(bins, steps=[1, 2, 2.5, 5, 10])
+
+
+def _token_axis(ax: Axes, bins: int = 8) -> None:
+    ax.set_xlim(0, ax.dataLim.x1 * 1.03)
+    ax.xaxis.set_major_locator(_ticks(bins))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _short_count(x)))
+
+
+def _short_count(number: float) -> str:
+    return format_tokens(round(number))

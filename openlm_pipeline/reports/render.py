@@ -1,0 +1,118 @@
+"""Write a run's report: Markdown, one self-contained HTML page, CSV and Parquet, all from one table.
+
+The same inputs give the same bytes. Nothing on the page is loaded from elsewhere and it holds no script.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from openlm_pipeline.evaluation.scorecard import Scorecard
+from openlm_pipeline.experiments import Experiment
+from openlm_pipeline.files import write_text
+from openlm_pipeline.reports.plots import average_chart, loss_chart, pace_chart, task_charts
+from openlm_pipeline.reports.summary import (
+    Facts,
+    Headline,
+    checkpoints,
+    evaluation_facts,
+    headline,
+    made_from,
+    notes,
+    task_files,
+)
+from openlm_pipeline.reports.table import Table, escape_markdown, milestones_table
+from openlm_pipeline.units import format_tokens
+
+
+def write_report(
+    out_dir: Path,
+    experiment: Experiment,
+    scorecards: Sequence[Scorecard],
+    training_metrics: Sequence[Mapping[str, Any]],
+    provenance: Mapping[str, Any] | None = None,
+) -> dict[str, Path]:
+    """Write `report.md`, `report.html`, `table.csv` and `table.parquet` into `out_dir`; return them by those names.
+
+    `training_metrics` are the records of `metrics.jsonl`. `provenance` is added to the footer as it is: names and
+    values worth keeping that the scorecards do not hold, such as the code version.
+
+    Raises:
+        DataError: the scorecards are of another run or cannot be compared with each other.
+    """
+    table = milestones_table(experiment.name, experiment.version, scorecards, experiment.milestones)
+    cards = sorted(scorecards, key=lambda card: card.tokens)
+    facts = [*evaluation_facts(cards), *((name, str(value)) for name, value in (provenance or {}).items())]
+    page = {
+        "experiment": experiment,
+        "headline": headline(table),
+        "table": table,
+        "notes": notes(table, cards),
+        "made_from": made_from(experiment),
+        "facts": facts,
+        "checkpoints": checkpoints(table, cards),
+        "files": task_files(cards),
+    }
+    charts = [
+        ("Average accuracy", average_chart(table)),
+        ("Accuracy by task", task_charts(table)),
+        ("Loss", loss_chart(training_metrics, experiment.milestones)),
+        ("Optimisation", pace_chart(training_metrics)),
+    ]
+    paths = {name: out_dir / name for name in ("report.md", "report.html", "table.csv", "table.parquet")}
+    write_text(paths["report.md"], _markdown(**page))
+    write_text(
+        paths["report.html"],
+        _html(charts=[(title, Markup(svg)) for title, svg in charts if svg], best=table.best(), **page),
+    )
+    write_text(paths["table.csv"], table.to_csv())
+    table.write_parquet(paths["table.parquet"])
+    return paths
+
+
+def _html(**page: Any) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["tokens"] = format_tokens
+    environment.filters["zip"] = zip
+    environment.filters["breakable"] = lambda text: Markup("_<wbr>").join(text.split("_"))
+    return environment.get_template("page.html").render(page)
+
+
+def _markdown(
+    experiment: Experiment,
+    headline: Headline,
+    table: Table,
+    notes: list[str],
+    made_from: Facts,
+    facts: Facts,
+    checkpoints: list[tuple[str, str, str]],
+    files: Facts,
+) -> str:
+    parts = [f"# {experiment.name} {escape_markdown(experiment.version)}"]
+    if experiment.description:
+        parts.append(escape_markdown(experiment.description))
+    parts.append(" ".join([f"**{escape_markdown(headline.main)}**", *map(escape_markdown, headline.details)]))
+    parts += ["## Scores", table.to_markdown().rstrip()]
+    parts += [escape_markdown(note) for note in notes]
+    parts += ["## How it was made", _facts(made_from), "## Provenance", _facts(facts)]
+    if checkpoints:
+        rows = [f"- {name} ({reached}): `{digest}`" for name, reached, digest in checkpoints]
+        parts += ["Checkpoints:", "\n".join(rows)]
+    if files:
+        rows = [f"- {escape_markdown(name)}: `{digest}`" for name, digest in files]
+        parts += ["Task files (sha256):", "\n".join(rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _facts(facts: Facts) -> str:
+    return "\n".join(f"- {escape_markdown(name)}: {escape_markdown(value)}" for name, value in facts)

@@ -1,0 +1,1 @@
+"""Run folders: their identity, checkpoints, metrics and outcome, and the launcher that fills them."""

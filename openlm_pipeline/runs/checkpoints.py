@@ -1,0 +1,146 @@
+"""Checkpoints of a run: folders `step-XXXXXXXX` that are verified whole or not seen.
+
+A checkpoint is written under `.tmp-step-XXXXXXXX`, described in `checkpoint.json` (run fingerprint, step, tokens,
+sha256 of every file), renamed, and marked with an empty `COMPLETE` last. A reader trusts a folder only if `COMPLETE` is
+there, the run is its own and, before loading, every file has its recorded hash.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from openlm_pipeline.errors import DataError, IdentityError, MissingInputError
+from openlm_pipeline.files import read_json, sha256_file, write_json, write_text
+from openlm_pipeline.lineage.fingerprint import fingerprint
+
+INFO = "checkpoint.json"
+COMPLETE = "COMPLETE"
+MODEL_CONFIG = "model_config.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `checkpoint.json` says, and where it stands."""
+
+    path: Path
+    run_fingerprint: str
+    step: int
+    tokens: int
+    milestone: str | None
+    """Label of the milestone it is, which pins it; None for a rotating checkpoint."""
+    files: dict[str, dict[str, Any]]
+    """`{"bytes", "sha256"}` of each file."""
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """Content hash over all files."""
+        return fingerprint({"files": self.files, "run": self.run_fingerprint, "step": self.step})
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def commit(
+    tmp: Path, run_fingerprint: str, step: int, tokens: int, milestone: str | None, metrics: dict[str, float]
+) -> Checkpoint:
+    """Turn the written folder `tmp` into a checkpoint beside it."""
+    files = {
+        p.relative_to(tmp).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256_file(p)}
+        for p in sorted(tmp.rglob("*"))
+        if p.is_file()
+    }
+    path = tmp.parent / folder_name(step)
+    checkpoint = Checkpoint(path, run_fingerprint, step, tokens, milestone, files, metrics)
+    _write_info(tmp, checkpoint)
+    if path.exists():
+        shutil.rmtree(path)
+    tmp.rename(path)
+    write_text(path / COMPLETE, "")
+    return checkpoint
+
+
+def _write_info(folder: Path, checkpoint: Checkpoint) -> None:
+    info = asdict(checkpoint)
+    del info["path"]
+    write_json(folder / INFO, info)
+
+
+def promote(checkpoint: Checkpoint, milestone: str, metrics: dict[str, float]) -> Checkpoint:
+    """Make a rotating checkpoint a milestone."""
+    pinned = Checkpoint(**{**vars(checkpoint), "milestone": milestone, "metrics": metrics})
+    _write_info(checkpoint.path, pinned)
+    return pinned
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The description of one checkpoint folder, its files not yet verified.
+
+    Raises:
+        MissingInputError: there is no complete checkpoint.
+        DataError: its description is damaged.
+    """
+    if not (path / COMPLETE).exists():
+        raise MissingInputError(f"there is no complete checkpoint at {path}")
+    try:
+        return Checkpoint(path=path, **read_json(path / INFO))
+    except TypeError as e:
+        raise DataError(f"{path / INFO} is not a checkpoint's description: {e}") from e
+
+
+def list_checkpoints(folder: Path, run_fingerprint: str, warn: Callable[[str], None]) -> list[Checkpoint]:
+    """Complete checkpoints of this run by step. One with a damaged description is reported and passed over.
+
+    Raises:
+        IdentityError: a checkpoint in the folder is another run's.
+    """
+    found = []
+    for path in sorted(folder.glob("step-*")):
+        if not (path / COMPLETE).exists():
+            continue
+        try:
+            checkpoint = read_checkpoint(path)
+        except (DataError, MissingInputError) as e:
+            warn(f"checkpoint {path} is passed over: {e}")
+            continue
+        if checkpoint.run_fingerprint != run_fingerprint:
+            raise IdentityError(f"{path} is a checkpoint of another run; move it out of this run's folder")
+        found.append(checkpoint)
+    return found
+
+
+def verify(checkpoint: Checkpoint) -> None:
+    """Compare every file with its recorded size and hash.
+
+    Raises:
+        DataError: names the first file that is missing or differs.
+    """
+    for name, recorded in checkpoint.files.items():
+        path = checkpoint.path / name
+        if not path.is_file() or path.stat().st_size != recorded["bytes"]:
+            raise DataError(f"checkpoint file {path} is missing or has the wrong size")
+        if sha256_file(path) != recorded["sha256"]:
+            raise DataError(f"checkpoint file {path} does not have its recorded sha256: it is damaged")
+
+
+def newest_intact(checkpoints: list[Checkpoint], max_step: int, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint up to `max_step` whose files all verify; damaged ones are reported and passed over."""
+    for checkpoint in reversed(checkpoints):
+        if checkpoint.step > max_step:
+            continue
+        try:
+            verify(checkpoint)
+            return checkpoint
+        except DataError as e:
+            warn(f"{e}. Falling back to an earlier checkpoint.")
+    return None
+
+
+def rotate(checkpoints: list[Checkpoint], keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints that are not milestones; the mark goes first."""
+    for checkpoint in [c for c in checkpoints if c.milestone is None][:-keep]:
+        (checkpoint.path / COMPLETE).unlink(missing_ok=True)
+        shutil.rmtree(checkpoint.path)

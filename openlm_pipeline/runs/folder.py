@@ -1,0 +1,115 @@
+"""The run folder: who it belongs to, its metrics, and how its last process ended.
+
+`run.json` (identity), `experiment.yaml` (the resolved experiment), `metrics.jsonl`, `outcome.json`, `checkpoints/`.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from openlm_pipeline.errors import IdentityError
+from openlm_pipeline.experiments import Experiment
+from openlm_pipeline.files import read_json, set_aside, write_json, write_text
+from openlm_pipeline.lineage.fingerprint import Tree, differences, fingerprint
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths and records of one run."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def experiment_file(self) -> Path:
+        return self.path / "experiment.yaml"
+
+    @property
+    def fingerprint(self) -> str:
+        return read_json(self.path / "run.json")["fingerprint"]
+
+    @property
+    def identity(self) -> Tree:
+        return read_json(self.path / "run.json")["identity"]
+
+    def belongs_to(self, identity: Tree) -> bool:
+        """Whether the folder is free or is that run's."""
+        return not (self.path / "run.json").exists() or self.identity == identity
+
+    def differences(self, identity: Tree) -> list[str]:
+        """How the run in the folder differs from `identity`, a line a field."""
+        return differences(self.identity, identity)
+
+    def claim(self, experiment: Experiment, identity: Tree, *, supersede: bool) -> list[str]:
+        """Make the folder this run's, and record the resolved experiment.
+
+        Args:
+            supersede: set the folder of another run aside instead of refusing it.
+
+        Returns:
+            How the run that was set aside differed.
+
+        Raises:
+            IdentityError: the folder is another run's; the message names each field that differs.
+        """
+        changed: list[str] = []
+        if not self.belongs_to(identity):
+            changed = self.differences(identity)
+            if not supersede:
+                raise IdentityError(
+                    f"{self.path} holds another run. What differs:\n  "
+                    + "\n  ".join(changed)
+                    + "\nGive the recipe another `version`, or pass --supersede to set the old run aside."
+                )
+            set_aside(self.path)
+        write_text(self.experiment_file, yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False))
+        record = {"name": experiment.name, "version": experiment.version, "fingerprint": fingerprint(identity)}
+        write_json(self.path / "run.json", {**record, "identity": identity})
+        return changed
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        with self.metrics_file.open("a") as f:
+            f.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All records by step. A resumed run repeats steps; the last record of a step and kind stands."""
+        records: dict[tuple[int, bool], dict[str, Any]] = {}
+        for record in _json_lines(self.metrics_file):
+            records[record["step"], "validation_loss" in record] = record
+        return [records[key] for key in sorted(records)]
+
+    def write_outcome(
+        self, status: Literal["completed", "preempted", "failed"], step: int, tokens: int, **why: str
+    ) -> None:
+        """Record how a training process ended; launchers read this, not exit codes."""
+        write_json(self.path / "outcome.json", {"status": status, "step": step, "tokens": tokens, **why})
+
+    def read_outcome(self) -> dict[str, Any] | None:
+        path = self.path / "outcome.json"
+        return read_json(path) if path.exists() else None
+
+    def clear_outcome(self) -> None:
+        (self.path / "outcome.json").unlink(missing_ok=True)
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Records of a file that is still being appended to, or whose writer was killed inside a line."""
+    if not path.exists():
+        return
+    for line in path.read_text().splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue  # a line cut short by a kill: its step was not finished either

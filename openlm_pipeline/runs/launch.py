@@ -1,0 +1,115 @@
+"""Run the trainer on this machine: a torchrun child that dies with its parent, watched through the run folder.
+
+What happens is read from files (`metrics.jsonl`, checkpoints, `outcome.json`), so a watcher that starts late or again
+sees the same.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from openlm_pipeline.errors import TrainingError
+from openlm_pipeline.experiments import Experiment
+from openlm_pipeline.layout import Home
+from openlm_pipeline.runs.checkpoints import Checkpoint, list_checkpoints
+from openlm_pipeline.runs.folder import RunFolder
+
+_POLL_SECONDS = 0.5
+_GRACE_SECONDS = 30.0
+_LOG = "train.log"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A new record of `metrics.jsonl`."""
+
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class MilestoneReached:
+    """A milestone's checkpoint is complete on disk."""
+
+    label: str
+    checkpoint: Checkpoint
+
+
+@dataclass(frozen=True)
+class MilestoneReused(MilestoneReached):
+    """A milestone that was there before training began."""
+
+
+Event = Progress | MilestoneReached
+
+
+def milestone_checkpoints(experiment: Experiment, run: RunFolder) -> dict[str, Checkpoint]:
+    """The complete milestones of a run by label, those of the experiment only."""
+    if not (run.path / "run.json").exists():
+        return {}
+    wanted = dict(experiment.labelled_milestones())
+    found = list_checkpoints(run.checkpoints, run.fingerprint, warn=lambda _: None)
+    return {c.milestone: c for c in found if c.milestone in wanted}
+
+
+def _stop(process: subprocess.Popen) -> None:
+    """SIGTERM, time to save a checkpoint, then SIGKILL; the workers die with torchrun."""
+    with suppress(ProcessLookupError):
+        process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(_GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def train_locally(experiment: Experiment, home: Home, run: RunFolder, until: int) -> Iterator[Event]:
+    """Train up to `until` tokens with torchrun; yields metrics and milestones as they come.
+
+    Closing the iterator, or an exception in the caller, stops the trainer, which first saves a checkpoint.
+
+    Raises:
+        TrainingError: the trainer ended before `until`; the message holds its own reason, or the end of its log.
+    """
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        f"--nproc-per-node={experiment.launcher.processes}", "-m", "train",
+        str(run.experiment_file), f"--until={until}",
+    ]  # fmt: skip
+    if setpriv := shutil.which("setpriv"):
+        command = [setpriv, "--pdeathsig", "TERM", "--", *command]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "OPENLM_HOME": str(home.root)}
+    run.clear_outcome()
+    log_path = run.path / _LOG
+    seen_records = len(run.read_metrics())
+    seen_milestones = set(milestone_checkpoints(experiment, run))
+    with log_path.open("ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        try:
+            ended = False
+            while not ended:
+                ended = process.poll() is not None  # read once more after the end, so that nothing is missed
+                records = run.read_metrics()
+                for record in records[seen_records:]:
+                    yield Progress(record)
+                seen_records = max(seen_records, len(records))
+                for label, checkpoint in milestone_checkpoints(experiment, run).items():
+                    if label not in seen_milestones:
+                        seen_milestones.add(label)
+                        yield MilestoneReached(label, checkpoint)
+                if not ended:
+                    time.sleep(_POLL_SECONDS)
+        finally:
+            if process.poll() is None:
+                _stop(process)
+    outcome = run.read_outcome()
+    if outcome is None or outcome["status"] != "completed":
+        tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-15:])
+        reason = outcome.get("reason", outcome["status"]) if outcome else f"exit code {process.returncode}"
+        raise TrainingError(f"training of {experiment.name} ended early: {reason}\nThe end of {log_path}:\n{tail}")

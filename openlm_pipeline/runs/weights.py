@@ -1,0 +1,88 @@
+"""The model of a checkpoint in one process, whatever number of processes saved it.
+
+DCP's `.metadata` is a pickle; it is read here by an unpickler that knows the classes of that description only, so that
+a foreign folder cannot run code.
+"""
+
+import pickle
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
+
+from openlm_pipeline.errors import DataError
+from openlm_pipeline.files import read_json
+from openlm_pipeline.models.config import ModelConfig
+from openlm_pipeline.models.transformer import Transformer
+from openlm_pipeline.runs.checkpoints import MODEL_CONFIG, Checkpoint, verify
+
+_ALLOWED = {
+    "torch": {"Size", "float32", "float64", "bfloat16", "float16", "int64", "int32", "uint8", "bool"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.metadata": None,  # the whole module: plain dataclasses and enums
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix", "SerializationFormat"},
+    "pathlib": {"PosixPath", "Path"},
+    "collections": {"OrderedDict"},
+    "builtins": {"list", "dict", "set", "tuple"},
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> object:
+        allowed = _ALLOWED.get(module, set())
+        if "." in name or (allowed is not None and name not in allowed):
+            raise DataError(f"the checkpoint's .metadata names {module}.{name}, which no checkpoint of ours does")
+        return super().find_class(module, name)
+
+
+class SafeReader(FileSystemReader):
+    """DCP's reader for folders, with the metadata read by an unpickler that runs nothing."""
+
+    def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as f:
+            metadata = _MetadataUnpickler(f).load()
+        if getattr(metadata, "storage_meta", None) is None:
+            metadata.storage_meta = self.storage_meta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Transformer:
+    """The verified weights of a checkpoint, fp32, in evaluation mode.
+
+    Raises:
+        DataError: a file is damaged.
+    """
+    verify(checkpoint)
+    config = ModelConfig(**read_json(checkpoint.path / MODEL_CONFIG))
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.to_empty(device=device)
+    model.init_buffers()
+    state = {"model": model.state_dict()}
+    dcp.load(state, storage_reader=SafeReader(checkpoint.path), no_dist=True)
+    model.load_state_dict(state["model"])
+    return model.eval()
+
+
+class LazyModel:
+    """A checkpoint's model that is loaded when it is first asked for hidden states."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> None:
+        self.checkpoint, self.device = checkpoint, device
+
+    @cached_property
+    def model(self) -> Transformer:
+        return load_model(self.checkpoint, self.device)
+
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids [B, S] -> hidden states [B, S, D]."""
+        return self.model.hidden(ids)
+
+    @property
+    def output(self) -> torch.nn.Module:
+        """The head: hidden states -> logits."""
+        return self.model.output

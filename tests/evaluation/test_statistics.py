@@ -1,0 +1,70 @@
+"""Intervals and tests against values of the literature, of other programs or worked by hand."""
+
+import math
+
+import pytest
+from scipy.stats import binomtest
+
+from openlm_pipeline.evaluation import statistics as st
+
+
+def test_wilson_interval_of_newcombe_1998():
+    # Newcombe (1998), Statistics in Medicine 17:857, table I, method 3.
+    for (k, n), (low, high) in {
+        (81, 263): (0.2553, 0.3662),
+        (15, 148): (0.0624, 0.1605),
+        (0, 20): (0.0, 0.1611),
+        (1, 29): (0.0061, 0.1718),
+    }.items():
+        assert st.wilson_interval(k, n) == pytest.approx((low, high), abs=5e-5)
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 7), (7, 7), (55, 100), (1, 1)])
+def test_wilson_interval_agrees_with_scipy(k, n):
+    expected = binomtest(k, n).proportion_ci(0.95, method="wilson")
+    assert st.wilson_interval(k, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_wilson_interval_needs_items():
+    with pytest.raises(ValueError):
+        st.wilson_interval(0, 0)
+    with pytest.raises(ValueError):
+        st.wilson_interval(3, 2)
+
+
+def test_mcnemar_is_the_exact_binomial_test():
+    assert st.mcnemar_exact(0, 0) == 1.0
+    assert st.mcnemar_exact(0, 5) == pytest.approx(2 / 2**5)
+    assert st.mcnemar_exact(2, 8) == pytest.approx(2 * (1 + 10 + 45) / 2**10)
+    assert st.mcnemar_exact(8, 2) == st.mcnemar_exact(2, 8)
+    assert st.mcnemar_exact(4, 4) == 1.0
+
+
+def test_holm_by_hand():
+    assert st.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert st.holm([0.6, 0.9]) == [1.0, 1.0]
+    assert st.holm([]) == []
+
+
+def test_centred_accuracy():
+    assert st.centred_accuracy(0.25, 0.25) == 0
+    assert st.centred_accuracy(1.0, 0.25) == 1
+    assert st.centred_accuracy(0.625, 0.25) == 0.5
+    assert st.centred_accuracy(0.4, 0.0) == 0.4
+
+
+def test_standard_error_of_copa():
+    assert st.standard_error(50, 100) == pytest.approx(0.5 / math.sqrt(99))
+    assert math.isnan(st.standard_error(1, 1))
+
+
+def test_minimum_detectable_effect_has_its_power():
+    # z(.975) + z(.8) = 2.8016; two independent models at 50% on 100 items differ detectably from 19.8 points.
+    assert st.minimum_detectable_effect(100, 0.5) == pytest.approx(2.801585 * math.sqrt(0.005), abs=1e-6)
+    assert st.minimum_detectable_effect(400, 0.5) == pytest.approx(st.minimum_detectable_effect(100, 0.5) / 2)
+
+
+def test_mean_interval_adds_errors_in_quadrature():
+    mean, low, high = st.mean_interval([0.2, 0.6], [0.03, 0.04])
+    assert mean == pytest.approx(0.4)
+    assert (mean - low, high - mean) == pytest.approx((1.959964 * 0.025,) * 2, abs=1e-6)

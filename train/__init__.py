@@ -1,0 +1,1 @@
+"""The training program: `torchrun -m train RECIPE [key=value ...]`. It knows no Dagster."""
