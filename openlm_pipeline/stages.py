@@ -36,10 +36,14 @@ def make_corpus(experiment: Experiment, home: Home, report: Report) -> StageResu
 
 
 def ensure_tokenizer(experiment: Experiment, home: Home, report: Report) -> StageResult:
-    """Train or fetch the experiment's tokenizer; it is trained on the first source."""
+    """Train or fetch the experiment's tokenizer; it is trained on the first source.
+
+    Raises:
+        MissingInputError: the raw files are not there (said before anything is fetched), or the tokenizer is not.
+    """
     spec: TokenizerSpec = experiment.tokenizer
     first = experiment.training_datasets()[0]
-    files = discover(first, home) if spec.train else []
+    files = discover(first, home)
     folder = home.tokenizer(spec.name)
     info, reused, changed = make_tokenizer(spec, files, first.source.text_key, folder)
     if changed:
@@ -105,6 +109,15 @@ def open_run(experiment: Experiment, home: Home) -> RunFolder:
     return run
 
 
+def is_intact(checkpoint: Checkpoint) -> bool:
+    """Whether every file of a checkpoint has its recorded hash."""
+    try:
+        verify(checkpoint)
+    except DataError:
+        return False
+    return True
+
+
 def checkpoint_result(checkpoint: Checkpoint, reused: bool) -> StageResult:
     """A milestone as the result of a stage."""
     facts = {"step": checkpoint.step, "tokens": checkpoint.tokens, **checkpoint.metrics}
@@ -133,10 +146,8 @@ def train(
     wanted = {label for label, tokens in experiment.labelled_milestones() if tokens <= until}
     there = {label: c for label, c in milestone_checkpoints(experiment, run).items() if label in wanted}
     for label, checkpoint in list(there.items()):
-        try:
-            verify(checkpoint)
-        except DataError as e:
-            report(f"{e}. Milestone {label} is made again; what is left of it: {set_aside(checkpoint.path)}")
+        if not is_intact(checkpoint):
+            report(f"milestone {label} is damaged and made again; what is left of it: {set_aside(checkpoint.path)}")
             del there[label]
     for label, checkpoint in there.items():
         report(f"milestone {label} reused")

@@ -5,6 +5,7 @@ a foreign folder cannot run code.
 """
 
 import pickle
+import warnings
 from functools import cached_property
 from pathlib import Path
 
@@ -63,7 +64,9 @@ def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Tr
     model.to_empty(device=device)
     model.init_buffers()
     state = {"model": model.state_dict()}
-    dcp.load(state, storage_reader=SafeReader(checkpoint.path), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is the intent
+        dcp.load(state, storage_reader=SafeReader(checkpoint.path), no_dist=True)
     model.load_state_dict(state["model"])
     return model.eval()
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from distributed import Client
 
 
+_REPORT_SECONDS = 2.0
 _BUILDING = ".building"
 _QUARANTINE = "quarantine.jsonl"
 
@@ -38,11 +39,14 @@ def _run(client: "Client", report: Report, what: str, calls: dict[str, tuple[Any
         report(f"Dask dashboard: {client.dashboard_link}")
     futures = {client.submit(function, *args, pure=False): name for name, (function, *args) in calls.items()}
     results: dict[str, Any] = {}
+    reported = 0.0
     for future in as_completed(list(futures)):
         results[futures[future]] = future.result()
         elapsed = time.monotonic() - started
-        left = elapsed / len(results) * (len(calls) - len(results))
-        report(f"{what}: {len(results)} of {len(calls)} done, {elapsed:.0f} s, about {left:.0f} s left")
+        if elapsed - reported >= _REPORT_SECONDS or len(results) == len(calls):
+            reported = elapsed
+            left = elapsed / len(results) * (len(calls) - len(results))
+            report(f"{what}: {len(results)} of {len(calls)} done, {elapsed:.0f} s, about {left:.0f} s left")
     return results
 
 

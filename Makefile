@@ -1,0 +1,36 @@
+# `make demo` and `make test` set up what they need. PYTHON chooses the interpreter (3.10 to 3.13).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test ui setup lint clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo   run the whole pipeline on the embedded corpus (minutes on two CPU cores)"
+	@echo "make test   run all tests"
+	@echo "make ui     open the Dagster UI on http://127.0.0.1:3000"
+	@echo "make lint   ruff and the import-direction check"
+
+# The mark is made last, so that a broken install is done again.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.ready
+
+demo: setup
+	@$(BIN)/openlm demo
+
+test: setup
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+ui: setup
+	@DAGSTER_HOME="$(CURDIR)/.dagster" $(BIN)/dagster dev --host 127.0.0.1 --port $${PORT:-3000}
+
+lint: setup
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,273 @@
+"""From raw files to shards: `corpus/embedded`, `raw_files/*`, `tokenizer/*`, `tokenized/*`, `shards/*`."""
+
+from collections.abc import Sequence
+
+import dagster as dg
+
+from assets.common import (
+    CODE_VERSION_TAG,
+    CORPUS_KEY,
+    CPU_POOL,
+    DATA_VERSION_TAG,
+    DaskResource,
+    code_version,
+    metadata,
+    raw_key,
+    shards_key,
+    tokenized_key,
+    tokenizer_key,
+    user_errors,
+)
+from openlm_pipeline import stages
+from openlm_pipeline.corpus.discovery import discover
+from openlm_pipeline.experiments import Dataset, Experiment
+from openlm_pipeline.layout import Home
+from openlm_pipeline.shards.dataset import ShardedDataset
+from openlm_pipeline.tokenization.documents import STAGE_VERSION, FileTokens
+from openlm_pipeline.tokenization.packing import PACKING_VERSION
+from openlm_pipeline.tokenization.tokenizer import TRAINING_VERSION
+
+GROUP = "data"
+
+
+def corpus_asset(experiment: Experiment) -> dg.AssetsDefinition:
+    """The embedded corpus; `experiment` is any that uses it."""
+
+    @dg.asset(
+        key=CORPUS_KEY,
+        group_name=GROUP,
+        kinds={"python"},
+        code_version="1",
+        pool=CPU_POOL,
+        description="Real text that every installation has: the Python standard library's and packages' documentation "
+        "and source, as Pile-like .jsonl.zst files, with held-out text and tasks made from it.",
+    )
+    def embedded_corpus(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        with user_errors():
+            made = stages.make_corpus(experiment, Home.from_env(), context.log.info)
+        return dg.MaterializeResult(metadata=metadata(made), data_version=dg.DataVersion(made.version))
+
+    return embedded_corpus
+
+
+def tokenizer_asset(experiment: Experiment) -> dg.AssetsDefinition:
+    """The tokenizer of an experiment."""
+    spec = experiment.tokenizer
+    deps = [CORPUS_KEY] if experiment.training_datasets()[0].source.origin == "embedded" and spec.train else []
+    made_how = f"A byte-level BPE of {spec.train.vocab_size} ids." if spec.train else f"From {spec.source}."
+
+    @dg.asset(
+        key=tokenizer_key(spec.name),
+        deps=deps,
+        group_name=GROUP,
+        kinds={"huggingface"},
+        code_version=code_version({"spec": spec.model_dump(exclude={"source"}), "code": TRAINING_VERSION}),
+        pool=CPU_POOL,
+        description=made_how,
+    )
+    def tokenizer(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        with user_errors():
+            made = stages.ensure_tokenizer(experiment, Home.from_env(), context.log.info)
+        return dg.MaterializeResult(metadata=metadata(made), data_version=dg.DataVersion(made.version))
+
+    return tokenizer
+
+
+def _files_code_version(dataset: Dataset) -> str:
+    source = dataset.source.model_dump(include={"text_key", "max_bad_fraction"})
+    return code_version(
+        {"source": source, "tokenizer": dataset.tokenizer.model_dump(exclude={"source"}), "code": STAGE_VERSION}
+    )
+
+
+def _shards_code_version(dataset: Dataset) -> str:
+    own = dataset.model_dump(include={"seq_len", "samples_per_shard", "shuffle_seed"})
+    return code_version({"dataset": own, "files": _files_code_version(dataset), "code": PACKING_VERSION})
+
+
+def partitions(dataset: Dataset) -> dg.DynamicPartitionsDefinition:
+    """One partition a raw file."""
+    return dg.DynamicPartitionsDefinition(name=f"{dataset.name}_files")
+
+
+def _observe(context: dg.OpExecutionContext, dataset: Dataset) -> None:
+    """Register the raw files that are there as partitions, and their stamps as data versions where they changed."""
+    with user_errors():
+        files = discover(dataset, Home.from_env())
+    names = [raw.name for raw in files]
+    known = context.instance.get_dynamic_partitions(f"{dataset.name}_files")
+    context.instance.add_dynamic_partitions(f"{dataset.name}_files", [n for n in names if n not in known])
+    for gone in set(known) - set(names):
+        context.instance.delete_dynamic_partition(f"{dataset.name}_files", gone)
+    for raw in files:
+        latest = _latest_observation(context, dataset, raw.name)
+        if latest is None or (latest.asset_observation.tags or {}).get(DATA_VERSION_TAG) != raw.stamp:
+            context.log_event(
+                dg.AssetObservation(
+                    raw_key(dataset),
+                    partition=raw.name,
+                    metadata={"url": raw.url, "size_bytes": raw.size_bytes},
+                    tags={DATA_VERSION_TAG: raw.stamp},
+                )
+            )
+
+
+def _latest_observation(context: dg.OpExecutionContext, dataset: Dataset, name: str) -> dg.EventLogRecord | None:
+    where = dg.AssetRecordsFilter(asset_key=raw_key(dataset), asset_partitions=[name])
+    records = context.instance.fetch_observations(where, limit=1).records
+    return records[0] if records else None
+
+
+def _report_files(
+    context: dg.OpExecutionContext, dataset: Dataset, files: Sequence[FileTokens], done: set[str]
+) -> None:
+    """Log a materialization for each file that was tokenized, or that Dagster does not know in this version."""
+    where = dg.AssetRecordsFilter(asset_key=tokenized_key(dataset))
+    known = {
+        r.partition_key: r.asset_materialization.tags or {}
+        for r in reversed(context.instance.fetch_materializations(where, limit=5000).records)
+    }
+    raw = raw_key(dataset).to_user_string()
+    for file in files:
+        seen = _latest_observation(context, dataset, file.name)
+        tags = {
+            DATA_VERSION_TAG: file.version,
+            CODE_VERSION_TAG: _files_code_version(dataset),
+            # The provenance that Dagster itself records for an asset's own step: without it a partition that is
+            # logged from another step would show as stale, or never.
+            f"dagster/input_data_version/{raw}": seen.asset_observation.tags[DATA_VERSION_TAG],
+            f"dagster/input_event_pointer/{raw}": str(seen.storage_id),
+        }
+        if file.name not in done and all(known.get(file.name, {}).get(k) == v for k, v in tags.items()):
+            continue
+        facts = {
+            "documents": file.documents,
+            "quarantined": file.quarantined,
+            "tokens": file.tokens,
+            "text_bytes": file.text_bytes,
+            "engine": file.engine,
+        }
+        context.log_event(
+            dg.AssetMaterialization(tokenized_key(dataset), partition=file.name, metadata=facts, tags=tags)
+        )
+
+
+def _tokenize(context: dg.OpExecutionContext, dataset: Dataset, dask: DaskResource, only: set[str] | None) -> None:
+    _observe(context, dataset)
+    with user_errors():
+        files, done = stages.tokenize(dataset, Home.from_env(), dask.settings().client, context.log.info, only)
+    _report_files(context, dataset, files, set(done))
+
+
+def dataset_assets(dataset: Dataset) -> list[dg.AssetsDefinition | dg.AssetChecksDefinition]:
+    """`raw_files`, `tokenized` and `shards` of one dataset, and the checks of its shards."""
+    upstream = [CORPUS_KEY] if dataset.source.origin == "embedded" else []
+    files = partitions(dataset)
+
+    @dg.multi_observable_source_asset(
+        name=f"observe_{dataset.name}",
+        partitions_def=files,
+        specs=[
+            dg.AssetSpec(
+                raw_key(dataset),
+                deps=upstream,
+                partitions_def=files,
+                skippable=True,
+                group_name=GROUP,
+                description=f"Raw text: {', '.join(dataset.source.files)}",
+            )
+        ],
+    )
+    def raw_files(context: dg.AssetExecutionContext):
+        _observe(context, dataset)
+        yield from ()
+
+    @dg.multi_asset(
+        name=f"tokenize_raw_files_{dataset.name}",
+        partitions_def=files,
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        pool=CPU_POOL,
+        specs=[
+            dg.AssetSpec(
+                tokenized_key(dataset),
+                deps=[raw_key(dataset), tokenizer_key(dataset.tokenizer.name)],
+                partitions_def=files,
+                skippable=True,
+                group_name=GROUP,
+                kinds={"dask"},
+                code_version=_files_code_version(dataset),
+                description="Token streams and document indexes, one a raw file; a range of files is one run on Dask.",
+            )
+        ],
+    )
+    def tokenized(context: dg.AssetExecutionContext, dask: DaskResource):
+        _tokenize(context, dataset, dask, set(context.partition_keys))
+        yield from ()
+
+    # Packing is a step of its own: Dagster reads the versions of a step's inputs when the step starts, so files that
+    # are tokenized in the same run must be done before.
+    @dg.op(
+        name=f"tokenize_files_{dataset.name}", ins={"start": dg.In(dg.Nothing)}, out=dg.Out(dg.Nothing), pool=CPU_POOL
+    )
+    def tokenize_files(context: dg.OpExecutionContext, dask: DaskResource) -> None:
+        _tokenize(context, dataset, dask, None)
+
+    @dg.op(name=f"pack_{dataset.name}", ins={"start": dg.In(dg.Nothing)}, out=dg.Out(dg.Nothing), pool=CPU_POOL)
+    def pack(context: dg.OpExecutionContext, dask: DaskResource) -> dg.Output:
+        home, clients = Home.from_env(), dask.settings().client
+        with user_errors():
+            done, _ = stages.tokenize(dataset, home, clients, context.log.debug)
+            made = stages.make_shards(dataset, done, home, clients, context.log.info)
+        return dg.Output(None, data_version=dg.DataVersion(made.version), metadata=metadata(made))
+
+    def nothing(key: dg.AssetKey, **kwargs: dg.PartitionMapping) -> dg.AssetIn:
+        return dg.AssetIn(key=key, dagster_type=dg.Nothing, **kwargs)
+
+    @dg.graph_asset(
+        key=shards_key(dataset),
+        group_name=GROUP,
+        kinds={"dask"},
+        code_version=_shards_code_version(dataset),
+        ins={
+            "tokenized": nothing(tokenized_key(dataset), partition_mapping=dg.AllPartitionMapping()),
+            "tokenizer": nothing(tokenizer_key(dataset.tokenizer.name)),
+        },
+        description=f"Samples of {dataset.seq_len + 1} tokens in a seeded global document order, in tar shards.",
+    )
+    def shards(tokenized, tokenizer):
+        return pack(tokenize_files([tokenized, tokenizer]))
+
+    @dg.multi_asset_check(
+        name=f"check_shards_{dataset.name}",
+        specs=[
+            dg.AssetCheckSpec("tokens_conserved", asset=shards_key(dataset), blocking=True),
+            dg.AssetCheckSpec("shard_checksums", asset=shards_key(dataset), blocking=True),
+            dg.AssetCheckSpec("quarantine_rate", asset=shards_key(dataset)),
+        ],
+    )
+    def shard_checks():
+        with user_errors():
+            made = ShardedDataset(Home.from_env().shards(dataset.name, dataset.version))
+            made.verify()
+        totals = made.info["totals"]
+        in_shards = sum(e.tokens for e in made.entries)
+        conserved = in_shards + totals["tail_tokens"] == totals["tokens"]
+        key = shards_key(dataset)
+        yield dg.AssetCheckResult(
+            asset_key=key,
+            check_name="tokens_conserved",
+            passed=conserved,
+            metadata={"tokens": totals["tokens"], "in_shards": in_shards, "tail": totals["tail_tokens"]},
+        )
+        yield dg.AssetCheckResult(
+            asset_key=key, check_name="shard_checksums", passed=True, metadata={"shards": len(made.entries)}
+        )
+        rate = totals["quarantined"] / max(1, totals["documents"] + totals["quarantined"])
+        yield dg.AssetCheckResult(
+            asset_key=key,
+            check_name="quarantine_rate",
+            passed=rate <= dataset.source.max_bad_fraction,
+            metadata={"rate": rate, "quarantined": totals["quarantined"]},
+        )
+
+    return [raw_files, tokenized, shards, shard_checks]

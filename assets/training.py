@@ -1,0 +1,142 @@
+"""Checkpoints: one asset a milestone, made by one subsettable step a run, live while torchrun trains."""
+
+import math
+import time
+from typing import Any
+
+import dagster as dg
+
+from assets.common import (
+    DATA_VERSION_TAG,
+    TRAINING_POOL,
+    checkpoint_key,
+    code_version,
+    metadata,
+    shards_key,
+    user_errors,
+)
+from openlm_pipeline import stages
+from openlm_pipeline.experiments import Experiment
+from openlm_pipeline.layout import Home
+from openlm_pipeline.lineage.run_identity import settings_identity
+from openlm_pipeline.runs.folder import RunFolder
+from openlm_pipeline.runs.launch import MilestoneReached, MilestoneReused, Progress
+from openlm_pipeline.units import format_tokens
+
+_OBSERVE_SECONDS = 5.0
+_TABLE_ROWS = 40
+
+
+def checkpoint_assets(experiment: Experiment) -> dg.AssetsDefinition:
+    """All milestones of an experiment as one step that trains up to the last selected one."""
+    run = experiment.name
+    labels = dict(experiment.labelled_milestones())
+    shards = [shards_key(d) for d in experiment.datasets()]
+    version = code_version(
+        {**settings_identity(experiment), "weights": [s.weight for s in experiment.sources], "milestone": True}
+    )
+    specs, previous = [], []
+    for label, tokens in labels.items():
+        key = checkpoint_key(run, label)
+        specs.append(
+            dg.AssetSpec(
+                key,
+                deps=[*shards, *previous],
+                skippable=True,
+                group_name=run,
+                kinds={"pytorch"},
+                code_version=version,
+                metadata={"milestone_tokens": tokens},
+                description=f"Weights and optimizer of {run} after {format_tokens(tokens)} tokens.",
+            )
+        )
+        previous = [key]
+
+    @dg.multi_asset(
+        name=f"train_{run}",
+        specs=specs,
+        can_subset=True,
+        pool=TRAINING_POOL,
+        check_specs=[
+            dg.AssetCheckSpec(name, asset=checkpoint_key(run, label), blocking=True)
+            for label in labels
+            for name in ("finite_loss", "integrity")
+        ],
+    )
+    def train(context: dg.AssetExecutionContext):
+        home = Home.from_env()
+        selected = {label for label in labels if checkpoint_key(run, label) in context.selected_asset_keys}
+        until = max(labels[label] for label in selected)
+        folder = RunFolder(home.run(run, experiment.version))
+        observed_at = 0.0
+        with user_errors():
+            for event in stages.train(experiment, home, until, context.log.info, supersede=True):
+                if isinstance(event, MilestoneReached):
+                    yield from _milestone(context, experiment, folder, event, event.label in selected)
+                elif isinstance(event, Progress) and time.monotonic() - observed_at >= _OBSERVE_SECONDS:
+                    observed_at = time.monotonic()
+                    _observe(context, experiment, event.record)
+
+    return train
+
+
+def _observe(context: dg.AssetExecutionContext, experiment: Experiment, record: dict[str, Any]) -> None:
+    """Loss and speed on the milestone that is being trained, while it is."""
+    ahead = [label for label, tokens in experiment.labelled_milestones() if tokens >= record["tokens"]]
+    label = ahead[0] if ahead else [name for name, _ in experiment.labelled_milestones()][-1]
+    facts = {k: v for k, v in record.items() if k != "time"}
+    context.log_event(dg.AssetObservation(checkpoint_key(experiment.name, label), metadata=facts))
+    context.log.info(
+        f"{format_tokens(record['tokens'])} tokens, "
+        + ", ".join(f"{k} {v:,.4g}" for k, v in facts.items() if k in ("loss", "validation_loss", "tokens_per_second"))
+    )
+
+
+def _milestone(
+    context: dg.AssetExecutionContext,
+    experiment: Experiment,
+    folder: RunFolder,
+    event: MilestoneReached,
+    selected: bool,
+):
+    key = checkpoint_key(experiment.name, event.label)
+    result = stages.checkpoint_result(event.checkpoint, isinstance(event, MilestoneReused))
+    records = [r for r in folder.read_metrics() if r["step"] <= event.checkpoint.step]
+    training = [r for r in records if "loss" in r]
+    facts = metadata(result) | {
+        "loss": training[-1]["loss"],
+        "tokens_per_second": training[-1]["tokens_per_second"],
+        "loss_curve": _table(training),
+    }
+    if not selected:
+        tags = {DATA_VERSION_TAG: result.version}
+        context.log_event(dg.AssetMaterialization(key, metadata=facts, tags=tags))
+        return
+    losses = [r.get("loss", r.get("validation_loss")) for r in records]
+    yield dg.MaterializeResult(
+        asset_key=key,
+        metadata=facts,
+        data_version=dg.DataVersion(result.version),
+        check_results=[
+            dg.AssetCheckResult(
+                asset_key=key,
+                check_name="finite_loss",
+                passed=all(map(math.isfinite, losses)),
+                metadata={"records": len(losses), "last_loss": training[-1]["loss"]},
+            ),
+            dg.AssetCheckResult(
+                asset_key=key,
+                check_name="integrity",
+                passed=stages.is_intact(event.checkpoint),
+                metadata={"files": len(event.checkpoint.files)},
+            ),
+        ],
+    )
+
+
+def _table(records: list[dict[str, Any]]) -> dg.MetadataValue:
+    """Up to `_TABLE_ROWS` evenly spaced records, the last among them."""
+    every = -(-len(records) // _TABLE_ROWS)
+    rows = records[::-1][::every][::-1]
+    columns = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second")
+    return dg.MetadataValue.table([dg.TableRecord({c: r[c] for c in columns}) for r in rows])

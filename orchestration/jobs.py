@@ -1,0 +1,40 @@
+"""Jobs: one a recipe from raw files to report, one a run's scorecards, one a dataset's shards. None is partitioned."""
+
+import dagster as dg
+
+from assets.common import CORPUS_KEY, checkpoint_key, report_key, scorecard_key, shards_key, tokenizer_key
+from openlm_pipeline.experiments import Dataset, Experiment
+
+
+def _data_keys(datasets: list[Dataset]) -> list[dg.AssetKey]:
+    corpus = [CORPUS_KEY] if any(d.source.origin == "embedded" for d in datasets) else []
+    return [*corpus, *{tokenizer_key(d.tokenizer.name) for d in datasets}, *(shards_key(d) for d in datasets)]
+
+
+def _score_keys(experiment: Experiment) -> list[dg.AssetKey]:
+    labels = [label for label, _ in experiment.labelled_milestones()]
+    return [scorecard_key(experiment.name, label) for label in labels] if experiment.evaluation else []
+
+
+def recipe_job(experiment: Experiment) -> dg.JobDefinition:
+    """Everything of a recipe: `dagster job launch -j <recipe>`."""
+    keys = [
+        *_data_keys(experiment.datasets()),
+        *(checkpoint_key(experiment.name, label) for label, _ in experiment.labelled_milestones()),
+        *_score_keys(experiment),
+        report_key(experiment.name),
+    ]
+    return dg.define_asset_job(
+        experiment.name, selection=dg.AssetSelection.assets(*keys), description=experiment.description
+    )
+
+
+def evaluation_job(experiment: Experiment) -> dg.JobDefinition:
+    """Score the milestones of a run that are trained, and write its report."""
+    keys = [*_score_keys(experiment), report_key(experiment.name)]
+    return dg.define_asset_job(f"evaluate_{experiment.name}", selection=dg.AssetSelection.assets(*keys))
+
+
+def dataset_job(dataset: Dataset) -> dg.JobDefinition:
+    """Tokenizer and shards of one dataset."""
+    return dg.define_asset_job(f"tokenize_{dataset.name}", selection=dg.AssetSelection.assets(*_data_keys([dataset])))

@@ -1,0 +1,57 @@
+"""A job's progress on the terminal: the stages' own lines, each step's start and end, and each asset as it is made."""
+
+import logging
+import time
+
+import dagster as dg
+from rich.console import Console
+
+_SHOWN = {
+    "STEP_START": "start ",
+    "STEP_FAILURE": "FAILED",
+    "ASSET_MATERIALIZATION": "made  ",
+    "ASSET_CHECK_EVALUATION": "check ",
+}
+_console = Console(highlight=False, soft_wrap=True)
+_started = time.monotonic()
+
+
+class LiveHandler(logging.Handler):
+    """Prints one short line for each event that a person waits for."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        fields = getattr(record, "dagster_meta", {})
+        event = fields.get("dagster_event")
+        if event is None:
+            if record.levelno < logging.INFO:
+                return
+            word, text = "      ", fields.get("orig_message") or record.getMessage()
+        elif event.event_type_value not in _SHOWN:
+            return
+        else:
+            word, text = _SHOWN[event.event_type_value], _describe(event, fields)
+        _console.print(f"{time.monotonic() - _started:6.1f} s  {word} {text}", markup=False)
+
+
+def _describe(event: dg.DagsterEvent, fields: dict) -> str:
+    if event.event_type_value == "ASSET_MATERIALIZATION":
+        made = event.event_specific_data.materialization
+        reused = made.metadata.get("reused")
+        partition = f" [{made.partition}]" if made.partition else ""
+        return made.asset_key.to_user_string() + partition + (" (reused)" if reused and reused.value else "")
+    if event.event_type_value == "ASSET_CHECK_EVALUATION":
+        check = event.event_specific_data
+        return f"{check.asset_key.to_user_string()} {check.check_name}: {'passed' if check.passed else 'FAILED'}"
+    if event.event_type_value == "STEP_FAILURE":
+        error = event.event_specific_data
+        failure = error.user_failure_data
+        return f"{fields.get('step_key')}: {failure.description if failure else error.error.message.strip()}"
+    return str(fields.get("step_key"))
+
+
+@dg.logger
+def live_logger(context: dg.InitLoggerContext) -> logging.Logger:
+    """Prints a run's progress for a person at a terminal."""
+    log = logging.Logger("live", logging.DEBUG)
+    log.addHandler(LiveHandler())
+    return log
