@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.lineage.fingerprint import fingerprint
 from openlm_pipeline.strict import Strict, explain
+from openlm_pipeline.yaml_files import expand_variables, read_mapping
 
 HARNESS_VERSION = "1"
 """Raised whenever prompts or scores change for the same checkpoint and files; tasks scored by another are redone."""
@@ -149,12 +149,7 @@ def load_suite(name_or_path: str | Path) -> Suite:
             near = difflib.get_close_matches(text, suite_names(), n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(suite_names())}"
             raise ConfigError(f"there is no suite {text!r}; {hint} A suite of your own is given by its .yaml path")
-    try:
-        document = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{path} is not valid YAML: {e}") from e
-    if not isinstance(document, dict):
-        raise ConfigError(f"{path} is not a YAML mapping with the key icl_tasks")
+    document = expand_variables(read_mapping(path), path)
     try:
         return Suite(**{"name": path.stem, **document})
     except ValidationError as e:

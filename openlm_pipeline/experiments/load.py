@@ -2,7 +2,6 @@
 
 import difflib
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ from pydantic import ValidationError
 from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.experiments.spec import Experiment
 from openlm_pipeline.strict import explain
+from openlm_pipeline.yaml_files import expand_variables, read_mapping
 
 SHIPPED = Path(__file__).parent / "recipes"
-_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
 def recipe_paths() -> dict[str, Path]:
@@ -54,24 +53,6 @@ def _find(recipe: str) -> Path:
     return known[recipe]
 
 
-def _expand(value: Any, path: Path) -> Any:
-    """Put environment variables into strings; an unset one without a default is an error."""
-
-    def replace(match: re.Match[str]) -> str:
-        name, default = match[1], match[2]
-        if (found := os.environ.get(name) or default) is None:
-            raise ConfigError(f"{path} needs the environment variable {name}, which is not set")
-        return found
-
-    if isinstance(value, str):
-        return _VARIABLE.sub(replace, value)
-    if isinstance(value, dict):
-        return {k: _expand(v, path) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_expand(v, path) for v in value]
-    return value
-
-
 def _merge(base: Any, top: Any) -> Any:
     if isinstance(base, dict) and isinstance(top, dict):
         return {**base, **{k: _merge(base[k], v) if k in base else v for k, v in top.items()}}
@@ -81,14 +62,7 @@ def _merge(base: Any, top: Any) -> Any:
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path in seen:
         raise ConfigError(f"recipes extend each other in a circle: {' -> '.join(map(str, [*seen, path]))}")
-    try:
-        document = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{seen[-1]} extends {path}, which does not exist") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{path} is not valid YAML: {e}") from e
-    if not isinstance(document, dict):
-        raise ConfigError(f"{path} is not a YAML mapping")
+    document = read_mapping(path)
     if parent := document.pop("extends", None):
         document = _merge(_read((path.parent / parent).resolve(), (*seen, path)), document)
     return document
@@ -122,7 +96,7 @@ def load_experiment(recipe: str, overrides: Sequence[str] = ()) -> Experiment:
         ConfigError: no such recipe, bad YAML, an unknown key, a bad value; each names the file and the field.
     """
     path = _find(recipe)
-    document = _expand(apply_overrides(_read(path), overrides), path)
+    document = expand_variables(apply_overrides(_read(path), overrides), path)
     try:
         experiment = Experiment(**document)
     except ValidationError as e:
