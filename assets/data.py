@@ -36,7 +36,7 @@ def corpus_asset(experiment: Experiment) -> dg.AssetsDefinition:
     @dg.asset(
         key=CORPUS_KEY,
         group_name=GROUP,
-        kinds={"python"},
+        kinds={"python", "corpus"},
         code_version="1",
         pool=CPU_POOL,
         description="Real text that every installation has: the Python standard library's and packages' documentation "
@@ -60,7 +60,7 @@ def tokenizer_asset(experiment: Experiment) -> dg.AssetsDefinition:
         key=tokenizer_key(spec.name),
         deps=deps,
         group_name=GROUP,
-        kinds={"huggingface"},
+        kinds={"huggingface", "tokenizer"},
         code_version=code_version({"spec": spec.model_dump(exclude={"source"}), "code": TRAINING_VERSION}),
         pool=CPU_POOL,
         description=made_how,
@@ -174,6 +174,7 @@ def dataset_assets(dataset: Dataset) -> list[dg.AssetsDefinition | dg.AssetCheck
                 partitions_def=files,
                 skippable=True,
                 group_name=GROUP,
+                kinds={"raw_files"},
                 description=f"Raw text: {', '.join(dataset.source.files)}",
             )
         ],
@@ -194,7 +195,7 @@ def dataset_assets(dataset: Dataset) -> list[dg.AssetsDefinition | dg.AssetCheck
                 partitions_def=files,
                 skippable=True,
                 group_name=GROUP,
-                kinds={"dask"},
+                kinds={"dask", "tokenized"},
                 code_version=_files_code_version(dataset),
                 description="Token streams and document indexes, one a raw file; a range of files is one run on Dask.",
             )
@@ -226,7 +227,7 @@ def dataset_assets(dataset: Dataset) -> list[dg.AssetsDefinition | dg.AssetCheck
     @dg.graph_asset(
         key=shards_key(dataset),
         group_name=GROUP,
-        kinds={"dask"},
+        kinds={"dask", "shards"},
         code_version=_shards_code_version(dataset),
         ins={
             "tokenized": nothing(tokenized_key(dataset), partition_mapping=dg.AllPartitionMapping()),

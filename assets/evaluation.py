@@ -18,7 +18,7 @@ def scorecard_asset(experiment: Experiment, label: str) -> dg.AssetsDefinition:
         key=key,
         deps=[checkpoint_key(experiment.name, label)],
         group_name=experiment.name,
-        kinds={"pytorch"},
+        kinds={"pytorch", "scorecard"},
         code_version=code_version({"suite": suite.digest, "harness": HARNESS_VERSION}),
         pool=EVALUATION_POOL,
         check_specs=[dg.AssetCheckSpec("complete_suite", asset=key)],

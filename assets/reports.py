@@ -16,7 +16,7 @@ def report_asset(experiment: Experiment) -> dg.AssetsDefinition:
         key=report_key(experiment.name),
         deps=[key_of(experiment.name, label) for label, _ in experiment.labelled_milestones()],
         group_name=experiment.name,
-        kinds={"html"},
+        kinds={"html", "report"},
         code_version="1",
         description="Table of milestones, accuracy and loss against tokens, provenance: Markdown, HTML, CSV, Parquet.",
     )

@@ -44,7 +44,7 @@ def checkpoint_assets(experiment: Experiment) -> dg.AssetsDefinition:
                 deps=[*shards, *previous],
                 skippable=True,
                 group_name=run,
-                kinds={"pytorch"},
+                kinds={"pytorch", "checkpoint"},
                 code_version=version,
                 metadata={"milestone_tokens": tokens},
                 description=f"Weights and optimizer of {run} after {format_tokens(tokens)} tokens.",

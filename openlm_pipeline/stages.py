@@ -137,11 +137,14 @@ def train(
 
     Raises:
         IdentityError: the folder holds another run.
+        BusyError: the run is being trained already.
         TrainingError: training ended early.
     """
     run = RunFolder(home.run(experiment.name, experiment.version))
     identity = run_identity(experiment, dataset_versions(experiment, home))
-    if changed := run.claim(experiment, identity, supersede=supersede):
+    with run.lock():  # so that the folder of a run that is training is not set aside under it
+        changed = run.claim(experiment, identity, supersede=supersede)
+    if changed:
         report(f"the run that was in {run.path} is set aside. What changed: {'; '.join(changed)}")
     wanted = {label for label, tokens in experiment.labelled_milestones() if tokens <= until}
     there = {label: c for label, c in milestone_checkpoints(experiment, run).items() if label in wanted}
@@ -226,7 +229,7 @@ def score(experiment: Experiment, home: Home, label: str, report: Report) -> Sta
     report(f"scorecard {experiment.name} {label} {'reused' if reused else 'made'}: average accuracy {card.average:.3f}")
     accuracies = {f"accuracy_{t.task}": t.accuracy for t in card.tasks if t.category is None}
     facts = {"average": card.average, **accuracies, "validation_loss": card.validation_loss}
-    facts |= {"scored": list(result.scored), "reused": list(result.reused)}
+    facts |= {"scored_tasks": list(result.scored), "reused_tasks": list(result.reused)}
     return StageResult(out, fingerprint({"scorecard": card.model_dump(mode="json")}), reused, facts)
 
 

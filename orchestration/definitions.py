@@ -28,7 +28,8 @@ def _shared(experiments: list[Experiment]) -> tuple[dict[str, Dataset], dict[str
                 f"recipes {other.name} and {experiment.name} describe tokenizer {other.tokenizer.name} differently"
             )
         for dataset in experiment.datasets():
-            same = dataset.model_copy(update={"source": dataset.source.model_copy(update={"weight": 1.0})})
+            source = dataset.source.model_copy(update={"weight": 1.0})
+            same = dataset.model_copy(update={"source": source, "engine": "auto", "verify_every": 200})
             known, owner = datasets.setdefault(dataset.name, (same, experiment.name))
             if known != same:
                 raise ConfigError(f"recipes {owner} and {experiment.name} describe dataset {dataset.name} differently")

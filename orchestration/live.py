@@ -9,7 +9,7 @@ from rich.console import Console
 _SHOWN = {
     "STEP_START": "start ",
     "STEP_FAILURE": "FAILED",
-    "ASSET_MATERIALIZATION": "made  ",
+    "ASSET_MATERIALIZATION": "done  ",
     "ASSET_CHECK_EVALUATION": "check ",
 }
 _console = Console(highlight=False, soft_wrap=True)
@@ -38,7 +38,7 @@ def _describe(event: dg.DagsterEvent, fields: dict) -> str:
         made = event.event_specific_data.materialization
         reused = made.metadata.get("reused")
         partition = f" [{made.partition}]" if made.partition else ""
-        return made.asset_key.to_user_string() + partition + (" (reused)" if reused and reused.value else "")
+        return made.asset_key.to_user_string() + partition + (", nothing to do" if reused and reused.value else "")
     if event.event_type_value == "ASSET_CHECK_EVALUATION":
         check = event.event_specific_data
         return f"{check.asset_key.to_user_string()} {check.check_name}: {'passed' if check.passed else 'FAILED'}"

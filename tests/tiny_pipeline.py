@@ -18,7 +18,7 @@ import dagster as dg
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-LABELS = ("t00020K", "t00060K")
+LABELS = ("t0010K", "t0040K")
 RECIPE = """
 name: tiny
 description: A pipeline that runs in seconds.
@@ -28,7 +28,7 @@ samples_per_shard: 1024
 sources: [{{name: tiny_text, files: ["raw/tiny_text/*.jsonl"], max_bad_fraction: 0.5}}]
 model: {{hidden_dim: 32, n_layers: 2, n_heads: 2}}
 training: {{global_batch: 64, lr: 1.0e-3, schedule: constant}}
-milestones: [20K, 60K]
+milestones: [10K, 40K]
 evaluation: {{suite: "${{OPENLM_HOME}}/suite.yaml"}}
 execution: {{log_every: 20}}
 launcher: {{processes: 1}}

@@ -3,15 +3,15 @@
 import argparse
 import sys
 
-import torch.distributed as dist
-
 from openlm_pipeline.errors import OpenLMError
 from openlm_pipeline.experiments import load_experiment
 from openlm_pipeline.layout import Home
 from openlm_pipeline.units import parse_tokens
+from train.signals import die_with_parent
 
 
 def main() -> int:
+    die_with_parent()  # before torch is imported, which takes seconds in which torchrun could be killed
     parser = argparse.ArgumentParser(prog="torchrun -m train", description=__doc__)
     parser.add_argument("recipe", help="a recipe's name (`openlm recipes` lists them) or YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.lr=1e-3 or milestones=[1M]")
@@ -20,16 +20,17 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     try:
         experiment = load_experiment(arguments.recipe, arguments.overrides)
+        from train.distributed import leave_process_group
         from train.loop import run_training
 
         until = arguments.until or experiment.milestones[-1]
-        run_training(experiment, Home.from_env(), until, supersede=arguments.supersede)
+        try:
+            run_training(experiment, Home.from_env(), until, supersede=arguments.supersede)
+        finally:
+            leave_process_group()
     except OpenLMError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.exit_code
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
     return 0
 
 

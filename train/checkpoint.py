@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from openlm_pipeline.files import write_json
 from openlm_pipeline.models.transformer import Transformer
 from openlm_pipeline.runs.checkpoints import MODEL_CONFIG, Checkpoint, commit, folder_name
+from openlm_pipeline.runs.weights import SafePlanner, SafeReader
 from train.distributed import World
 
 
@@ -33,7 +34,12 @@ def save(
 ) -> Checkpoint:
     """Save under a temporary name and commit; every rank returns when the checkpoint is complete."""
     tmp = folder / f".tmp-{folder_name(step)}"
-    world.from_rank0(lambda: shutil.rmtree(tmp, ignore_errors=True))
+
+    def remove_unfinished() -> None:  # of this step, or of another where a process was killed while saving
+        for left in folder.glob(".tmp-step-*"):
+            shutil.rmtree(left)
+
+    world.from_rank0(remove_unfinished)
     dcp.save(_state(model, optimizer), checkpoint_id=tmp)
 
     def finish() -> Checkpoint:
@@ -46,7 +52,7 @@ def save(
 def load(checkpoint: Checkpoint, model: Transformer, optimizer: Optimizer) -> None:
     """Load a verified checkpoint into model and optimizer, whatever the world size it was saved at."""
     state = _state(model, optimizer)
-    dcp.load(state, checkpoint_id=checkpoint.path)
+    dcp.load(state, storage_reader=SafeReader(checkpoint.path), planner=SafePlanner())
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 

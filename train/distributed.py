@@ -20,11 +20,13 @@ class World:
     rank: int
     size: int
     device: torch.device
+    cpu_group: dist.ProcessGroup
+    """A gloo group, so that small agreements never wait for the GPU's stream."""
 
     def any(self, flag: bool) -> bool:
         """True on every rank if `flag` is true on one."""
         value = torch.tensor(int(flag))
-        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=_cpu_group())
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.cpu_group)
         return bool(value.item())
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
@@ -39,20 +41,10 @@ class World:
                 box[0] = make()
             except Exception as e:  # noqa: BLE001 - raised again below, on every rank
                 box[1] = e
-        dist.broadcast_object_list(box, src=0, group=_cpu_group())
+        dist.broadcast_object_list(box, src=0, group=self.cpu_group)
         if box[1] is not None:
             raise box[1]
         return box[0]
-
-
-_GROUPS: dict[str, dist.ProcessGroup] = {}
-
-
-def _cpu_group() -> dist.ProcessGroup:
-    """A gloo group, so that small agreements never wait for the GPU's stream."""
-    if "cpu" not in _GROUPS:
-        _GROUPS["cpu"] = dist.new_group(backend="gloo")
-    return _GROUPS["cpu"]
 
 
 def start() -> World:
@@ -67,8 +59,13 @@ def start() -> World:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    _cpu_group()
-    return World(dist.get_rank(), size, device)
+    return World(dist.get_rank(), size, device, dist.new_group(backend="gloo"))
+
+
+def leave_process_group() -> None:
+    """The end of what `start` began; nothing where it did not get that far."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def build_model(experiment: Experiment, world: World) -> Transformer:

@@ -10,7 +10,6 @@ from torch.distributed.tensor import DTensor
 
 from openlm_pipeline.errors import TrainingError
 from openlm_pipeline.experiments import Experiment
-from openlm_pipeline.files import folder_lock
 from openlm_pipeline.layout import Home
 from openlm_pipeline.lineage.fingerprint import short
 from openlm_pipeline.lineage.run_identity import run_identity
@@ -23,7 +22,7 @@ from train.data import Batches, open_dataset
 from train.distributed import World, build_model, start
 from train.metrics import Metrics
 from train.schedule import learning_rate
-from train.signals import StopRequest, die_with_parent
+from train.signals import StopRequest
 from train.validation import validation_loss
 
 
@@ -63,20 +62,23 @@ class Trainer:
 
     def train(self, until: int) -> Outcome:
         """Make every milestone up to `until` tokens that is not there, each from the newest checkpoint before it."""
-        for label, milestone_tokens in self.experiment.labelled_milestones():
-            if milestone_tokens > until:
-                break
-            target = self.experiment.steps(milestone_tokens)
-            found = self.world.from_rank0(self._list)
-            if any(c.milestone == label and c.step == target for c in found):
-                self.console.print(f"milestone {format_tokens(milestone_tokens)} is there already")
-                continue
-            self._go_to_start(found, target)
-            if not self._train_to(target):
+        milestones = {
+            label: self.experiment.steps(tokens)
+            for label, tokens in self.experiment.labelled_milestones()
+            if tokens <= until
+        }
+        while True:
+            there = {c.milestone: c.step for c in self.world.from_rank0(self._list)}
+            label = next((m for m, step in milestones.items() if there.get(m) != step), None)
+            if label is None:
+                step = max([self.step, *milestones.values()])
+                return Outcome("completed", step, step * self.experiment.training.global_batch)
+            if not self._go_to_start(milestones[label]):
+                continue  # what was taken for a milestone was damaged: there is an earlier one to make
+            if not self._train_to(milestones[label]):
                 self._save(milestone=None)
                 return Outcome("preempted", self.step, self.tokens)
-            self._reach_milestone(label, found)
-        return Outcome("completed", self.step, self.tokens)
+            self._reach_milestone(label)
 
     def _list(self) -> list[Checkpoint]:
         return list_checkpoints(self.run.checkpoints, self.run.fingerprint, self._warn)
@@ -84,9 +86,20 @@ class Trainer:
     def _warn(self, message: str) -> None:
         self.console.print(f"warning: {message}")
 
-    def _go_to_start(self, found: list[Checkpoint], target: int) -> None:
-        """Load the newest intact checkpoint up to `target`, unless the weights in memory are at least as far."""
-        newest = self.world.from_rank0(lambda: newest_intact(found, target, self._warn))
+    def _go_to_start(self, target: int) -> bool:
+        """Load the newest intact checkpoint up to `target`, unless the weights in memory are at least as far.
+
+        False, with nothing loaded, where a milestone turned out to be damaged and was set aside.
+        """
+
+        def choose() -> tuple[Checkpoint | None, bool]:
+            before = self._list()
+            newest = newest_intact(before, target, self._warn)
+            return newest, any(c.milestone and not c.path.exists() for c in before)
+
+        newest, milestone_lost = self.world.from_rank0(choose)
+        if milestone_lost:
+            return False
         here = self.step if self.step <= target else -1
         if newest is not None and newest.step > here:
             checkpoints.load(newest, self.model, self.optimizer)
@@ -95,6 +108,7 @@ class Trainer:
         elif here < 0:
             raise TrainingError(f"no intact checkpoint to go back to step {target} from; start the run again")
         self.metrics.reset()
+        return True
 
     def _train_to(self, target: int) -> bool:
         """Step until `target`; False if a signal asked to stop before."""
@@ -160,14 +174,16 @@ class Trainer:
             return {}
         limit = self.experiment.validation.max_samples
         loss = validation_loss(self.model, self.held_out, limit, self.batches.micro_batch, self.world)
+        if not math.isfinite(loss):
+            raise TrainingError(f"validation loss {loss} at step {self.step}: not finite; nothing was saved")
         if self.world.rank == 0:
             self.run.append_metrics({"step": self.step, "tokens": self.tokens, "validation_loss": loss})
         self.console.print(f"step {self.step:>7}  validation loss {loss:.4f}")
         return {"validation_loss": loss}
 
-    def _reach_milestone(self, label: str, found: list[Checkpoint]) -> None:
+    def _reach_milestone(self, label: str) -> None:
         metrics = self._validate()
-        here = [c for c in found if c.step == self.step]
+        here = [c for c in self.world.from_rank0(self._list) if c.step == self.step]
         if here:  # a rotating checkpoint stands exactly here, from before this was a milestone
             self.world.from_rank0(lambda: promote(here[0], label, metrics))
         else:
@@ -196,7 +212,6 @@ def run_training(experiment: Experiment, home: Home, until: int, *, supersede: b
     Raises:
         OpenLMError: what is wrong with the recipe, the data, the folder or the run.
     """
-    die_with_parent()
     world = start()
     run = RunFolder(home.run(experiment.name, experiment.version))
     datasets = [open_dataset(d, home) for d in experiment.training_datasets()]
@@ -204,6 +219,7 @@ def run_training(experiment: Experiment, home: Home, until: int, *, supersede: b
 
     def held() -> Outcome:
         world.from_rank0(lambda: run.claim(experiment, identity, supersede=supersede))
+        world.from_rank0(run.clear_outcome)  # of an earlier process: until this one ends there is none
         trainer = Trainer(experiment, home, world, datasets)
         trainer.console.print(f"run {run.path} ({short(run.fingerprint)})")
         try:
@@ -224,7 +240,7 @@ def run_training(experiment: Experiment, home: Home, until: int, *, supersede: b
 
 def _hold_lock(run: RunFolder, world: World, held) -> Outcome:
     """Rank 0 holds the run's lock for its lifetime; if it cannot, every rank hears of it."""
-    lock = folder_lock(run.path.parent / f".{run.path.name}", "training")
+    lock = run.lock()
     world.from_rank0(lock.__enter__)
     try:
         return held()

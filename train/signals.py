@@ -1,6 +1,7 @@
 """Signals: SIGTERM and SIGUSR1 ask for a checkpoint and an end; a worker never outlives its torchrun."""
 
 import ctypes
+import os
 import signal
 import sys
 
@@ -20,6 +21,9 @@ class StopRequest:
 
 
 def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent ends (Linux; elsewhere torchrun's own care must do)."""
-    if sys.platform == "linux":
+    """Under torchrun, ask the kernel to kill this process when its parent ends (Linux; elsewhere torchrun's own care).
+
+    A trainer that a person starts without torchrun may outlive the shell, as under nohup.
+    """
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

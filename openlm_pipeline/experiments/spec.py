@@ -65,6 +65,8 @@ class Dataset(Strict):
     seq_len: int
     samples_per_shard: int
     shuffle_seed: int
+    engine: Literal["auto", "huggingface"] = "auto"
+    verify_every: int = 200
 
     @property
     def name(self) -> str:
@@ -122,6 +124,10 @@ class Execution(Strict):
     """Rotating checkpoints kept; milestones are always kept."""
     log_every: int = Field(default=10, ge=1)
     """Steps between two records of `metrics.jsonl`."""
+    tokenizer_engine: Literal["auto", "huggingface"] = "auto"
+    """`auto` takes the fast engine where it gives the ids of Hugging Face `tokenizers`, which it is checked against."""
+    verify_every: int = Field(default=200, ge=1)
+    """One in so many documents is encoded by both engines; a difference fails the file."""
 
 
 class Evaluation(Strict):
@@ -175,6 +181,8 @@ class Experiment(Strict):
             raise ValueError(f"training.global_batch {batch} is not a multiple of seq_len {self.seq_len}")
         if self.milestones[0] < batch:
             raise ValueError(f"the first milestone {format_tokens(self.milestones[0])} is less than one global batch")
+        if len({self.steps(m) for m in self.milestones}) < len(self.milestones):
+            raise ValueError(f"two milestones end at the same step; one step is {format_tokens(batch)} tokens")
         names = [d.name for d in self.datasets()]
         if len(names) != len(set(names)):
             raise ValueError("every source, the validation source included, needs its own name")
@@ -204,6 +212,8 @@ class Experiment(Strict):
                 seq_len=self.seq_len,
                 samples_per_shard=self.samples_per_shard,
                 shuffle_seed=self.shuffle_seed,
+                engine=self.execution.tokenizer_engine,
+                verify_every=self.execution.verify_every,
             )
             for s in sources
         ]

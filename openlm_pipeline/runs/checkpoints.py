@@ -1,8 +1,8 @@
 """Checkpoints of a run: folders `step-XXXXXXXX` that are verified whole or not seen.
 
 A checkpoint is written under `.tmp-step-XXXXXXXX`, described in `checkpoint.json` (run fingerprint, step, tokens,
-sha256 of every file), renamed, and marked with an empty `COMPLETE` last. A reader trusts a folder only if `COMPLETE` is
-there, the run is its own and, before loading, every file has its recorded hash.
+sha256 of every file and of the description itself), renamed, and marked with an empty `COMPLETE` last. A reader trusts
+a folder only if `COMPLETE` is there, the run is its own and, before loading, every file has its recorded hash.
 """
 
 import shutil
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from openlm_pipeline.errors import DataError, IdentityError, MissingInputError
-from openlm_pipeline.files import read_json, sha256_file, write_json, write_text
+from openlm_pipeline.files import read_json, set_aside, sha256_file, write_json, write_text
 from openlm_pipeline.lineage.fingerprint import fingerprint
 
 INFO = "checkpoint.json"
@@ -57,16 +57,22 @@ def commit(
     checkpoint = Checkpoint(path, run_fingerprint, step, tokens, milestone, files, metrics)
     _write_info(tmp, checkpoint)
     if path.exists():
-        shutil.rmtree(path)
+        _delete(path)
     tmp.rename(path)
     write_text(path / COMPLETE, "")
     return checkpoint
 
 
+def _delete(path: Path) -> None:
+    """Remove a checkpoint, its mark first."""
+    (path / COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(path)
+
+
 def _write_info(folder: Path, checkpoint: Checkpoint) -> None:
     info = asdict(checkpoint)
     del info["path"]
-    write_json(folder / INFO, info)
+    write_json(folder / INFO, {**info, "sha256": fingerprint(info)})
 
 
 def promote(checkpoint: Checkpoint, milestone: str, metrics: dict[str, float]) -> Checkpoint:
@@ -85,9 +91,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     if not (path / COMPLETE).exists():
         raise MissingInputError(f"there is no complete checkpoint at {path}")
+    info = read_json(path / INFO)
     try:
-        return Checkpoint(path=path, **read_json(path / INFO))
-    except TypeError as e:
+        recorded = info.pop("sha256", None)
+        if recorded != fingerprint(info):
+            raise DataError(f"{path / INFO} does not have its recorded sha256: it is damaged")
+        return Checkpoint(path=path, **info)
+    except (TypeError, AttributeError) as e:
         raise DataError(f"{path / INFO} is not a checkpoint's description: {e}") from e
 
 
@@ -98,13 +108,13 @@ def list_checkpoints(folder: Path, run_fingerprint: str, warn: Callable[[str], N
         IdentityError: a checkpoint in the folder is another run's.
     """
     found = []
-    for path in sorted(folder.glob("step-*")):
+    for path in sorted(folder.glob("step-" + "[0-9]" * 8)):
         if not (path / COMPLETE).exists():
             continue
         try:
             checkpoint = read_checkpoint(path)
         except (DataError, MissingInputError) as e:
-            warn(f"checkpoint {path} is passed over: {e}")
+            warn(f"checkpoint {path.name} is passed over: {e}")
             continue
         if checkpoint.run_fingerprint != run_fingerprint:
             raise IdentityError(f"{path} is a checkpoint of another run; move it out of this run's folder")
@@ -127,7 +137,11 @@ def verify(checkpoint: Checkpoint) -> None:
 
 
 def newest_intact(checkpoints: list[Checkpoint], max_step: int, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint up to `max_step` whose files all verify; damaged ones are reported and passed over."""
+    """The newest checkpoint up to `max_step` whose files all verify.
+
+    Damaged ones are reported and set aside, so that nothing counts on them any more: neither a milestone nor the
+    number of checkpoints that are kept.
+    """
     for checkpoint in reversed(checkpoints):
         if checkpoint.step > max_step:
             continue
@@ -135,12 +149,11 @@ def newest_intact(checkpoints: list[Checkpoint], max_step: int, warn: Callable[[
             verify(checkpoint)
             return checkpoint
         except DataError as e:
-            warn(f"{e}. Falling back to an earlier checkpoint.")
+            warn(f"{e}. Falling back to an earlier checkpoint; it is now {set_aside(checkpoint.path).name}")
     return None
 
 
 def rotate(checkpoints: list[Checkpoint], keep: int) -> None:
     """Delete all but the newest `keep` checkpoints that are not milestones; the mark goes first."""
     for checkpoint in [c for c in checkpoints if c.milestone is None][:-keep]:
-        (checkpoint.path / COMPLETE).unlink(missing_ok=True)
-        shutil.rmtree(checkpoint.path)
+        _delete(checkpoint.path)

@@ -4,8 +4,10 @@
 """
 
 import json
+import os
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +16,7 @@ import yaml
 
 from openlm_pipeline.errors import IdentityError
 from openlm_pipeline.experiments import Experiment
-from openlm_pipeline.files import read_json, set_aside, write_json, write_text
+from openlm_pipeline.files import folder_lock, read_json, set_aside, write_json, write_text
 from openlm_pipeline.lineage.fingerprint import Tree, differences, fingerprint
 
 
@@ -43,6 +45,15 @@ class RunFolder:
     @property
     def identity(self) -> Tree:
         return read_json(self.path / "run.json")["identity"]
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Held by the one process that may train this run, for its lifetime. It stands beside the folder, which
+        `claim` may set aside.
+
+        Raises:
+            BusyError: on entering, where another process holds it.
+        """
+        return folder_lock(self.path.parent / f".{self.path.name}", "training")
 
     def belongs_to(self, identity: Tree) -> bool:
         """Whether the folder is free or is that run's."""
@@ -80,8 +91,13 @@ class RunFolder:
         return changed
 
     def append_metrics(self, record: dict[str, Any]) -> None:
-        with self.metrics_file.open("a") as f:
-            f.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
+        line = json.dumps({**record, "time": round(time.time(), 3)}) + "\n"
+        with self.metrics_file.open("ab+") as f:
+            if f.tell():
+                f.seek(-1, os.SEEK_END)
+                if f.read(1) != b"\n":  # a killed process left half a line
+                    line = "\n" + line
+            f.write(line.encode())
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All records by step. A resumed run repeats steps; the last record of a step and kind stands."""

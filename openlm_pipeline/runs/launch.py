@@ -24,6 +24,11 @@ from openlm_pipeline.runs.folder import RunFolder
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 30.0
 _LOG = "train.log"
+_MALLOC = {
+    # On a CPU glibc gives each large tensor's memory back to the kernel and gets it zeroed again a moment later.
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
+}
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,11 @@ def milestone_checkpoints(experiment: Experiment, run: RunFolder) -> dict[str, C
     return {c.milestone: c for c in found if c.milestone in wanted}
 
 
+def _key(record: dict[str, Any]) -> tuple[int, bool, float]:
+    """What tells a record from every other; a step that is done again has another time."""
+    return record["step"], "validation_loss" in record, record["time"]
+
+
 def _stop(process: subprocess.Popen) -> None:
     """SIGTERM, time to save a checkpoint, then SIGKILL; the workers die with torchrun."""
     with suppress(ProcessLookupError):
@@ -84,10 +94,10 @@ def train_locally(experiment: Experiment, home: Home, run: RunFolder, until: int
     ]  # fmt: skip
     if setpriv := shutil.which("setpriv"):
         command = [setpriv, "--pdeathsig", "TERM", "--", *command]
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "OPENLM_HOME": str(home.root)}
+    environment = {"OMP_NUM_THREADS": "1", **_MALLOC, **os.environ, "OPENLM_HOME": str(home.root)}
     run.clear_outcome()
     log_path = run.path / _LOG
-    seen_records = len(run.read_metrics())
+    seen_records = {_key(record) for record in run.read_metrics()}
     seen_milestones = set(milestone_checkpoints(experiment, run))
     with log_path.open("ab") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
@@ -95,10 +105,10 @@ def train_locally(experiment: Experiment, home: Home, run: RunFolder, until: int
             ended = False
             while not ended:
                 ended = process.poll() is not None  # read once more after the end, so that nothing is missed
-                records = run.read_metrics()
-                for record in records[seen_records:]:
-                    yield Progress(record)
-                seen_records = max(seen_records, len(records))
+                for record in run.read_metrics():
+                    if (key := _key(record)) not in seen_records:
+                        seen_records.add(key)
+                        yield Progress(record)
                 for label, checkpoint in milestone_checkpoints(experiment, run).items():
                     if label not in seen_milestones:
                         seen_milestones.add(label)

@@ -4,6 +4,7 @@ DCP's `.metadata` is a pickle; it is read here by an unpickler that knows the cl
 a foreign folder cannot run code.
 """
 
+import io
 import pickle
 import warnings
 from functools import cached_property
@@ -12,7 +13,9 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
 
 from openlm_pipeline.errors import DataError
 from openlm_pipeline.files import read_json
@@ -20,12 +23,22 @@ from openlm_pipeline.models.config import ModelConfig
 from openlm_pipeline.models.transformer import Transformer
 from openlm_pipeline.runs.checkpoints import MODEL_CONFIG, Checkpoint, verify
 
-_ALLOWED = {
+_ALLOWED: dict[str, set[str]] = {
     "torch": {"Size", "float32", "float64", "bfloat16", "float16", "int64", "int32", "uint8", "bool"},
     "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.metadata": None,  # the whole module: plain dataclasses and enums
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorProperties",
+        "_MEM_FORMAT_ENCODING",
+    },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix", "SerializationFormat"},
     "pathlib": {"PosixPath", "Path"},
+    "pathlib._local": {"PosixPath", "Path"},  # their name in Python 3.13
     "collections": {"OrderedDict"},
     "builtins": {"list", "dict", "set", "tuple"},
 }
@@ -33,8 +46,7 @@ _ALLOWED = {
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> object:
-        allowed = _ALLOWED.get(module, set())
-        if "." in name or (allowed is not None and name not in allowed):
+        if name not in _ALLOWED.get(module, ()):
             raise DataError(f"the checkpoint's .metadata names {module}.{name}, which no checkpoint of ours does")
         return super().find_class(module, name)
 
@@ -43,30 +55,51 @@ class SafeReader(FileSystemReader):
     """DCP's reader for folders, with the metadata read by an unpickler that runs nothing."""
 
     def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as f:
-            metadata = _MetadataUnpickler(f).load()
+        path = Path(self.path) / ".metadata"
+        with path.open("rb") as f:
+            try:
+                metadata = _MetadataUnpickler(f).load()
+            except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, LookupError) as e:
+                raise DataError(f"{path} is not the description of a checkpoint: {e}") from e
+        if not isinstance(metadata, Metadata):
+            raise DataError(f"{path} is not the description of a checkpoint")
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = self.storage_meta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
 
+class SafePlanner(DefaultLoadPlanner):
+    """DCP's planner, which would run what a value that is not a tensor says; here it may be plain data only."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        torch.load(value, weights_only=True)  # raises where there is more than plain data
+        value.seek(0)
+        super().load_bytes(read_item, value)
+
+
 def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Transformer:
     """The verified weights of a checkpoint, fp32, in evaluation mode.
 
     Raises:
-        DataError: a file is damaged.
+        DataError: a file is damaged, or is not what a checkpoint of this model holds.
     """
     verify(checkpoint)
+    reader = SafeReader(checkpoint.path)
+    described = reader.read_metadata().state_dict_metadata  # read here, as DCP would wrap its error in another
     config = ModelConfig(**read_json(checkpoint.path / MODEL_CONFIG))
     with torch.device("meta"):
         model = Transformer(config)
     model.to_empty(device=device)
     model.init_buffers()
     state = {"model": model.state_dict()}
+    for name, value in state["model"].items():
+        found = described.get(f"model.{name}")
+        if not isinstance(found, TensorStorageMetadata) or found.size != value.shape:
+            raise DataError(f"{checkpoint.path} has no tensor {name} of shape {list(value.shape)}")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is the intent
-        dcp.load(state, storage_reader=SafeReader(checkpoint.path), no_dist=True)
+        dcp.load(state, storage_reader=reader, planner=SafePlanner(), no_dist=True)
     model.load_state_dict(state["model"])
     return model.eval()
 

@@ -15,11 +15,12 @@ import numpy as np
 
 from openlm_pipeline.corpus.discovery import RawFile
 from openlm_pipeline.corpus.reader import QuarantineWriter, RecordReader
+from openlm_pipeline.errors import DataError
 from openlm_pipeline.experiments import Dataset
 from openlm_pipeline.files import atomic_writer, read_json, write_json
 from openlm_pipeline.lineage.fingerprint import fingerprint
 from openlm_pipeline.shards.format import SampleFormat
-from openlm_pipeline.tokenization.engine import HuggingFaceEngine
+from openlm_pipeline.tokenization.engine import EngineMismatch, make_engine
 from openlm_pipeline.tokenization.raw_hash import sha256_url
 from openlm_pipeline.tokenization.tokenizer import TokenizerInfo, tokenizer_file
 
@@ -45,6 +46,7 @@ class FileTokens:
     """UTF-8 bytes of the documents' text."""
     tokens_sha256: str
     engine: str
+    """Which engine encoded it, and why that one."""
 
     @property
     def version(self) -> str:
@@ -86,7 +88,7 @@ def tokenize_file(
         DataError: the file is damaged, or more of its records are bad than the source allows.
     """
     (folder / f"{raw.name}.json").unlink(missing_ok=True)  # what it describes is about to be replaced
-    engine = HuggingFaceEngine(tokenizer_file(tokenizer_folder))
+    engine, engine_reason = make_engine(tokenizer_file(tokenizer_folder), dataset.engine, dataset.verify_every)
     dtype = SampleFormat.for_vocabulary(1, tokenizer.vocab_size).numpy_dtype
     digest = hashlib.sha256()
     index: list[tuple[int, int]] = []
@@ -98,7 +100,14 @@ def tokenize_file(
     ):
 
         def flush(numbers: list[int], texts: list[str]) -> None:
-            for number, ids in zip(numbers, engine.encode_batch(texts)):
+            try:
+                encoded = engine.encode_batch(texts)
+            except EngineMismatch as e:
+                raise DataError(
+                    f"{raw.url}, record {numbers[e.position]}: {e}. Set execution.tokenizer_engine=huggingface to use "
+                    "the slower one alone, and please report the document"
+                ) from e
+            for number, ids in zip(numbers, encoded):
                 data = np.append(ids, tokenizer.eot_id).astype(dtype).tobytes()
                 out.write(data)
                 digest.update(data)
@@ -134,7 +143,7 @@ def tokenize_file(
         tokens=int(documents[:, 1].sum()),
         text_bytes=text_bytes,
         tokens_sha256=digest.hexdigest(),
-        engine=engine.name,
+        engine=engine_reason,
     )
     write_json(folder / f"{raw.name}.json", asdict(result))
     return result

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _REPORT_SECONDS = 2.0
 _BUILDING = ".building"
+_IDENTITY = "identity.json"
 _QUARANTINE = "quarantine.jsonl"
 
 
@@ -119,10 +120,10 @@ def pack_shards(
             changed = differences(old, identity)
             report(f"set the old shards of {dataset.name} aside as {set_aside(folder)}")
         building = folder / _BUILDING
-        if building.exists() and read_json(building / "identity.json") != identity:
-            shutil.rmtree(folder)
-        building.mkdir(parents=True, exist_ok=True)
-        write_json(building / "identity.json", identity)
+        begun = building / _IDENTITY
+        if folder.exists() and not (begun.exists() and read_json(begun) == identity):
+            shutil.rmtree(folder)  # a beginning that can't be told to be of this identity
+        write_json(begun, identity)
         _pack(dataset, files, tokenizer, tokenized, folder, building, identity, clients, report)
         shutil.rmtree(building)
     return False, changed

@@ -1,0 +1,73 @@
+"""Clusters and small datasets for the tests of the data engine."""
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed import Client
+from small_dataset import SmallDataset, documents
+
+from openlm_pipeline.tokenization.cluster import ClientFactory, DaskSettings
+
+
+def _kept(client: Client) -> ClientFactory:
+    """The same open client each time a stage asks for one."""
+    return lambda: contextlib.nullcontext(client)
+
+
+@pytest.fixture(scope="session")
+def inline() -> Iterator[ClientFactory]:
+    """A cluster of one thread in this process."""
+    with Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as client:
+        yield _kept(client)
+
+
+@pytest.fixture(scope="session")
+def two_workers() -> Iterator[ClientFactory]:
+    """A real cluster of two worker processes."""
+    with DaskSettings(workers=2).client() as client:
+        yield _kept(client)
+
+
+@pytest.fixture
+def no_client() -> ClientFactory:
+    """For stages that must find nothing to do."""
+
+    def refuse() -> contextlib.AbstractContextManager[Client]:
+        raise AssertionError("a stage asked for a cluster though all was done")
+
+    return refuse
+
+
+@pytest.fixture(scope="session")
+def small_bpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE tokenizer of 400 ids, trained as an experiment trains its own."""
+    made = SmallDataset(
+        tmp_path_factory.mktemp("small_bpe"), {"tokenizer": {"name": "small_bpe", "train": {"vocab_size": 400}}}
+    )
+    made.write({"a.jsonl": documents(60)})
+    return made.tokenizer().path
+
+
+@pytest.fixture
+def small(tmp_path: Path, small_bpe: Path) -> Callable[..., SmallDataset]:
+    """Makes a dataset in a folder of the test's own, with a ready tokenizer and no raw files yet."""
+
+    def make(folder: str = "home", settings: dict[str, Any] | None = None, **source: Any) -> SmallDataset:
+        made = SmallDataset(tmp_path / folder, settings or {}, source)
+        made.root.mkdir(exist_ok=True)
+        shutil.copy(small_bpe, made.root / "small_bpe.json")
+        return made
+
+    return make
+
+
+@pytest.fixture
+def three_files(small: Callable[..., SmallDataset]) -> SmallDataset:
+    """Three raw files of unequal size, enough for several shards."""
+    made = small()
+    made.write({"a.jsonl": documents(20), "b.jsonl": documents(35, 100), "c.jsonl": documents(8, 200)})
+    return made

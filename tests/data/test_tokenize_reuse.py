@@ -1,0 +1,126 @@
+"""Running again does only what is missing or no longer matches; what was made before is set aside, not lost."""
+
+import os
+from collections.abc import Callable
+
+import pytest
+from small_dataset import SEQ_LEN, SmallDataset, documents
+
+from openlm_pipeline.shards.dataset import ShardedDataset
+from openlm_pipeline.tokenization.cluster import ClientFactory
+
+Small = Callable[..., SmallDataset]
+
+
+def marks(made: SmallDataset) -> dict[str, int]:
+    """Modification time of the file that ends stage 1, by raw file."""
+    return {p.name.removesuffix(".json"): p.stat().st_mtime_ns for p in made.tokenized.glob("*.jsonl.json")}
+
+
+def test_a_second_run_does_nothing(three_files: SmallDataset, inline: ClientFactory, no_client: ClientFactory) -> None:
+    first = three_files.run(inline)
+    before = {p: p.stat().st_mtime_ns for p in three_files.shards.rglob("*")}
+    assert not first.reused and marks(three_files).keys() == {"a.jsonl", "b.jsonl", "c.jsonl"}
+    second = three_files.run(no_client)
+    assert second.reused and second.version == first.version and second.facts["changed"] == []
+    assert {p: p.stat().st_mtime_ns for p in three_files.shards.rglob("*")} == before
+
+
+def test_a_touched_file_of_the_same_content_is_not_redone(
+    three_files: SmallDataset, inline: ClientFactory, no_client: ClientFactory
+) -> None:
+    three_files.run(inline)
+    os.utime(three_files.raw("b.jsonl"), ns=(1, 1))
+    assert three_files.run(no_client).reused
+
+
+def test_only_a_file_of_other_content_is_redone(three_files: SmallDataset, inline: ClientFactory) -> None:
+    first = three_files.run(inline)
+    before = marks(three_files)
+    three_files.write({"b.jsonl": documents(34, 101)})
+    files, done = three_files.tokenize(inline)
+    assert done == ["b.jsonl"]
+    after = marks(three_files)
+    assert {name for name in after if after[name] != before[name]} == {"b.jsonl"}
+    second = three_files.make_shards(files, inline)
+    assert not second.reused and second.version != first.version
+    assert [line.split()[0] for line in second.facts["changed"]] == ["files.b.jsonl"]
+
+
+def test_an_added_and_a_removed_file_change_the_shards(three_files: SmallDataset, inline: ClientFactory) -> None:
+    first = three_files.run(inline)
+    three_files.write({"d.jsonl": documents(9, 300)})
+    added = three_files.run(inline)
+    assert added.facts["files"] == 4 and added.version != first.version
+    three_files.raw("d.jsonl").unlink()
+    removed = three_files.run(inline)
+    assert removed.version == first.version
+    assert removed.facts["changed"][0].startswith("files.d.jsonl") and "(absent)" in removed.facts["changed"][0]
+
+
+def test_another_vocabulary_remakes_all_and_keeps_the_old(small: Small, inline: ClientFactory) -> None:
+    def with_vocabulary(size: int) -> SmallDataset:
+        return small("home", {"tokenizer": {"name": "own", "train": {"vocab_size": size}}})
+
+    made = with_vocabulary(300)
+    made.write({"a.jsonl": documents(30), "b.jsonl": documents(30, 100)})
+    first = made.run(inline)
+    old = made.all_hashes()
+    changed = with_vocabulary(320)
+    second = changed.run(inline)
+    assert not second.reused and second.facts["tokens"] < first.facts["tokens"]
+    assert any(line.startswith("tokenizer_sha256") for line in second.facts["changed"])
+    aside = SmallDataset(changed.root)
+    kept = changed.shards.with_name("v1.superseded-1")
+    assert {str(p.relative_to(kept)) for p in kept.rglob("*") if p.is_file()} == set(old)
+    ShardedDataset(kept).verify()
+    assert (aside.home.tokenizer("own").with_name("own.superseded-1") / "tokenizer.json").exists()
+    with_vocabulary(340).run(inline)
+    assert changed.shards.with_name("v1.superseded-2").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "field"),
+    [("samples_per_shard", 16, "samples_per_shard 32 -> 16"), ("shuffle_seed", 7, "shuffle_seed 42 -> 7")],
+)
+def test_a_packing_setting_remakes_shards_but_not_tokens(
+    small: Small, inline: ClientFactory, three_files: SmallDataset, setting: str, value: int, field: str
+) -> None:
+    three_files.run(inline)
+    before = marks(three_files)
+    result = small("home", {setting: value}).run(inline)
+    assert not result.reused and result.facts["changed"] == [field]
+    assert marks(three_files) == before
+
+
+def test_a_setting_that_only_says_how_to_train_changes_no_shards(
+    small: Small, inline: ClientFactory, three_files: SmallDataset, no_client: ClientFactory
+) -> None:
+    three_files.run(inline)
+    training = {"global_batch": 4 * SEQ_LEN, "lr": 9.0}
+    assert small("home", {"training": training, "milestones": [1000], "seed": 5}).run(no_client).reused
+
+
+@pytest.mark.parametrize("damage", [".tokens", ".documents.npy", ".quarantine.jsonl"])
+def test_a_lost_file_of_stage_1_is_made_again(three_files: SmallDataset, inline: ClientFactory, damage: str) -> None:
+    three_files.run(inline)
+    (three_files.tokenized / f"b.jsonl{damage}").unlink()
+    _, done = three_files.tokenize(inline)
+    assert done == ["b.jsonl"]
+
+
+def test_a_shortened_stream_is_made_again(three_files: SmallDataset, inline: ClientFactory) -> None:
+    three_files.run(inline)
+    path = three_files.tokenized / "a.jsonl.tokens"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-2])
+    assert three_files.tokenize(inline)[1] == ["a.jsonl"]
+    assert path.read_bytes() == whole
+
+
+def test_deleted_shards_come_back_the_same(three_files: SmallDataset, inline: ClientFactory) -> None:
+    three_files.run(inline)
+    manifest = three_files.manifest()
+    (three_files.shards / "manifest.jsonl").unlink()
+    three_files.run(inline)
+    assert three_files.manifest() == manifest

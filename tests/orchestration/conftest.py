@@ -1,0 +1,60 @@
+"""Fixtures of the orchestration tests."""
+
+import time
+from collections.abc import Callable, Iterator
+
+import dagster as dg
+import pytest
+from dagster._core.definitions.data_version import CachingStaleStatusResolver  # what the UI asks; no public name
+from dagster._core.loader import LoadingContextForTest
+from tiny_pipeline import TinyPipeline
+
+Status = dict[str, tuple[str, list[str]]]
+
+
+@pytest.fixture
+def stale_status() -> Callable[[TinyPipeline], Status]:
+    """Asset -> (FRESH, STALE or MISSING, reasons) with the definitions as they are now: what the UI shows."""
+
+    def status(pipeline: TinyPipeline) -> Status:
+        with pipeline.active() as definitions, dg.DagsterInstance.get() as instance:
+            graph = definitions.resolve_asset_graph()
+            resolver = CachingStaleStatusResolver(instance, graph, LoadingContextForTest(instance))
+            return {
+                key.to_user_string(): (
+                    resolver.get_status(key).value,
+                    [f"{cause.category.value}: {cause.reason}" for cause in resolver.get_stale_causes(key)],
+                )
+                for key in graph.get_all_asset_keys()
+            }
+
+    return status
+
+
+@pytest.fixture
+def wait_until() -> Callable[[Callable[[], bool], str], None]:
+    """Wait for another process to bring something about."""
+
+    def wait(condition: Callable[[], bool], what: str, seconds: float = 90.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
+            time.sleep(0.05)
+
+    return wait
+
+
+@pytest.fixture
+def instance_of() -> Iterator[Callable[[TinyPipeline], dg.DagsterInstance]]:
+    """The Dagster instance of a pipeline, for reading what happened."""
+    opened: list[dg.DagsterInstance] = []
+
+    def open_instance(pipeline: TinyPipeline) -> dg.DagsterInstance:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DAGSTER_HOME", str(pipeline.root / "dagster"))
+            opened.append(dg.DagsterInstance.get())
+        return opened[-1]
+
+    yield open_instance
+    for instance in opened:
+        instance.dispose()

@@ -1,0 +1,136 @@
+"""One job makes everything from raw files to the report; running it again does only what is not done."""
+
+import shutil
+
+import dagster as dg
+from tiny_pipeline import LABELS
+
+from openlm_pipeline.files import read_json
+
+FIRST, LAST = LABELS
+TRAIN_STEP = "train_tiny"
+CHECKPOINTS = [f"checkpoint/tiny/{label}" for label in LABELS]
+SCORECARDS = [f"scorecard/tiny/{label}" for label in LABELS]
+
+
+def _materialized(result: dg.ExecuteInProcessResult) -> dict[str, dict[str, object]]:
+    """Asset, with its partition if it has one -> metadata of its last materialization in a run."""
+    made = {}
+    for event in result.all_events:
+        if event.is_step_materialization:
+            what = event.step_materialization_data.materialization
+            name = what.asset_key.to_user_string() + (f"[{what.partition}]" if what.partition else "")
+            made[name] = {k: v.value for k, v in what.metadata.items() if not isinstance(v, dg.TableMetadataValue)}
+            made[name] |= {k: v for k, v in what.metadata.items() if isinstance(v, dg.TableMetadataValue)}
+    return made
+
+
+def _reused(result: dg.ExecuteInProcessResult) -> dict[str, bool]:
+    return {name: facts["reused"] for name, facts in _materialized(result).items() if "reused" in facts}
+
+
+def test_the_job_makes_every_asset_from_raw_files_to_report(finished, instance_of):
+    made = _materialized(finished.result)
+    files = {"tokenized/tiny_text[a.jsonl]", "tokenized/tiny_text[b.jsonl]"}
+    assert set(made) == {"tokenizer/tiny_bpe", "shards/tiny_text", *files, *CHECKPOINTS, *SCORECARDS, "report/tiny"}
+    instance = instance_of(finished.pipeline)
+    assert sorted(instance.get_dynamic_partitions("tiny_text_files")) == ["a.jsonl", "b.jsonl"]
+    seen = instance.fetch_observations(dg.AssetKey(["raw_files", "tiny_text"]), limit=10).records
+    assert {record.partition_key for record in seen} == {"a.jsonl", "b.jsonl"}
+    assert all(record.asset_observation.tags["dagster/data_version"] for record in seen)
+    assert (finished.pipeline.home / "reports" / "tiny" / "v1" / "report.html").stat().st_size > 1000
+
+
+def test_every_check_is_evaluated_and_passes(finished):
+    evaluated = {
+        (check.asset_key.to_user_string(), check.check_name): check.passed
+        for check in finished.result.get_asset_check_evaluations()
+    }
+    expected = {("shards/tiny_text", name) for name in ("tokens_conserved", "shard_checksums", "quarantine_rate")}
+    expected |= {(key, name) for key in CHECKPOINTS for name in ("finite_loss", "integrity")}
+    expected |= {(key, "complete_suite") for key in SCORECARDS}
+    assert evaluated == dict.fromkeys(expected, True)
+
+
+def test_metadata_says_what_was_made_in_numbers(finished):
+    made = _materialized(finished.result)
+    shards, checkpoint = made["shards/tiny_text"], made[f"checkpoint/tiny/{LAST}"]
+    assert shards["documents"] == 60
+    assert shards["samples"] * 33 + shards["tail_tokens"] == shards["tokens"]
+    assert sum(made[f"tokenized/tiny_text[{name}.jsonl]"]["tokens"] for name in "ab") == shards["tokens"]
+    assert checkpoint["step"] * 64 == checkpoint["tokens"] >= 40_000
+    assert 0 < checkpoint["loss"] < made[f"checkpoint/tiny/{FIRST}"]["loss"]
+    assert checkpoint["tokens_per_second"] > 0
+    rows = [row.data for row in checkpoint["loss_curve"].records]
+    assert rows[-1]["loss"] == checkpoint["loss"]
+    assert 5 < len(rows) <= 40
+    assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
+    assert 0 <= made[f"scorecard/tiny/{LAST}"]["average"] <= 1
+    assert made["report/tiny"]["scorecards"] == 2
+    assert "| " in made["report/tiny"]["report"]
+
+
+def test_a_milestone_is_reported_while_training_goes_on(finished, instance_of):
+    last_record = finished.pipeline.run_folder.joinpath("metrics.jsonl").read_text().splitlines()[-1]
+    ended_at = float(last_record.rpartition('"time": ')[2].rstrip("}"))
+    instance = instance_of(finished.pipeline)
+    first = instance.fetch_materializations(dg.AssetKey(["checkpoint", "tiny", FIRST]), limit=1).records[0]
+    assert first.timestamp < ended_at
+    seen = [
+        record.asset_observation.metadata
+        for label in LABELS
+        for record in instance.fetch_observations(dg.AssetKey(["checkpoint", "tiny", label]), limit=100).records
+    ]
+    assert seen
+    assert all(facts["loss"].value > 0 and facts["tokens_per_second"].value > 0 for facts in seen)
+
+
+def test_running_again_reuses_everything_and_starts_no_trainer(finished, tmp_path, stale_status):
+    pipeline = finished.copy(tmp_path)
+    before = {part: pipeline.snapshot(part) for part in ("tokenizers", "tokenized", "shards", "scorecards")}
+    before_run = pipeline.snapshot("runs")
+    again = pipeline.execute("tiny")
+    assert again.success
+    assert _reused(again) == {
+        **dict.fromkeys(["tokenizer/tiny_bpe", "shards/tiny_text", *CHECKPOINTS, *SCORECARDS], True),
+        "report/tiny": False,  # made anew each time
+    }
+    assert {part: pipeline.snapshot(part) for part in before} == before
+    log = "tiny/v1/train.log"
+    assert pipeline.snapshot("runs")[log] == before_run[log]
+    assert {name: status for name, (status, _) in stale_status(pipeline).items() if status != "FRESH"} == {}
+
+
+def test_a_lost_scorecard_alone_is_scored_again(finished, tmp_path):
+    pipeline = finished.copy(tmp_path)
+    scorecards = pipeline.home / "scorecards" / "tiny" / "v1"
+    lost = read_json(scorecards / FIRST / "scorecard.json")
+    shutil.rmtree(scorecards / FIRST)
+    result = pipeline.execute("evaluate_tiny")
+    assert result.success
+    made = _materialized(result)
+    assert set(made) == {*SCORECARDS, "report/tiny"}
+    tasks = ["last_word/0-shot", "choice/1-shot"]
+    assert made[SCORECARDS[0]]["scored_tasks"] == made[SCORECARDS[1]]["reused_tasks"] == tasks
+    assert "scored_tasks" not in made[SCORECARDS[1]]
+    assert (made[SCORECARDS[0]]["reused"], made[SCORECARDS[1]]["reused"]) == (False, True)
+    assert read_json(scorecards / FIRST / "scorecard.json") == lost
+
+
+def test_a_changed_setting_shows_as_stale_and_a_rerun_makes_what_depends_on_it_again(finished, tmp_path, stale_status):
+    pipeline = finished.copy(tmp_path)
+    pipeline.write_recipe(vocab_size=320)
+    stale = stale_status(pipeline)
+    for name in ("tokenizer/tiny_bpe", "shards/tiny_text"):
+        assert stale[name][0] == "STALE"
+        assert any(reason == "CODE: has a new code version" for reason in stale[name][1]), stale[name]
+    assert stale["raw_files/tiny_text"][0] == "FRESH"
+    old_run = pipeline.snapshot("runs", "tiny", "v1")
+    result = pipeline.execute("tiny")
+    assert result.success
+    assert set(_reused(result).values()) == {False}
+    made = _materialized(result)
+    assert made["tokenizer/tiny_bpe"]["vocab_size"] == 320
+    assert "train.vocab_size 300 -> 320" in made["tokenizer/tiny_bpe"]["changed"]
+    assert pipeline.snapshot("runs", "tiny", "v1.superseded-1") == old_run
+    assert {name: status for name, (status, _) in stale_status(pipeline).items() if status != "FRESH"} == {}

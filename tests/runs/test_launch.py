@@ -1,0 +1,57 @@
+"""Training through the launcher: what a caller sees of a torchrun child, and what is redone."""
+
+from pathlib import Path
+
+import pytest
+from small_run import SmallRun
+
+from openlm_pipeline import stages
+from openlm_pipeline.errors import BusyError, TrainingError
+from openlm_pipeline.runs.launch import Event, MilestoneReached, MilestoneReused, Progress, milestone_checkpoints
+
+
+def train(small: SmallRun, *overrides: str) -> tuple[list[Event], list[str]]:
+    """The events and reports of `stages.train` to the last milestone."""
+    experiment = small.experiment(*overrides)
+    reports: list[str] = []
+    return list(stages.train(experiment, small.home, experiment.milestones[-1], reports.append)), reports
+
+
+def milestones(events: list[Event]) -> list[tuple[type, str]]:
+    return [(type(e), e.label) for e in events if isinstance(e, MilestoneReached)]
+
+
+def test_only_a_damaged_milestone_is_made_again(tmp_path: Path):
+    small = SmallRun(tmp_path, (2, 4))
+    small.train()
+    digests = {label: c.digest for label, c in milestone_checkpoints(small.experiment(), small.run).items()}
+    (part,) = list((small.run.checkpoints / "step-00000004").glob("*.distcp"))
+    part.write_bytes(part.read_bytes()[:-1])
+    events, reports = train(small)
+    assert milestones(events) == [(MilestoneReused, "t0512"), (MilestoneReached, "t1024")]
+    assert [e.record["step"] for e in events if isinstance(e, Progress) and "loss" in e.record] == [3, 4]
+    assert any("t1024 is damaged and made again" in r and "superseded" in r for r in reports)
+    made = milestone_checkpoints(small.experiment(), small.run)
+    assert {label: c.digest for label, c in made.items()}.keys() == digests.keys()
+    assert made["t0512"].digest == digests["t0512"]
+    assert all(stages.is_intact(c) for c in made.values())
+
+    events, _ = train(small)
+    assert milestones(events) == [(MilestoneReused, "t0512"), (MilestoneReused, "t1024")]
+
+
+def test_a_failed_training_gives_its_own_reason(tmp_path: Path):
+    small = SmallRun(tmp_path, (2, 4))
+    with pytest.raises(TrainingError, match=r"ended early: loss .* at step \d+: not finite"):
+        train(small, "training.lr=1e30", "training.grad_clip=null", "training.warmup=0")
+    assert milestone_checkpoints(small.experiment(), small.run) == {}
+
+
+def test_the_folder_of_a_run_that_is_being_trained_is_left_alone(tmp_path: Path):
+    small = SmallRun(tmp_path, (2,))
+    small.train()
+    before = sorted(small.run.path.rglob("*"))
+    experiment = small.experiment("seed=1")
+    with small.run.lock(), pytest.raises(BusyError, match="already training"):
+        list(stages.train(experiment, small.home, 512, lambda _: None, supersede=True))
+    assert sorted(small.run.path.rglob("*")) == before

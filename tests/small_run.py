@@ -1,0 +1,131 @@
+"""A tiny run: shards written directly, a model of two layers, and the trainer in this process or under torchrun.
+
+What tests of the trainer and of run folders share.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+from openlm_pipeline.experiments import Experiment, load_experiment
+from openlm_pipeline.files import write_json
+from openlm_pipeline.layout import Home
+from openlm_pipeline.runs.checkpoints import list_checkpoints
+from openlm_pipeline.runs.folder import RunFolder
+from openlm_pipeline.shards.dataset import DATASET, ShardEntry, write_manifest
+from openlm_pipeline.shards.format import SampleFormat, write_shard
+from train.distributed import leave_process_group
+from train.loop import Outcome, run_training
+
+REPOSITORY = Path(__file__).parents[1]
+BATCH = 256
+RECIPE = """
+name: small
+tokenizer: {{name: bytes, train: {{vocab_size: 260}}}}
+seq_len: 32
+sources: [{{name: text, files: ["raw/text/*.jsonl"], weight: 3}}, {{name: code, files: ["raw/code/*.jsonl"]}}]
+validation: {{source: {{name: heldout, files: ["raw/heldout/*.jsonl"]}}, max_samples: 21}}
+model: {{hidden_dim: 32, n_layers: 2, n_heads: 2, vocab_size: 260}}
+training: {{global_batch: {batch}, lr: 1.0e-2, schedule: constant, warmup: 1280, z_loss: 1.0e-4}}
+milestones: {milestones}
+execution: {{log_every: 1}}
+"""
+
+
+def write_dataset(home: Home, name: str, num_samples: int, *, seed: int, vocab_size: int = 260) -> None:
+    """Shards of seeded text-like ids: each id is followed by one of few, so that a model can learn them."""
+    rng = np.random.default_rng(seed)
+    samples = (np.cumsum(rng.integers(1, 4, (num_samples, 33)), axis=1) % 251).astype(np.uint16)
+    folder, sample_format = home.shards(name, "v1"), SampleFormat(33, "uint16")
+    halves = np.array_split(samples, 2)
+    entries = [
+        ShardEntry(shard=f"{n:08d}", source=name, **write_shard(folder / f"{n:08d}.tar", half, first, sample_format))
+        for n, (half, first) in enumerate(zip(halves, (0, len(halves[0]))))
+    ]
+    tokenizer = {"name": "bytes", "sha256": "0" * 64, "vocab_size": vocab_size}
+    info = {"name": name, "version": "v1", "tokenizer": tokenizer, "eot_id": 0, "seq_len": 32, "dtype": "uint16"}
+    write_json(folder / DATASET, info)
+    write_manifest(folder, entries)
+
+
+def train_here(experiment: Experiment, home: Home, *, supersede: bool = False) -> Outcome:
+    """Train to the last milestone in this process, as a world of one thread, and leave no trace in it."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as torchrun sets it, so that sums are the same here and in its workers
+    try:
+        return run_training(experiment, home, experiment.milestones[-1], supersede=supersede)
+    finally:
+        leave_process_group()
+        torch.set_num_threads(threads)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+class SmallRun:
+    """A home with shards and the recipe of a run on them."""
+
+    def __init__(self, root: Path, steps: tuple[int, ...]) -> None:
+        self.home = Home(root / "home")
+        self.recipe = root / "small.yaml"
+        self.recipe.parent.mkdir(parents=True, exist_ok=True)
+        self.recipe.write_text(RECIPE.format(batch=BATCH, milestones=[s * BATCH for s in steps]))
+        for seed, (name, size) in enumerate({"text": 301, "code": 67, "heldout": 40}.items()):
+            write_dataset(self.home, name, size, seed=seed)
+
+    @property
+    def run(self) -> RunFolder:
+        return RunFolder(self.home.run("small", "v1"))
+
+    def experiment(self, *overrides: str) -> Experiment:
+        return load_experiment(str(self.recipe), overrides)
+
+    def train(self, *overrides: str, supersede: bool = False) -> None:
+        """Train to the last milestone in this process."""
+        train_here(self.experiment(*overrides), self.home, supersede=supersede)
+
+    def torchrun(self, processes: int, *overrides: str) -> psutil.Popen:
+        """`torchrun -m train` on this run; what it prints goes to `torchrun.log`."""
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+            "-m", "train", str(self.recipe), *overrides,
+        ]  # fmt: skip
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENLM_HOME": str(self.home.root)}
+        environment["PYTHONPATH"] = str(REPOSITORY)
+        with (self.recipe.parent / "torchrun.log").open("ab") as log:
+            return psutil.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+    def finish(self, process: psutil.Popen) -> int:
+        """Wait for torchrun's end; its exit code."""
+        return process.wait(timeout=120)
+
+    def log(self) -> str:
+        return (self.recipe.parent / "torchrun.log").read_text()
+
+    def losses(self) -> dict[int, float]:
+        return {r["step"]: r["loss"] for r in self.run.read_metrics() if "loss" in r}
+
+    def validation_losses(self) -> dict[int, float]:
+        return {r["step"]: r["validation_loss"] for r in self.run.read_metrics() if "validation_loss" in r}
+
+    def steps_on_disk(self) -> dict[int, str | None]:
+        """Step -> milestone label of each complete checkpoint."""
+        found = list_checkpoints(self.run.checkpoints, self.run.fingerprint, warn=lambda message: None)
+        return {c.step: c.milestone for c in found}
+
+
+def wait_until(condition: Callable[[], bool], process: psutil.Popen | None = None, seconds: float = 90) -> None:
+    """Poll until `condition()`; fails when the time is up or `process` ended before."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process is None or process.poll() is None, "the process ended before what was waited for"
+        assert time.monotonic() < end, "what was waited for did not come"
+        time.sleep(0.01)

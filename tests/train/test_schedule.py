@@ -1,0 +1,58 @@
+"""Learning rates at the points where a schedule turns."""
+
+import math
+
+import pytest
+
+from openlm_pipeline.experiments.spec import Training
+from train.schedule import learning_rate
+
+BATCH, HORIZON = 100, 10_000
+LR, FLOOR = 3e-3, 3e-4
+
+
+def training(schedule: str, **changes: object) -> Training:
+    return Training(
+        **{"global_batch": BATCH, "lr": LR, "lr_min": FLOOR, "warmup": 1000, "schedule": schedule, **changes}
+    )
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+def test_warm_up_is_linear_and_ends_at_the_peak(schedule: str):
+    horizon = None if schedule == "constant" else HORIZON
+    t = training(schedule, decay=2000 if schedule == "wsd" else 0)
+    assert [learning_rate(t, horizon, step) for step in range(10)] == pytest.approx([LR * k / 10 for k in range(1, 11)])
+    assert learning_rate(t, horizon, 10) == LR
+
+
+def openlm_cosine(step: int, warmup_steps: int, total_steps: int) -> float:
+    """open_lm/scheduler.py: `cosine_lr` with `min_lr`, transcribed."""
+    if step < warmup_steps:
+        return LR * (step + 1) / warmup_steps
+    e, es = step - warmup_steps, total_steps - warmup_steps
+    return FLOOR + 0.5 * (1 + math.cos(math.pi * e / es)) * (LR - FLOOR)
+
+
+def test_cosine_is_openlms_formula_down_to_the_floor():
+    t = training("cosine")
+    for step in range(101):
+        assert learning_rate(t, HORIZON, step) == pytest.approx(openlm_cosine(step, 10, 100), rel=1e-12)
+    assert learning_rate(t, HORIZON, 55) == pytest.approx((LR + FLOOR) / 2)
+    assert learning_rate(t, HORIZON, 100) == pytest.approx(FLOOR)
+    assert learning_rate(t, HORIZON, 1000) == pytest.approx(FLOOR)
+
+
+def test_wsd_stays_then_falls_linearly_over_its_last_tokens():
+    t = training("wsd", decay=2000)
+    assert {learning_rate(t, HORIZON, step) for step in range(10, 81)} == {LR}
+    assert learning_rate(t, HORIZON, 90) == pytest.approx((LR + FLOOR) / 2)
+    assert learning_rate(t, HORIZON, 99) == pytest.approx(FLOOR + (LR - FLOOR) / 20)
+    assert learning_rate(t, HORIZON, 100) == FLOOR
+
+
+def test_constant_has_no_end():
+    assert learning_rate(training("constant"), None, 10**9) == LR
+
+
+def test_no_warm_up_starts_at_the_peak():
+    assert learning_rate(training("cosine", warmup=0), HORIZON, 0) == LR
