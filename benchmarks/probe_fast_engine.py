@@ -4,8 +4,8 @@
 
 The engines know different versions of Unicode, so every code point that was unassigned in Unicode 14 is taken. Each of
 the others is put into short contexts that exercise normalisation and pre-tokenization, combining marks beside marks of
-every other class. Documents that hold one of the code points found are encoded by Hugging Face `tokenizers`. Run it again
-when either library changes its version; it needs Python 3.11, whose `unicodedata` is Unicode 14.
+every other class. Documents that hold one of the code points found are encoded by Hugging Face `tokenizers`. Run it
+again when either library changes its version; it needs Python 3.11, whose `unicodedata` is Unicode 14.
 """
 
 import json

@@ -13,6 +13,11 @@ from orchestration.jobs import dataset_job, evaluation_job, recipe_job
 from orchestration.live import live_logger
 
 
+def _content(dataset: Dataset) -> dict:
+    """What makes a dataset what it is: neither its share of a mixture nor how it is tokenized."""
+    return dataset.model_dump(exclude={"source": {"weight"}, "engine": True, "verify_every": True})
+
+
 def _shared(experiments: list[Experiment]) -> tuple[dict[str, Dataset], dict[str, Experiment]]:
     """Datasets by name, and an experiment for each tokenizer's name; recipes may share them only if they agree.
 
@@ -28,10 +33,8 @@ def _shared(experiments: list[Experiment]) -> tuple[dict[str, Dataset], dict[str
                 f"recipes {other.name} and {experiment.name} describe tokenizer {other.tokenizer.name} differently"
             )
         for dataset in experiment.datasets():
-            source = dataset.source.model_copy(update={"weight": 1.0})
-            same = dataset.model_copy(update={"source": source, "engine": "auto", "verify_every": 200})
-            known, owner = datasets.setdefault(dataset.name, (same, experiment.name))
-            if known != same:
+            known, owner = datasets.setdefault(dataset.name, (dataset, experiment.name))
+            if _content(known) != _content(dataset):
                 raise ConfigError(f"recipes {owner} and {experiment.name} describe dataset {dataset.name} differently")
     return {name: dataset for name, (dataset, _) in datasets.items()}, tokenizers
 

@@ -1,4 +1,4 @@
-"""Every command that the README shows is one that works: run where it is quick, stopped at its missing input where not."""
+"""Every command that the README shows works: run where it is quick, else stopped at its missing input."""
 
 import os
 import shlex
