@@ -76,7 +76,9 @@ def finished(dataset: Dataset, raw: RawFile, tokenizer: TokenizerInfo, folder: P
         return None
     width = SampleFormat.for_vocabulary(1, tokenizer.vocab_size).numpy_dtype.itemsize
     stream = folder / f"{raw.name}.tokens"
-    return done if stream.exists() and stream.stat().st_size == done.tokens * width else None
+    others = (folder / f"{raw.name}.documents.npy", folder / f"{raw.name}.quarantine.jsonl")
+    whole = stream.exists() and stream.stat().st_size == done.tokens * width and all(p.exists() for p in others)
+    return done if whole else None
 
 
 def tokenize_file(
