@@ -21,7 +21,7 @@ def _kept(client: Client) -> ClientFactory:
 @pytest.fixture(scope="session")
 def inline() -> Iterator[ClientFactory]:
     """A cluster of one thread in this process."""
-    with Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as client:
+    with Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=":0") as client:
         yield _kept(client)
 
 

@@ -1,0 +1,92 @@
+"""Raw text to shards as a program of its own, for tests that end it or run two at once.
+
+pipeline_program.py run ROOT             all stages on a LocalCluster of one worker process
+pipeline_program.py hold ROOT STAGE      all stages; in `tokenize` or `pack` it prints `held` and waits for a line
+pipeline_program.py kill ROOT ROOT ...   the pipeline below the n-th ROOT, n from 0, is killed by SIGKILL just before
+                                         its n-th change of the file system; prints the change, `done` if it ended
+"""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet  # noqa: F401 - like the next one only to have it before forking
+import tokenizers  # noqa: F401
+from distributed import Client
+from small_dataset import SmallDataset
+
+from openlm_pipeline.tokenization.cluster import DaskSettings
+
+REFERENCE_ENGINE = {"execution": {"tokenizer_engine": "huggingface"}}
+CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
+
+
+@contextlib.contextmanager
+def inline() -> Iterator[Client]:
+    with Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=":0") as client:
+        yield client
+
+
+def hold(root: Path, stage: str) -> None:
+    made = SmallDataset(root)
+
+    @contextlib.contextmanager
+    def held() -> Iterator[Client]:
+        print("held", flush=True)
+        sys.stdin.readline()
+        with inline() as client:
+            yield client
+
+    made.tokenizer()
+    files, _ = made.tokenize(held if stage == "tokenize" else inline)
+    made.make_shards(files, held if stage == "pack" else inline)
+
+
+def run_and_die(root: Path, at: int) -> None:
+    """Run the stages in this process and kill it just before its change number `at` below the root."""
+    left = at
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal left
+        if event not in CHANGES:
+            return
+        path, folder = Path(arguments[0]), arguments[-1]
+        if not path.is_absolute() and folder >= 0:  # deleting a tree names files relative to open folders
+            path = Path(f"/proc/self/fd/{folder}").readlink() / path
+        if root not in path.parents or path.exists() == (event == "os.mkdir"):  # elsewhere, or it changes nothing
+            return
+        if left == 0:
+            print(event, path.relative_to(root), flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+
+    with inline() as client:
+        sys.addaudithook(watch)
+        SmallDataset(root, REFERENCE_ENGINE).run(lambda: contextlib.nullcontext(client))
+    print("done", flush=True)
+
+
+def kill(roots: list[Path]) -> None:
+    for at, root in enumerate(roots):
+        # No thread has been started in this process, so forking it is safe, and saves the imports.
+        child = os.fork()
+        if child == 0:
+            run_and_die(root, at)
+            os._exit(0)
+        if os.waitpid(child, 0)[1] == 0:
+            break
+
+
+if __name__ == "__main__":
+    command, *rest = sys.argv[1:]
+    if command == "run":
+        # The slower engine leaves time to end it.
+        SmallDataset(Path(rest[0]), REFERENCE_ENGINE).run(DaskSettings(workers=1).client)
+    elif command == "hold":
+        hold(Path(rest[0]), rest[1])
+    else:
+        kill([Path(root) for root in rest])
