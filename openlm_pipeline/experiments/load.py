@@ -72,7 +72,7 @@ def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> dict[
     """Set dotted keys: `training.lr=1e-3`, `milestones=[1M,2M]`; values are YAML.
 
     Raises:
-        ConfigError: not of the form key=value, or the key leads through something that is not a mapping.
+        ConfigError: not of the form key=value, or the value is not YAML.
     """
     for item in overrides:
         key, equals, text = item.partition("=")

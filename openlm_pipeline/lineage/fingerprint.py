@@ -59,13 +59,11 @@ def _leaves(value: Any, path: str) -> dict[str, Any]:
 def differences(old: Tree, new: Tree) -> list[str]:
     """Each changed field as one line: `train.lr 0.0003 -> 0.0002`; an absent side reads `(absent)`."""
     a, b = _leaves(old, ""), _leaves(new, "")
-    absent = object()
-
-    def show(value: Any) -> str:
-        return "(absent)" if value is absent else json.dumps(value, ensure_ascii=False).strip('"')
-
-    return [
-        f"{path} {show(a.get(path, absent))} -> {show(b.get(path, absent))}"
-        for path in [*a, *(p for p in b if p not in a)]
-        if a.get(path, absent) != b.get(path, absent) or (path in a) != (path in b)
-    ]
+    lines = []
+    for path in [*a, *(p for p in b if p not in a)]:
+        # As JSON, because Python holds 1, 1.0 and True for equal and a fingerprint does not.
+        before, after = (json.dumps(x[path], ensure_ascii=False) if path in x else "(absent)" for x in (a, b))
+        if before != after:
+            plain = before.strip('"'), after.strip('"')
+            lines.append(f"{path} {' -> '.join(plain if plain[0] != plain[1] else (before, after))}")
+    return lines
