@@ -95,10 +95,11 @@ def _observe(context: dg.OpExecutionContext, dataset: Dataset) -> None:
     with user_errors():
         files = discover(dataset, Home.from_env())
     names = [raw.name for raw in files]
-    known = context.instance.get_dynamic_partitions(f"{dataset.name}_files")
-    context.instance.add_dynamic_partitions(f"{dataset.name}_files", [n for n in names if n not in known])
+    partitions_name = partitions(dataset).name
+    known = context.instance.get_dynamic_partitions(partitions_name)
+    context.instance.add_dynamic_partitions(partitions_name, [n for n in names if n not in known])
     for gone in set(known) - set(names):
-        context.instance.delete_dynamic_partition(f"{dataset.name}_files", gone)
+        context.instance.delete_dynamic_partition(partitions_name, gone)
     for raw in files:
         latest = _latest_observation(context, dataset, raw.name)
         if latest is None or (latest.asset_observation.tags or {}).get(DATA_VERSION_TAG) != raw.stamp:

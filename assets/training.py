@@ -32,9 +32,7 @@ def checkpoint_assets(experiment: Experiment) -> dg.AssetsDefinition:
     run = experiment.name
     labels = dict(experiment.labelled_milestones())
     shards = [shards_key(d) for d in experiment.datasets()]
-    version = code_version(
-        {**settings_identity(experiment), "weights": [s.weight for s in experiment.sources], "milestone": True}
-    )
+    version = code_version({**settings_identity(experiment), "weights": [s.weight for s in experiment.sources]})
     specs, previous = [], []
     for label, tokens in labels.items():
         key = checkpoint_key(run, label)
@@ -100,7 +98,8 @@ def _milestone(
     selected: bool,
 ):
     key = checkpoint_key(experiment.name, event.label)
-    result = stages.checkpoint_result(event.checkpoint, isinstance(event, MilestoneReused))
+    reused = isinstance(event, MilestoneReused)
+    result = stages.checkpoint_result(event.checkpoint, reused)
     records = [r for r in folder.read_metrics() if r["step"] <= event.checkpoint.step]
     training = [r for r in records if "loss" in r]
     facts = metadata(result) | {
@@ -127,7 +126,7 @@ def _milestone(
             dg.AssetCheckResult(
                 asset_key=key,
                 check_name="integrity",
-                passed=stages.is_intact(event.checkpoint),
+                passed=reused or stages.is_intact(event.checkpoint),  # the stage verifies what it reuses
                 metadata={"files": len(event.checkpoint.files)},
             ),
         ],

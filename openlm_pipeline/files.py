@@ -58,10 +58,15 @@ def read_json(path: Path) -> Any:
 
 def sha256_file(path: Path) -> str:
     """Hex digest of a file's bytes, read in bounded memory."""
-    digest = hashlib.sha256()
     with path.open("rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
+        return sha256_stream(f)
+
+
+def sha256_stream(file: BinaryIO) -> str:
+    """Hex digest of all that is left to read of an open file, read in bounded memory."""
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
     return digest.hexdigest()
 
 

@@ -11,6 +11,7 @@ import psutil
 from rich.console import Console
 
 from openlm_pipeline.errors import OpenLMError
+from openlm_pipeline.experiments import load_experiment, recipe_names
 from openlm_pipeline.layout import Home
 
 _PROCESS_TAG = "openlm/process"
@@ -74,9 +75,10 @@ def run(job_name: str) -> int:
     if not result.success:
         console.print(f"{job_name} did not finish. Run the same command again: what is done stays done.")
         return 1
-    report = home.root / "reports" / job_name
-    pages = sorted(report.glob("*/report.html"))
-    console.print(f"\n{job_name} is done." + "".join(f"\n  report   file://{page}" for page in pages))
+    console.print(f"\n{job_name} is done.")
+    if job_name in recipe_names():
+        experiment = load_experiment(job_name)
+        console.print(f"  report   file://{home.report(experiment.name, experiment.version) / 'report.html'}")
     console.print("  Dagster  make ui, then http://127.0.0.1:3000 (the graph, every run, all metadata)")
     return 0
 

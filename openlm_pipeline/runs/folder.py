@@ -99,10 +99,20 @@ class RunFolder:
                     line = "\n" + line
             f.write(line.encode())
 
+    def new_metrics(self, offset: int) -> tuple[list[dict[str, Any]], int]:
+        """The records of the whole lines after byte `offset`, as they were written, and where to go on from."""
+        if not self.metrics_file.exists():
+            return [], offset
+        with self.metrics_file.open("rb") as f:
+            f.seek(offset)
+            lines = f.read()
+        whole = lines[: lines.rfind(b"\n") + 1]
+        return list(_json_records(whole)), offset + len(whole)
+
     def read_metrics(self) -> list[dict[str, Any]]:
         """All records by step. A resumed run repeats steps; the last record of a step and kind stands."""
         records: dict[tuple[int, bool], dict[str, Any]] = {}
-        for record in _json_lines(self.metrics_file):
+        for record in self.new_metrics(0)[0]:
             records[record["step"], "validation_loss" in record] = record
         return [records[key] for key in sorted(records)]
 
@@ -120,12 +130,10 @@ class RunFolder:
         (self.path / "outcome.json").unlink(missing_ok=True)
 
 
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Records of a file that is still being appended to, or whose writer was killed inside a line."""
-    if not path.exists():
-        return
-    for line in path.read_text().splitlines():
+def _json_records(lines: bytes) -> Iterator[dict[str, Any]]:
+    """Records of a file whose writer may have been killed inside a line."""
+    for line in lines.splitlines():
         try:
             yield json.loads(line)
         except json.JSONDecodeError:
-            continue  # a line cut short by a kill: its step was not finished either
+            continue  # a line cut short by a kill, or the empty one that ended it: its step was not finished either

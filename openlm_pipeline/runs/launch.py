@@ -63,11 +63,6 @@ def milestone_checkpoints(experiment: Experiment, run: RunFolder) -> dict[str, C
     return {c.milestone: c for c in found if c.milestone in wanted}
 
 
-def _key(record: dict[str, Any]) -> tuple[int, bool, float]:
-    """What tells a record from every other; a step that is done again has another time."""
-    return record["step"], "validation_loss" in record, record["time"]
-
-
 def _stop(process: subprocess.Popen) -> None:
     """SIGTERM, time to save a checkpoint, then SIGKILL; the workers die with torchrun."""
     with suppress(ProcessLookupError):
@@ -97,7 +92,7 @@ def train_locally(experiment: Experiment, home: Home, run: RunFolder, until: int
     environment = {"OMP_NUM_THREADS": "1", **_MALLOC, **os.environ, "OPENLM_HOME": str(home.root)}
     run.clear_outcome()
     log_path = run.path / _LOG
-    seen_records = {_key(record) for record in run.read_metrics()}
+    metrics_offset = run.metrics_file.stat().st_size if run.metrics_file.exists() else 0
     seen_milestones = set(milestone_checkpoints(experiment, run))
     with log_path.open("ab") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
@@ -105,10 +100,9 @@ def train_locally(experiment: Experiment, home: Home, run: RunFolder, until: int
             ended = False
             while not ended:
                 ended = process.poll() is not None  # read once more after the end, so that nothing is missed
-                for record in run.read_metrics():
-                    if (key := _key(record)) not in seen_records:
-                        seen_records.add(key)
-                        yield Progress(record)
+                records, metrics_offset = run.new_metrics(metrics_offset)
+                for record in records:
+                    yield Progress(record)
                 for label, checkpoint in milestone_checkpoints(experiment, run).items():
                     if label not in seen_milestones:
                         seen_milestones.add(label)

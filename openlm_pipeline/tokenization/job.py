@@ -68,11 +68,10 @@ def tokenize_files(
     """
     with folder_lock(folder, "tokenizing"):
         done = {raw.name: finished(dataset, raw, tokenizer, folder) for raw in raw_files}
+        largest_first = sorted(raw_files, key=lambda raw: -raw.size_bytes)  # so that no large one is left over
         missing = {
             raw.name: (tokenize_file, dataset, raw, tokenizer, tokenizer_folder, folder)
-            for raw in sorted(
-                raw_files, key=lambda raw: -raw.size_bytes
-            )  # the largest first, so that none is left over
+            for raw in largest_first
             if done[raw.name] is None
         }
         if missing:
