@@ -21,15 +21,14 @@ CORPUS_KEY = dg.AssetKey(["corpus", "embedded"])
 
 
 class DaskResource(dg.ConfigurableResource):
-    """The Dask cluster of tokenization: a LocalCluster, or the scheduler at `address`."""
+    """The Dask cluster of tokenization: a LocalCluster, the scheduler at `address`, or what OPENLM_DASK's file says."""
 
     address: str | None = None
     workers: int | None = None
     """Processes of the LocalCluster; by default one a CPU."""
 
     def settings(self) -> DaskSettings:
-        given = {"address": self.address, "workers": self.workers}
-        return DaskSettings(**{k: v for k, v in given.items() if v is not None})
+        return DaskSettings.from_env(address=self.address, workers=self.workers)
 
 
 def tokenizer_key(name: str) -> dg.AssetKey:

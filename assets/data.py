@@ -22,7 +22,9 @@ from openlm_pipeline import stages
 from openlm_pipeline.corpus.discovery import discover
 from openlm_pipeline.experiments import Dataset, Experiment
 from openlm_pipeline.layout import Home
-from openlm_pipeline.shards.dataset import ShardedDataset
+from openlm_pipeline.result import ProgressLine, Report
+from openlm_pipeline.shards.opening import open_dataset
+from openlm_pipeline.tokenization.cluster import DaskSettings
 from openlm_pipeline.tokenization.documents import STAGE_VERSION, FileTokens
 from openlm_pipeline.tokenization.packing import PACKING_VERSION
 from openlm_pipeline.tokenization.tokenizer import TRAINING_VERSION
@@ -81,7 +83,7 @@ def _files_code_version(dataset: Dataset) -> str:
 
 
 def _shards_code_version(dataset: Dataset) -> str:
-    own = dataset.model_dump(include={"seq_len", "samples_per_shard", "shuffle_seed"})
+    own = dataset.model_dump(include={"seq_len", "samples_per_shard", "shuffle_seed", "pad_id"})
     return code_version({"dataset": own, "files": _files_code_version(dataset), "code": PACKING_VERSION})
 
 
@@ -147,21 +149,37 @@ def _report_files(
             "tokens": file.tokens,
             "text_bytes": file.text_bytes,
             "engine": file.engine,
+            "seconds": file.seconds,
+            "tokens_per_second": file.tokens / max(file.seconds, 1e-3),
         }
         context.log_event(
             dg.AssetMaterialization(tokenized_key(dataset), partition=file.name, metadata=facts, tags=tags)
         )
 
 
+def _progress(context: dg.OpExecutionContext, key: dg.AssetKey) -> Report:
+    """Logs each line of a stage; the numbers of those that tell progress become observations of the asset."""
+
+    def report(line: str) -> None:
+        context.log.info(line)
+        if isinstance(line, ProgressLine):
+            context.log_event(dg.AssetObservation(key, metadata={"progress": str(line), **line.facts}))
+
+    return report
+
+
 def _tokenize(context: dg.OpExecutionContext, dataset: Dataset, dask: DaskResource, only: set[str] | None) -> None:
     _observe(context, dataset)
+    report = _progress(context, tokenized_key(dataset))
     with user_errors():
-        files, done = stages.tokenize(dataset, Home.from_env(), dask.settings().client, context.log.info, only)
+        files, done = stages.tokenize(dataset, Home.from_env(), dask.settings().pool, report, only)
     _report_files(context, dataset, files, set(done))
 
 
 def dataset_assets(dataset: Dataset) -> list[dg.AssetsDefinition | dg.AssetChecksDefinition]:
     """`raw_files`, `tokenized` and `shards` of one dataset, and the checks of its shards."""
+    if dataset.source.shards:
+        return _ready_made(dataset)
     upstream = [CORPUS_KEY] if dataset.source.origin == "embedded" else []
     files = partitions(dataset)
 
@@ -216,10 +234,10 @@ def dataset_assets(dataset: Dataset) -> list[dg.AssetsDefinition | dg.AssetCheck
 
     @dg.op(name=f"pack_{dataset.name}", ins={"start": dg.In(dg.Nothing)}, out=dg.Out(dg.Nothing), pool=CPU_POOL)
     def pack(context: dg.OpExecutionContext, dask: DaskResource) -> dg.Output:
-        home, clients = Home.from_env(), dask.settings().client
+        home, pools = Home.from_env(), dask.settings().pool
         with user_errors():
-            done, _ = stages.tokenize(dataset, home, clients, context.log.debug)
-            made = stages.make_shards(dataset, done, home, clients, context.log.info)
+            done, _ = stages.tokenize(dataset, home, pools, context.log.debug)
+            made = stages.make_shards(dataset, done, home, pools, _progress(context, shards_key(dataset)))
         return dg.Output(None, data_version=dg.DataVersion(made.version), metadata=metadata(made))
 
     def nothing(key: dg.AssetKey, **kwargs: dg.PartitionMapping) -> dg.AssetIn:
@@ -249,11 +267,11 @@ def dataset_assets(dataset: Dataset) -> list[dg.AssetsDefinition | dg.AssetCheck
     )
     def shard_checks():
         with user_errors():
-            made = ShardedDataset(Home.from_env().shards(dataset.name, dataset.version))
-            made.verify()
+            made = open_dataset(dataset, Home.from_env())
+            made.verify(fetch=False)
         totals = made.info["totals"]
         in_shards = sum(e.tokens for e in made.entries)
-        conserved = in_shards + totals["tail_tokens"] == totals["tokens"]
+        conserved = in_shards - totals["padding_tokens"] + totals["tail_tokens"] == totals["tokens"]
         key = shards_key(dataset)
         yield dg.AssetCheckResult(
             asset_key=key,
@@ -273,3 +291,30 @@ def dataset_assets(dataset: Dataset) -> list[dg.AssetsDefinition | dg.AssetCheck
         )
 
     return [raw_files, tokenized, shards, shard_checks]
+
+
+def _ready_made(dataset: Dataset) -> list[dg.AssetsDefinition | dg.AssetChecksDefinition]:
+    """`shards` of a dataset that was made elsewhere, and the check that they are there."""
+
+    @dg.asset(
+        key=shards_key(dataset),
+        deps=[tokenizer_key(dataset.tokenizer.name)],
+        group_name=GROUP,
+        kinds={"shards"},
+        code_version=code_version({"shards": dataset.source.shards, "seq_len": dataset.seq_len}),
+        pool=CPU_POOL,
+        description=f"Ready-made shards: {dataset.source.shards}",
+    )
+    def shards(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        with user_errors():
+            made = stages.make_shards(dataset, [], Home.from_env(), DaskSettings().pool, context.log.info)
+        return dg.MaterializeResult(metadata=metadata(made), data_version=dg.DataVersion(made.version))
+
+    @dg.asset_check(name="shards_are_there", asset=shards_key(dataset), blocking=True)
+    def shards_are_there() -> dg.AssetCheckResult:
+        with user_errors():
+            made = open_dataset(dataset, Home.from_env())
+            made.verify(fetch=False)
+        return dg.AssetCheckResult(passed=True, metadata={"shards": len(made.entries)})
+
+    return [shards, shards_are_there]

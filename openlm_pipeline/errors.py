@@ -44,3 +44,9 @@ class BusyError(OpenLMError):
     """Another process holds the lock of this folder."""
 
     exit_code = 7
+
+
+class ClusterError(OpenLMError):
+    """The cluster that runs the tasks failed: workers died, the scheduler went away."""
+
+    exit_code = 8

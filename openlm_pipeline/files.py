@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,10 +17,14 @@ TMP_SUFFIX = ".tmp"
 
 
 @contextlib.contextmanager
-def atomic_writer(path: Path) -> Iterator[BinaryIO]:
-    """Open `path` for binary writing under a temporary name; flushed, synced and renamed on success only."""
+def atomic_writer(path: Path, *, shared: bool = False) -> Iterator[BinaryIO]:
+    """Open `path` for binary writing under a temporary name; flushed, synced and renamed on success only.
+
+    Args:
+        shared: two workers may write it at once, as when one is taken for dead; `remove_leftovers` tidies up.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(path.name + TMP_SUFFIX)
+    tmp = path.with_name(f"{path.name}{'.' + secrets.token_hex(4) if shared else ''}{TMP_SUFFIX}")
     try:
         with tmp.open("wb") as f:
             yield f
@@ -99,3 +104,9 @@ def set_aside(folder: Path) -> Path:
         n += 1
     folder.rename(target)
     return target
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed writers left in `folder`; for the holder of its lock."""
+    for path in folder.glob(f"*{TMP_SUFFIX}"):
+        path.unlink(missing_ok=True)

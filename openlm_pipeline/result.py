@@ -19,5 +19,16 @@ class StageResult:
     """Numbers and strings worth showing, JSON-serialisable; units stand in the names."""
 
 
+class ProgressLine(str):
+    """A line of progress that also has its numbers, for those who store them."""
+
+    facts: dict[str, int | float]
+
+    def __new__(cls, text: str, facts: dict[str, int | float]) -> "ProgressLine":
+        line = super().__new__(cls, text)
+        line.facts = facts
+        return line
+
+
 Report = Callable[[str], None]
 """Takes one line for people, such as `2 of 6 files, 12 s left`."""

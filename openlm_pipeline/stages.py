@@ -4,6 +4,7 @@ Each stage looks at what is on disk, does only what is missing or no longer matc
 was there. `version` is the content hash that the next stage depends on. No stage needs Dagster.
 """
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from openlm_pipeline.runs.checkpoints import Checkpoint, verify
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.launch import Event, MilestoneReused, milestone_checkpoints, train_locally
 from openlm_pipeline.shards.dataset import ShardedDataset
-from openlm_pipeline.tokenization.cluster import ClientFactory
+from openlm_pipeline.shards.opening import open_dataset, published_url
+from openlm_pipeline.shards.publish import publish
+from openlm_pipeline.tokenization.cluster import PoolFactory
 from openlm_pipeline.tokenization.documents import FileTokens
 from openlm_pipeline.tokenization.job import pack_shards, tokenize_files
 from openlm_pipeline.tokenization.tokenizer import make_tokenizer, read_tokenizer_info, tokenizer_file
@@ -43,7 +46,7 @@ def ensure_tokenizer(experiment: Experiment, home: Home, report: Report) -> Stag
     """
     spec: TokenizerSpec = experiment.tokenizer
     first = experiment.training_datasets()[0]
-    files = discover(first, home)
+    files = discover(first, home) if first.source.files else []
     folder = home.tokenizer(spec.name)
     info, reused, changed = make_tokenizer(spec, files, first.source.text_key, folder)
     if changed:
@@ -53,37 +56,53 @@ def ensure_tokenizer(experiment: Experiment, home: Home, report: Report) -> Stag
 
 
 def tokenize(
-    dataset: Dataset, home: Home, clients: ClientFactory, report: Report, only: set[str] | None = None
+    dataset: Dataset, home: Home, pools: PoolFactory, report: Report, only: set[str] | None = None
 ) -> tuple[list[FileTokens], list[str]]:
-    """Stage 1 over the raw files of a dataset (or those named in `only`).
+    """Stage 1 over the raw files of a dataset (or those named in `only`); ready-made shards have none.
 
     Returns:
         One result a file, sorted by name, and the names of the files that were not done already.
     """
+    if dataset.source.shards:
+        return [], []
     raw_files: list[RawFile] = [raw for raw in discover(dataset, home) if only is None or raw.name in only]
     tokenizer_folder = home.tokenizer(dataset.tokenizer.name)
     info = read_tokenizer_info(tokenizer_folder)
     tokenized = home.tokenized(dataset.name, dataset.version)
-    files, done = tokenize_files(dataset, raw_files, info, tokenizer_folder, tokenized, clients, report)
+    files, done = tokenize_files(dataset, raw_files, info, tokenizer_folder, tokenized, pools, report)
     report(f"{dataset.name}: {len(done)} raw files tokenized, {len(files) - len(done)} reused")
     return files, done
 
 
 def make_shards(
-    dataset: Dataset, files: list[FileTokens], home: Home, clients: ClientFactory, report: Report
+    dataset: Dataset, files: list[FileTokens], home: Home, pools: PoolFactory, report: Report
 ) -> StageResult:
-    """Stage 2: shards and manifest of a dataset from the results of stage 1."""
+    """Stage 2: shards and manifest of a dataset from the results of stage 1, copied to `shards_url` if there is one.
+
+    Ready-made shards are only opened.
+    """
+    if dataset.source.shards:
+        made = open_dataset(dataset, home)
+        report(f"{dataset.name}: {len(made)} ready-made samples of {dataset.seq_len + 1} tokens")
+        return StageResult(made.folder, made.version, True, made.info["totals"])
+    started = time.monotonic()
     info = read_tokenizer_info(home.tokenizer(dataset.tokenizer.name))
     folder: Path = home.shards(dataset.name, dataset.version)
     tokenized = home.tokenized(dataset.name, dataset.version)
-    reused, changed = pack_shards(dataset, files, info, tokenized, folder, clients, report)
+    reused, changed = pack_shards(dataset, files, info, tokenized, folder, pools, report)
+    if url := published_url(dataset):
+        publish(folder, url, report, delete_local=not dataset.keep_local_shards)
     made = ShardedDataset(folder)
     totals = made.info["totals"]
     report(
         f"{dataset.name}: {totals['samples']} samples of {dataset.seq_len + 1} tokens in {totals['shards']} shards "
         + ("reused" if reused else "made")
     )
-    return StageResult(folder, made.version, reused, {**totals, "changed": changed})
+    facts = {**totals, "changed": changed}
+    if not reused:
+        seconds = time.monotonic() - started
+        facts |= {"seconds": seconds, "tokens_per_second": totals["tokens"] / seconds}
+    return StageResult(folder, made.version, reused, facts)
 
 
 def dataset_versions(experiment: Experiment, home: Home) -> dict[str, str]:
@@ -92,7 +111,7 @@ def dataset_versions(experiment: Experiment, home: Home) -> dict[str, str]:
     Raises:
         MissingInputError: a dataset is not there.
     """
-    return {d.name: ShardedDataset(home.shards(d.name, d.version)).version for d in experiment.training_datasets()}
+    return {d.name: open_dataset(d, home).version for d in experiment.training_datasets()}
 
 
 def open_run(experiment: Experiment, home: Home) -> RunFolder:
@@ -184,8 +203,8 @@ def score(experiment: Experiment, home: Home, label: str, report: Report) -> Sta
             f"milestone {label} is not in {run.checkpoints}; `openlm train {experiment.name}` makes it"
         )
     info = read_tokenizer_info(home.tokenizer(experiment.tokenizer.name))
-    data = ShardedDataset(home.shards(experiment.sources[0].name, experiment.sources[0].version)).info
-    if data["tokenizer"]["sha256"] != info.sha256:
+    made_with = open_dataset(experiment.training_datasets()[0], home).info["tokenizer"]["sha256"]
+    if made_with not in (None, info.sha256):  # OpenLM's shards don't say
         raise DataError(f"tokenizer {info.name} is not the one this run's shards were made with; tokenize again")
     from tokenizers import Tokenizer
 

@@ -26,13 +26,34 @@ def parse_tokens(value: Any) -> int:
     raise ValueError(f"{value!r} is not a number of tokens; write for example 250B, 1.5M or 2000000")
 
 
-def format_tokens(tokens: int) -> str:
-    """The shortest exact form of a count: 1500000 -> `1.5M`, 250000000000 -> `250B`."""
+def format_tokens(tokens: int, digits: int | None = None) -> str:
+    """The shortest exact form of a count: 1500000 -> `1.5M`, 250000000000 -> `250B`; or rounded to `digits`."""
+    if digits and tokens:
+        tokens = round(tokens, digits - len(str(tokens)))
     for unit in ("T", "B", "M", "K"):
         if tokens >= _SCALE[unit]:
             text = f"{Decimal(tokens) / _SCALE[unit]:f}"
             return (text.rstrip("0").rstrip(".") if "." in text else text) + unit
     return str(tokens)
+
+
+def format_bytes(number: float) -> str:
+    """1500000 -> `1.5 MB` (powers of 1000)."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:,.4g} TB"
+
+
+def format_seconds(seconds: float) -> str:
+    """75 -> `1 min 15 s`, 7300 -> `2 h 1 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def milestone_label(tokens: int) -> str:

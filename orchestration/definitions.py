@@ -15,7 +15,8 @@ from orchestration.live import live_logger
 
 def _content(dataset: Dataset) -> dict:
     """What makes a dataset what it is: neither its share of a mixture nor how it is tokenized."""
-    return dataset.model_dump(exclude={"source": {"weight"}, "engine": True, "verify_every": True})
+    execution = ("engine", "verify_every", "shards_url", "keep_local_shards", "shard_cache_bytes")
+    return dataset.model_dump(exclude={"source": {"weight"}, **dict.fromkeys(execution, True)})
 
 
 def _shared(experiments: list[Experiment]) -> tuple[dict[str, Dataset], dict[str, Experiment]]:

@@ -1,8 +1,11 @@
 """Batches: step s takes samples s*B .. (s+1)*B of the run's order, split over ranks in rank order.
 
-So a batch depends on the step alone, whatever the world size, and the state of the loader is the step.
+So a batch depends on the step alone, whatever the world size, and the state of the loader is the step. Any number of
+shards serves any number of processes. Batches are read by a thread ahead of their use, and shards that are not on this
+machine are asked for earlier still.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,23 +13,15 @@ import numpy as np
 import torch
 
 from openlm_pipeline.errors import ConfigError
-from openlm_pipeline.experiments import Dataset, Experiment
-from openlm_pipeline.layout import Home
-from openlm_pipeline.ordering import DataOrder
+from openlm_pipeline.experiments import Experiment
+from openlm_pipeline.ordering import make_order
 from openlm_pipeline.shards.dataset import ShardedDataset
 
+_SHARDS_AHEAD_STEPS = 16
+"""Steps between asking for the shards of a batch and reading it."""
 
-def open_dataset(dataset: Dataset, home: Home) -> ShardedDataset:
-    """The finished shards of a dataset.
-
-    Raises:
-        MissingInputError: they are not there.
-        ConfigError: they were made with another sequence length.
-    """
-    opened = ShardedDataset(home.shards(dataset.name, dataset.version))
-    if opened.info["seq_len"] != dataset.seq_len:
-        raise ConfigError(f"{opened.folder} has samples of seq_len {opened.info['seq_len']}, not {dataset.seq_len}")
-    return opened
+Picks = tuple[np.ndarray, np.ndarray]
+"""(source, sample in the source) of each sequence of a batch."""
 
 
 class Batches:
@@ -56,22 +51,64 @@ class Batches:
                     f"more than the model's vocab_size {vocab_size}"
                 )
         self.datasets = datasets
-        weights = [d.source.weight for d in experiment.training_datasets()]
-        self.order = DataOrder([len(d) for d in datasets], weights, experiment.seed)
+        self.order = make_order(
+            experiment.training.sampling,
+            [d.shard_sizes for d in datasets],
+            [d.source.weight for d in experiment.training_datasets()],
+            experiment.seed,
+            window_shards=experiment.training.window_shards,
+            batch=experiment.training.source_batch,
+        )
+        self.sample_tokens = experiment.seq_len + 1
+        self.prefetch_batches = experiment.execution.prefetch_batches
         self.first = rank * self.local_sequences
 
     def load(self, step: int) -> torch.Tensor:
-        """This rank's samples of a step: int64[local_sequences, seq_len + 1]."""
-        start = step * self.global_sequences + self.first
-        picks = [self.order[i] for i in range(start, start + self.local_sequences)]
-        return torch.from_numpy(np.stack([self.datasets[s][i] for s, i in picks]).astype(np.int64))
+        """This rank's samples of a step: int64[local_sequences, seq_len + 1], in pinned memory where there is a GPU."""
+        return self._read(self._picks(step))
 
     def from_step(self, step: int) -> Iterator[torch.Tensor]:
-        """Samples of `step`, `step + 1`, ...; the next step's are read while this one's are used."""
-        with ThreadPoolExecutor(1, thread_name_prefix="data") as pool:
-            ahead = pool.submit(self.load, step)
-            while True:
-                batch = ahead.result()
+        """Samples of `step`, `step + 1`, ..., the next ones read while these are used.
+
+        What goes wrong in reading is raised here. Closing the iterator drops what was read ahead and ends its thread,
+        without waiting for a read under way.
+        """
+        waiting: deque[Picks] = deque()  # batches whose shards have been asked for, the next one first
+
+        def read_next() -> torch.Tensor:  # runs in the one thread of the pool, so in order
+            nonlocal step
+            while len(waiting) <= _SHARDS_AHEAD_STEPS:
+                waiting.append(self._picks(step))
                 step += 1
-                ahead = pool.submit(self.load, step)
+            for dataset, _, samples in self._by_dataset(tuple(map(np.concatenate, zip(*waiting)))):
+                dataset.prefetch(samples)
+            return self._read(waiting.popleft())
+
+        # A new thread is on device 0, and pinning memory there would make a context on another rank's GPU.
+        device = (torch.cuda.set_device, (torch.cuda.current_device(),)) if torch.cuda.is_available() else (None, ())
+        pool = ThreadPoolExecutor(1, thread_name_prefix="data", initializer=device[0], initargs=device[1])
+        try:
+            ready = deque(pool.submit(read_next) for _ in range(self.prefetch_batches))
+            while True:
+                batch = ready.popleft().result()
+                ready.append(pool.submit(read_next))
                 yield batch
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _picks(self, step: int) -> Picks:
+        return self.order.picks(step * self.global_sequences + self.first, self.local_sequences)
+
+    def _by_dataset(self, picks: Picks) -> Iterator[tuple[ShardedDataset, np.ndarray, np.ndarray]]:
+        """(dataset, rows of the batch, their samples in the dataset) of each dataset in a batch."""
+        source, sample = picks
+        for s in np.unique(source):
+            rows = np.flatnonzero(source == s)
+            yield self.datasets[s], rows, sample[rows]
+
+    def _read(self, picks: Picks) -> torch.Tensor:
+        shape = (self.local_sequences, self.sample_tokens)
+        batch = torch.empty(shape, dtype=torch.int64, pin_memory=torch.cuda.is_available())
+        for dataset, rows, samples in self._by_dataset(picks):
+            batch.numpy()[rows] = dataset.gather(samples)
+        return batch

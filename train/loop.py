@@ -16,9 +16,10 @@ from openlm_pipeline.lineage.run_identity import run_identity
 from openlm_pipeline.runs.checkpoints import Checkpoint, list_checkpoints, newest_intact, promote, rotate
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.shards.dataset import ShardedDataset
+from openlm_pipeline.shards.opening import open_dataset
 from openlm_pipeline.units import format_tokens
 from train import checkpoint as checkpoints
-from train.data import Batches, open_dataset
+from train.data import Batches
 from train.distributed import World, build_model, start
 from train.metrics import Metrics
 from train.schedule import learning_rate
@@ -215,7 +216,9 @@ def run_training(experiment: Experiment, home: Home, until: int, *, supersede: b
     world = start()
     run = RunFolder(home.run(experiment.name, experiment.version))
     datasets = [open_dataset(d, home) for d in experiment.training_datasets()]
-    identity = run_identity(experiment, {d.info["name"]: d.version for d in datasets})
+    identity = run_identity(
+        experiment, {d.name: opened.version for d, opened in zip(experiment.training_datasets(), datasets)}
+    )
 
     def held() -> Outcome:
         world.from_rank0(lambda: run.claim(experiment, identity, supersede=supersede))

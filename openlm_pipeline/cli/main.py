@@ -1,17 +1,20 @@
 """`openlm`: every stage as a plain command. A command prints what it does, and exits with the error's own code.
 
 Exit codes: 0 done, 1 failed, 2 wrong recipe or flag, 3 an input is missing, 4 data is damaged, 5 a folder belongs to
-another run, 6 training ended early, 7 another process is at it, 130 interrupted.
+another run, 6 training ended early, 7 another process is at it, 8 the Dask cluster failed, 130 interrupted.
 """
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from openlm_pipeline.cli.download import download
+from openlm_pipeline.cli.shards import shards_app
 from openlm_pipeline.errors import ConfigError, OpenLMError
 from openlm_pipeline.experiments import Experiment, load_experiment, recipe_names
 from openlm_pipeline.layout import Home
@@ -27,6 +30,9 @@ app = typer.Typer(
     "again after any interruption.",
 )
 console = Console(highlight=False, soft_wrap=True)
+app.add_typer(shards_app, name="shards")
+app.command()(download)
+NEOX = "EleutherAI/gpt-neox-20b"
 Recipe = Annotated[str, typer.Argument(help="Name of a recipe (`openlm recipes`) or path of a YAML file.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, such as training.lr=1e-3.")
@@ -52,28 +58,74 @@ def demo() -> None:
 
 @app.command()
 def tokenize(
-    recipe: Recipe,
+    recipe: Annotated[
+        str | None, typer.Argument(help="Name of a recipe (`openlm recipes`) or path of a YAML file.")
+    ] = None,
     overrides: Overrides = None,
-    workers: Annotated[int | None, typer.Option(help="Processes of the local Dask cluster; default: CPUs.")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", "--num-workers", help="Worker processes; default: CPUs. 1 works without Dask."),
+    ] = None,
     dask_address: Annotated[str | None, typer.Option(help="Join this Dask scheduler, such as tcp://host:8786.")] = None,
+    input_files: Annotated[list[str] | None, typer.Option(help="Raw files, globs or URLs, one or more.")] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Shards go to OUTPUT_DIR/<seqlen>-v1.")] = None,
+    tokenizer: Annotated[str, typer.Option(help="A tokenizer.json, its folder, or a hub name.")] = NEOX,
+    num_consumers: Annotated[int | None, typer.Option(help="Processes that pack; default: the workers.")] = None,
+    upload_to_s3: Annotated[
+        bool, typer.Option("--upload-to-s3", help="Move the shards to S3_BASE, such as s3://bucket/prefix/.")
+    ] = False,
+    seqlen: Annotated[int, typer.Option(help="Tokens a sample predicts; it holds one more.", min=8)] = 2048,
+    seed: Annotated[int, typer.Option(help="Seed of the document order.")] = 42,
+    content_key: Annotated[str, typer.Option(help="Field of the text.")] = "text",
+    pad_id: Annotated[
+        int | None,
+        typer.Option(help="Fill the last sample up with this token instead of leaving it out; OpenLM's is 50256."),
+    ] = None,
 ) -> None:
-    """Turn a recipe's raw files into shards: tokenizer, token streams, packing.
+    """Turn raw files into shards: those of a recipe, or those of --input-files with make_2048.py's arguments.
 
-    Files that are done already are reused. Bad records go to quarantine.jsonl beside the shards.
+    Files that are done already are reused, whatever stopped the command. Bad records go to quarantine.jsonl beside the
+    shards. OPENLM_DASK names a YAML file that describes a Dask cluster (see docs/operations.md).
 
-    Example: OPENLM_RAW_DATA=/data/pile openlm tokenize pretrain_1b --workers 16
+    Examples:
+
+    OPENLM_RAW_DATA=/data/pile openlm tokenize pretrain_1b --workers 16
+
+    openlm tokenize --input-files /data/pile/*.jsonl.zst --output-dir /data/shards --num-workers 16
     """
     from openlm_pipeline import stages
     from openlm_pipeline.tokenization.cluster import DaskSettings
 
+    if (recipe is None) == (not input_files):
+        raise ConfigError("give a recipe, or --input-files and --output-dir")
+    if input_files:
+        from openlm_pipeline.tokenization.standalone import make_shards_of_files, upload_url
+
+        if output_dir is None:
+            raise ConfigError("--input-files needs --output-dir")
+        target = upload_url() if upload_to_s3 else None
+        made = make_shards_of_files(
+            input_files,
+            output_dir,
+            tokenizer,
+            DaskSettings.from_env(workers=workers, address=dask_address).pool,
+            DaskSettings.from_env(workers=num_consumers or workers, address=dask_address).pool,
+            say,
+            seq_len=seqlen,
+            seed=seed,
+            pad_id=pad_id,
+            text_key=content_key,
+            upload=target,
+        )
+        say(f"shards: {target or made.path} ({made.facts['samples']} samples, {made.facts['tokens']} tokens)")
+        return
     experiment, home = _load(recipe, overrides)
-    settings = {"workers": workers, "address": dask_address}
-    clients = DaskSettings(**{k: v for k, v in settings.items() if v is not None}).client
+    pools = DaskSettings.from_env(workers=workers, address=dask_address).pool
     stages.make_corpus(experiment, home, say)
     stages.ensure_tokenizer(experiment, home, say)
     for dataset in experiment.datasets():
-        files, _ = stages.tokenize(dataset, home, clients, say)
-        say(f"shards: {stages.make_shards(dataset, files, home, clients, say).path}")
+        files, _ = stages.tokenize(dataset, home, pools, say)
+        say(f"shards: {stages.make_shards(dataset, files, home, pools, say).path}")
 
 
 @app.command()
@@ -178,10 +230,25 @@ def recipes() -> None:
     console.print(table)
 
 
+def with_repeated_options(arguments: list[str]) -> list[str]:
+    """`--input-files a b` as make_2048.py takes it, or a shell makes it of a glob: one option a file."""
+    out: list[str] = []
+    many = False
+    for argument in arguments:
+        if argument == "--input-files":
+            many = True
+        elif argument.startswith("-") or not many:
+            many = False
+            out.append(argument)
+        else:
+            out += ["--input-files", argument]
+    return out
+
+
 def main() -> None:
     """Run the command; expected errors end it with one message and their exit code."""
     try:
-        app()
+        app(with_repeated_options(sys.argv[1:]))
     except OpenLMError as e:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {e}", markup=False)
         sys.exit(e.exit_code)

@@ -5,15 +5,17 @@ The decompressors are driven frame by frame because the convenience readers of `
 
 import contextlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
-import fsspec
 import zstandard
 
-from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
+from openlm_pipeline.errors import DataError
+from openlm_pipeline.remote import open_remote
 
-_PLAIN_BLOCK = 1 << 20
+BLOCK_BYTES = 1 << 17
+"""Bytes of a raw file read at once; every cut between parts of a file is a multiple."""
+_MAX_OUTPUT_BYTES = 1 << 20
 # A zstd block of 128 KiB can come from 4 bytes, so small inputs bound what one call may return.
 _ZSTD_BLOCK = 1 << 15
 _MAX_ZSTD_WINDOW = 1 << 31
@@ -21,22 +23,14 @@ _MAX_ZSTD_WINDOW = 1 << 31
 
 @contextlib.contextmanager
 def open_raw(url: str) -> Iterator[BinaryIO]:
-    """Open a local path or fsspec URL for reading bytes.
+    """Open a local path or fsspec URL for reading bytes; a remote file's end is never taken for earlier than it is.
 
     Raises:
         MissingInputError: there is no such file.
         ConfigError: no installed library speaks the URL's protocol.
         DataError: the file can't be read.
     """
-    try:
-        file = fsspec.open(url, "rb").open()
-    except FileNotFoundError:
-        raise MissingInputError(f"raw file {url} does not exist") from None
-    except (ImportError, ValueError) as e:
-        raise ConfigError(f"raw file {url} can't be opened: {e}") from e
-    except OSError as e:
-        raise DataError(f"raw file {url} can't be read: {e}") from e
-    with file:
+    with open_remote(url, "raw file") as file:
         yield file
 
 
@@ -45,19 +39,25 @@ def empty(url: str) -> DataError:
     return DataError(f"raw file {url} is empty (0 bytes). Fetch it again, or remove it from the source.")
 
 
-def _plain(file: BinaryIO, url: str, size: int) -> Iterator[bytes]:
-    position = 0
+Block = tuple[int, bytes]
+"""Position among the raw file's bytes, and content that comes from what is there."""
+
+
+def _plain(file: BinaryIO, url: str, size: int, begin: int = 0) -> Iterator[Block]:
+    position = begin
     while True:
         try:
             block = file.read(size)
+            while 0 < len(block) < size and (more := file.read(size - len(block))):  # some files give less than asked
+                block += more
         except OSError as e:
             raise DataError(f"raw file {url} can't be read past byte {position}: {e}") from e
         if not block:
             if not position:
                 raise empty(url)
             return
+        yield position, block
         position += len(block)
-        yield block
 
 
 def _truncated(url: str, position: int, kind: str) -> DataError:
@@ -71,11 +71,10 @@ def _corrupt(url: str, position: int, error: Exception) -> DataError:
     return DataError(f"raw file {url} is corrupt near compressed byte {position}: {error}. Fetch it again.")
 
 
-def _zstd(file: BinaryIO, url: str) -> Iterator[bytes]:
+def _zstd(raw: Iterator[Block], url: str) -> Iterator[Block]:
     decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_ZSTD_WINDOW)
     frame = None
-    position = 0
-    for block in _plain(file, url, _ZSTD_BLOCK):
+    for position, block in raw:
         rest = block
         while rest:
             frame = frame or decompressor.decompressobj()
@@ -84,19 +83,17 @@ def _zstd(file: BinaryIO, url: str) -> Iterator[bytes]:
             except zstandard.ZstdError as e:
                 raise _corrupt(url, position, e) from e
             if data:
-                yield data
+                yield position, data
             rest = frame.unused_data if frame.eof else b""
             if frame.eof:
                 frame = None
-        position += len(block)
     if frame is not None:
-        raise _truncated(url, position, "zstd frame")
+        raise _truncated(url, position + len(block), "zstd frame")
 
 
-def _gzip(file: BinaryIO, url: str) -> Iterator[bytes]:
+def _gzip(raw: Iterator[Block], url: str) -> Iterator[Block]:
     member = None
-    position = 0
-    for block in _plain(file, url, _PLAIN_BLOCK):
+    for position, block in raw:
         rest = block
         while rest:
             # Some writers pad with zeros between and after members.
@@ -104,34 +101,50 @@ def _gzip(file: BinaryIO, url: str) -> Iterator[bytes]:
                 break
             member = member or zlib.decompressobj(wbits=31)
             try:
-                data = member.decompress(rest, _PLAIN_BLOCK)
+                data = member.decompress(rest, _MAX_OUTPUT_BYTES)
                 if data:
-                    yield data
+                    yield position, data
                 rest = member.unused_data if member.eof else member.unconsumed_tail
                 # Output may wait inside zlib although its input is used up.
-                while not member.eof and not rest and (data := member.decompress(b"", _PLAIN_BLOCK)):
-                    yield data
+                while not member.eof and not rest and (data := member.decompress(b"", _MAX_OUTPUT_BYTES)):
+                    yield position, data
                     rest = member.unconsumed_tail
             except zlib.error as e:
                 raise _corrupt(url, position, e) from e
             if member.eof:
                 rest = member.unused_data
                 member = None
-        position += len(block)
     if member is not None:
-        raise _truncated(url, position, "gzip member")
+        raise _truncated(url, position + len(block), "gzip member")
 
 
-def decompressed_blocks(file: BinaryIO, url: str) -> Iterator[bytes]:
+def is_compressed(url: str) -> bool:
+    return url.endswith((".zst", ".gz"))
+
+
+def decompressed_blocks(
+    file: BinaryIO, url: str, begin: int = 0, on_raw: Callable[[bytes], object] = lambda block: None
+) -> Iterator[Block]:
     """The file's content in blocks of about 1 MiB, decompressed as the name's suffix says (`.zst`, `.gz`, else plain).
 
     Several zstd frames or gzip members after one another are one content.
 
+    Args:
+        begin: byte at which reading begins, only where nothing is compressed.
+        on_raw: gets the raw file's bytes as they are read.
+
     Raises:
         DataError: empty, truncated, corrupt or unreadable; names the file and the compressed byte.
     """
+
+    def raw(size: int) -> Iterator[Block]:
+        for position, block in _plain(file, url, size, begin):
+            on_raw(block)
+            yield position, block
+
     if url.endswith(".zst"):
-        return _zstd(file, url)
+        return _zstd(raw(_ZSTD_BLOCK), url)
     if url.endswith(".gz"):
-        return _gzip(file, url)
-    return _plain(file, url, _PLAIN_BLOCK)
+        return _gzip(raw(BLOCK_BYTES), url)
+    file.seek(begin)
+    return raw(BLOCK_BYTES)

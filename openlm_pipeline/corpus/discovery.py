@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from openlm_pipeline.corpus.reader import check_format
 from openlm_pipeline.errors import ConfigError, MissingInputError
 from openlm_pipeline.experiments import Dataset
 from openlm_pipeline.layout import Home
+from openlm_pipeline.remote import file_system, public, storage_errors
 
 _STAMP_KEYS = ("ETag", "etag", "md5", "content_md5", "mtime", "LastModified", "last_modified", "created")
 
@@ -38,24 +38,37 @@ def _raw_file(fs: Any, info: dict[str, Any]) -> RawFile:
     return RawFile(name, fs.unstrip_protocol(path), size, f"{size}-{mark}")
 
 
+def _is_file(info: dict[str, Any]) -> bool:
+    return info["type"] == "file" or (bool(info.get("islink")) and Path(info["name"]).is_file())
+
+
 def _expand(where: str) -> list[RawFile]:
     """Files that match one path, URL or glob, none if there are none."""
+    fs, path = file_system(where)
     try:
-        fs, path = fsspec.core.url_to_fs(where)
-    except (ImportError, ValueError) as e:
-        raise ConfigError(f"{where} can't be looked up: {e}") from e
-    try:
-        # A question mark in a web address begins its query. Only a local path may be looked up by listing.
-        wild = "*" if where.startswith(("http://", "https://")) else "*?["
-        if not isinstance(fs, LocalFileSystem) and not any(c in path for c in wild):
-            found = [fs.info(path)]
-        else:
-            found = list(fs.glob(path, detail=True).values())
-    except FileNotFoundError:
+        with storage_errors(public(where), "can't be listed"):
+            fs.invalidate_cache()  # a listing kept by a long process may be old
+            # A question mark in a web address begins its query. Only a local path may be looked up by listing.
+            wild = "*" if where.startswith(("http://", "https://")) else "*?["
+            if not isinstance(fs, LocalFileSystem) and not any(c in path for c in wild):
+                found = [fs.info(path)]
+            else:
+                found = list(fs.glob(path, detail=True).values())
+            return [_raw_file(fs, info) for info in found if _is_file(info)]
+    except MissingInputError:
         return []
-    except OSError as e:
-        raise MissingInputError(f"{where} can't be listed: {e}. Check the address and the credentials.") from e
-    return [_raw_file(fs, info) for info in found if info["type"] == "file"]
+
+
+def restat(raw: RawFile) -> RawFile:
+    """The raw file as it is now.
+
+    Raises:
+        MissingInputError: it is gone.
+    """
+    fs, path = file_system(raw.url)
+    fs.invalidate_cache()
+    with storage_errors(f"raw file {public(raw.url)}", "can't be looked up"):
+        return _raw_file(fs, fs.info(path))
 
 
 def discover(dataset: Dataset, home: Home) -> list[RawFile]:

@@ -3,8 +3,12 @@
 Formats go by suffix: JSON lines (`.jsonl`, `.jsonl.zst`, `.zst`, `.jsonl.gz`, `.gz`), `.json` (JSON lines or one
 array; may be compressed too) and `.parquet`. Every non-blank line, array element or row is either a `Record` or a
 `BadRecord`; each takes one record number, so that numbers name records for ever.
+
+A file of lines or rows can be read in parts, by as many readers as there are parts. A record belongs to the part in
+which it begins, and to no other, wherever the cuts are.
 """
 
+import hashlib
 import io
 import re
 from collections.abc import Callable, Generator, Iterator
@@ -16,7 +20,7 @@ from typing import BinaryIO
 
 import orjson
 
-from openlm_pipeline.corpus.blocks import decompressed_blocks, empty, open_raw
+from openlm_pipeline.corpus.blocks import BLOCK_BYTES, decompressed_blocks, empty, is_compressed, open_raw
 from openlm_pipeline.errors import ConfigError, DataError
 from openlm_pipeline.files import atomic_writer
 
@@ -30,14 +34,36 @@ _JSON_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{},]', re.DOTALL)
 
 
 @dataclass(frozen=True)
+class Part:
+    """A stretch of a raw file's own bytes (compressed ones, where it is); its records are those that begin there."""
+
+    begin: int = 0
+    end: int | None = None
+    """None: to the end of the file."""
+
+
+WHOLE = Part()
+
+
+def cut(url: str, size_bytes: int, count: int) -> list[Part]:
+    """At most `count` parts of about the same size, in order; one where the format can't be read in parts."""
+    if url.removesuffix(".zst").removesuffix(".gz").endswith(".json"):
+        return [WHOLE]  # it may be one array
+    blocks = max(1, size_bytes // BLOCK_BYTES)
+    count = max(1, min(count, blocks))
+    cuts = [i * blocks // count * BLOCK_BYTES for i in range(count)]
+    return [Part(begin, end) for begin, end in zip(cuts, [*cuts[1:], None])]
+
+
+@dataclass(frozen=True)
 class Record:
     """One document of a raw file."""
 
     number: int
-    """Place in the file, from 0; bad records count, blank lines don't."""
+    """Place in the part that is read, from 0; bad records count, blank lines don't."""
     text: str
     offset: int
-    """Byte at which the record begins in the decompressed content; in Parquet the row, from 0."""
+    """Byte at which the record begins in the file's decompressed content; in Parquet the row, from 0."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +72,7 @@ class BadRecord:
 
     file: str
     line: int
-    """From 1; in Parquet the row, from 1."""
+    """From 1, counted in the part that is read; in Parquet the row."""
     offset: int
     """As in `Record`."""
     reason: str
@@ -100,8 +126,9 @@ _JSON_NAMES = {
 }  # fmt: skip
 
 
-def _lines(blocks: Iterator[bytes]) -> Iterator[_Raw]:
-    line, offset = 1, 0
+def _lines(blocks: Iterator[bytes], first_offset: int, past_end: Callable[[int], bool]) -> Iterator[_Raw]:
+    """Lines up to the first that begins where `past_end` says so; it is asked when the block of the line was read."""
+    line, offset = 1, first_offset
     parts: list[bytes] = []
     size = 0
 
@@ -111,9 +138,13 @@ def _lines(blocks: Iterator[bytes]) -> Iterator[_Raw]:
     for block in blocks:
         *ended, rest = block.split(b"\n")
         for piece in ended:
+            if past_end(offset):
+                return
             yield _Raw(line, offset, joined(piece))
             line, offset = line + 1, offset + size + len(piece) + 1
             parts, size = [], 0
+        if past_end(offset):
+            return
         size += len(rest)
         if size <= MAX_RECORD_BYTES:
             parts.append(rest)
@@ -175,25 +206,8 @@ def _elements(blocks: Iterator[bytes], url: str) -> Iterator[_Raw]:
         raise DataError(f"raw file {url} goes on after its top-level array, at byte {base}")
 
 
-def _json_records(file: BinaryIO, url: str, count_bytes: Callable[[int], None]) -> Iterator[_Raw]:
-    def counted() -> Iterator[bytes]:
-        for block in decompressed_blocks(file, url):
-            count_bytes(len(block))
-            yield block
-
-    blocks = counted()
-    head = b""
-    while not head.strip(b"\xef\xbb\xbf \t\r\n") and (block := next(blocks, b"")):
-        head += block
-    if head.startswith(_BOM):
-        head = b"   " + head[3:]  # keeps offsets
-    blocks = chain([head], blocks)
-    if url.removesuffix(".zst").removesuffix(".gz").endswith(".json") and head.lstrip()[:1] == b"[":
-        return _elements(blocks, url)
-    return _lines(blocks)
-
-
-def _parquet_rows(file: BinaryIO, url: str, text_key: str) -> Iterator[tuple[int, bytes | None]]:
+def _parquet_rows(file: BinaryIO, url: str, text_key: str, part: Part) -> Iterator[tuple[int, bytes | None]]:
+    """Row numbers in the file and texts; a row group belongs to the part in which its share of the bytes begins."""
     import pyarrow as pa  # slow to import, and most raw files are no Parquet
     import pyarrow.parquet as pq
 
@@ -213,8 +227,14 @@ def _parquet_rows(file: BinaryIO, url: str, text_key: str) -> Iterator[tuple[int
         if not any(f(kind) for f in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view,
                                      pa.types.is_binary, pa.types.is_large_binary)):  # fmt: skip
             raise DataError(f"column {text_key!r} of raw file {url} is {kind}, not a string; set the source's text_key")
-        row = 0
+        row = position = 0
         for group in range(table.num_row_groups):
+            about = table.metadata.row_group(group)
+            begins_at = position
+            position += sum(about.column(c).total_compressed_size for c in range(about.num_columns))
+            if begins_at < part.begin or (part.end is not None and begins_at >= part.end):
+                row += about.num_rows
+                continue
             for batch in table.iter_batches(_ROWS_PER_BATCH, row_groups=[group], columns=[text_key]):
                 column = batch.column(0)
                 if pa.types.is_dictionary(column.type):
@@ -228,10 +248,16 @@ def _parquet_rows(file: BinaryIO, url: str, text_key: str) -> Iterator[tuple[int
 
 
 class RecordReader(Iterator[Record]):
-    """The records of one file, in order; after the last one `records`, `bad` and `bytes` describe the whole file."""
+    """The records of one file or part, in order; after the last one its attributes describe all that was read."""
 
     def __init__(
-        self, url: str, *, text_key: str = "text", max_bad_fraction: float = 0.001, on_bad: Callable[[BadRecord], None]
+        self,
+        url: str,
+        *,
+        text_key: str = "text",
+        max_bad_fraction: float = 0.001,
+        on_bad: Callable[[BadRecord], None],
+        part: Part = WHOLE,
     ) -> None:
         check_format(url)
         self.url = url
@@ -239,12 +265,19 @@ class RecordReader(Iterator[Record]):
         """Good records so far."""
         self.bad = 0
         """Bad records so far."""
+        self.lines = 0
+        """Lines so far, blank ones too; in Parquet rows, in an array elements."""
         self.bytes = 0
-        """Decompressed bytes read so far; in Parquet the bytes of the texts."""
+        """Decompressed bytes of the part so far; in Parquet the bytes of the texts."""
+        self.raw_bytes = 0
+        """The file's own bytes read so far, those before the part left out."""
+        self.first_bad: BadRecord | None = None
         self._text_key = text_key
         self._max_bad_fraction = max_bad_fraction
         self._on_bad = on_bad
-        self._first_bad: BadRecord | None = None
+        self._part = part
+        self._digest = hashlib.sha256()
+        self._at_end = False
         self._iterator = self._read()
 
     def __next__(self) -> Record:
@@ -254,15 +287,21 @@ class RecordReader(Iterator[Record]):
         """Close the file before its end is reached."""
         self._iterator.close()
 
+    @property
+    def raw_sha256(self) -> str | None:
+        """Hash of the file's own bytes, if all of them were read."""
+        all_read = self._at_end and (self._part.begin == 0 or is_compressed(self.url))
+        return self._digest.hexdigest() if all_read and not self.url.endswith(".parquet") else None
+
     def _read(self) -> Generator[Record, None, None]:
         with open_raw(self.url) as file:
             yield from self._parquet(file) if self.url.endswith(".parquet") else self._json(file)
-        if not self.bytes and not self.url.endswith(".parquet"):
-            raise DataError(f"raw file {self.url} is empty: it decompresses to nothing. Fetch it again.")
-        self._check_threshold()
+        if self._part == WHOLE:
+            check_bad_fraction(self.url, self.records, self.bad, self._max_bad_fraction, self.first_bad)
 
     def _json(self, file: BinaryIO) -> Iterator[Record]:
-        for raw in _json_records(file, self.url, self._count_bytes):
+        for raw in self._raw_records(file):
+            self.lines += 1
             if raw.data is not None and not raw.data.strip():
                 continue
             try:
@@ -272,21 +311,82 @@ class RecordReader(Iterator[Record]):
             else:
                 yield self._accept(text, raw.offset)
 
+    def _raw_records(self, file: BinaryIO) -> Iterator[_Raw]:
+        """What should be JSON records, of this part alone."""
+        part, url = self._part, self.url
+        # A plain file is read from the byte before the part, which says whether a line begins with the part.
+        plain_begin = None if is_compressed(url) else max(0, part.begin - 1)
+        blocks = decompressed_blocks(file, url, plain_begin or 0, self._digest.update)
+        offset, last, pending = 0, b"\n", b""
+        for position, block in blocks:
+            if plain_begin is not None:
+                offset, last, pending = (
+                    part.begin,
+                    block[: part.begin - position] or last,
+                    block[part.begin - position :],
+                )
+                break
+            if position >= part.begin:
+                pending = block
+                break
+            last, offset = block[-1:], offset + len(block)
+        else:
+            if not offset and not plain_begin:
+                raise DataError(f"raw file {url} is empty: it decompresses to nothing. Fetch it again.")
+            self._at_end = True
+            return
+        first, own = offset, (position, pending)
+        # The content's byte at which the part ends: of a compressed file it is known once it is reached.
+        end = None if plain_begin is None else part.end
+
+        def content() -> Iterator[bytes]:
+            nonlocal end
+            reached = first
+            for position, block in chain([own], blocks):
+                if end is None and part.end is not None and position >= part.end:
+                    end = reached
+                reached += len(block)
+                self.bytes = (reached if end is None else min(reached, end)) - first
+                self.raw_bytes = position - part.begin
+                yield block
+            self._at_end = True
+
+        rest = content()
+        if last != b"\n":  # the part begins inside a line, which belongs to the part before
+            for block in rest:
+                before, newline, after = block.partition(b"\n")
+                offset += len(before) + len(newline)
+                if newline:
+                    rest = chain([after], rest)
+                    break
+            else:
+                return
+        elif part.begin == 0:
+            head = b""
+            while not head.strip(b"\xef\xbb\xbf \t\r\n") and (block := next(rest, b"")):
+                head += block
+            if head.startswith(_BOM):
+                head = b"   " + head[3:]  # keeps offsets
+            rest = chain([head], rest)
+            if url.removesuffix(".zst").removesuffix(".gz").endswith(".json") and head.lstrip()[:1] == b"[":
+                yield from _elements(rest, url)
+                return
+        yield from _lines(rest, offset, lambda at: end is not None and at >= end)
+
     def _parquet(self, file: BinaryIO) -> Iterator[Record]:
-        for row, value in _parquet_rows(file, self.url, self._text_key):
+        for row, value in _parquet_rows(file, self.url, self._text_key, self._part):
+            self.lines += 1
             if value is None:
-                self._reject(row + 1, row, f"field {self._text_key!r} is a null, not a string")
+                self._reject(self.lines, row, f"field {self._text_key!r} is a null, not a string")
                 continue
-            self._count_bytes(len(value))
+            self.bytes += len(value)
+            self.raw_bytes = max(0, file.tell() - self._part.begin)
             try:
                 text = value.decode()
             except UnicodeDecodeError as e:
-                self._reject(row + 1, row, f"invalid UTF-8 at byte {e.start} of the record")
+                self._reject(self.lines, row, f"invalid UTF-8 at byte {e.start} of the record")
             else:
                 yield self._accept(text, row)
-
-    def _count_bytes(self, number: int) -> None:
-        self.bytes += number
 
     def _accept(self, text: str, offset: int) -> Record:
         self.records += 1
@@ -295,19 +395,23 @@ class RecordReader(Iterator[Record]):
     def _reject(self, line: int, offset: int, reason: str) -> None:
         bad = BadRecord(self.url, line, offset, reason)
         self.bad += 1
-        self._first_bad = self._first_bad or bad
+        self.first_bad = self.first_bad or bad
         self._on_bad(bad)
-        if self.bad > _BAD_BEFORE_EARLY_STOP:
-            self._check_threshold()
+        if self.bad > _BAD_BEFORE_EARLY_STOP and self.bad > self.records:
+            check_bad_fraction(self.url, self.records, self.bad, self._max_bad_fraction, self.first_bad)
 
-    def _check_threshold(self) -> None:
-        total = self.records + self.bad
-        if self._first_bad and self.bad > self._max_bad_fraction * total:
-            raise DataError(
-                f"raw file {self.url}: {self.bad} of {total} records are bad ({self.bad / total:.2%}, more than "
-                f"max_bad_fraction {self._max_bad_fraction:.2%}). The first is line {self._first_bad.line}: "
-                f"{self._first_bad.reason}. Repair the file, or raise max_bad_fraction of its source."
-            )
+
+def check_bad_fraction(url: str, records: int, bad: int, max_bad_fraction: float, first_bad: BadRecord | None) -> None:
+    """Raises:
+    DataError: more than `max_bad_fraction` of all records are bad.
+    """
+    total = records + bad
+    if first_bad and bad > max_bad_fraction * total:
+        raise DataError(
+            f"raw file {url}: {bad} of {total} records are bad ({bad / total:.2%}, more than "
+            f"max_bad_fraction {max_bad_fraction:.2%}). The first is line {first_bad.line}: "
+            f"{first_bad.reason}. Repair the file, or raise max_bad_fraction of its source."
+        )
 
 
 def read_records(
@@ -319,7 +423,7 @@ def read_records(
         ConfigError: the suffix or the URL's protocol can't be read.
         MissingInputError: there is no such file.
         DataError: empty, truncated or corrupt, or more than `max_bad_fraction` of all records are bad (seen at the
-            end, or as soon as over 1000 are bad). What was read before an error is not the whole file.
+            end, or as soon as over 1000 and most are bad). What was read before an error is not the whole file.
     """
     return RecordReader(url, text_key=text_key, max_bad_fraction=max_bad_fraction, on_bad=on_bad)
 
@@ -336,7 +440,7 @@ class QuarantineWriter:
         self._stack = ExitStack()
 
     def __enter__(self) -> "QuarantineWriter":
-        self._file = self._stack.enter_context(atomic_writer(self.path))
+        self._file = self._stack.enter_context(atomic_writer(self.path, shared=True))
         return self
 
     def __call__(self, bad: BadRecord) -> None:

@@ -7,7 +7,7 @@ Fields either change results (they enter an identity, see `openlm_pipeline.linea
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from openlm_pipeline.models.config import ModelConfig, resolve_model
 from openlm_pipeline.strict import Strict
@@ -42,12 +42,14 @@ class TokenizerSpec(Strict):
 
 
 class Source(Strict):
-    """Raw text files that become one dataset of shards."""
+    """Raw text files that become one dataset of shards, or shards that are there already: `files` or `shards`."""
 
     name: Name
     version: str = "v1"
-    files: tuple[str, ...] = Field(min_length=1)
+    files: tuple[str, ...] = ()
     """Globs: local paths (relative ones start at `OPENLM_HOME`) or any fsspec URL."""
+    shards: str | None = None
+    """Folder or fsspec URL of ready-made shards: this project's, or OpenLM's with a `manifest.jsonl`."""
     origin: Literal["files", "embedded"] = "files"
     """`embedded`: the corpus that this project makes from the Python installation it runs in."""
     weight: float = Field(default=1.0, gt=0)
@@ -55,6 +57,12 @@ class Source(Strict):
     text_key: str = "text"
     max_bad_fraction: float = Field(default=0.001, ge=0, le=1)
     """Share of bad records above which a file fails instead of being quarantined record by record."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Source":
+        if bool(self.files) == bool(self.shards):
+            raise ValueError("give exactly one of 'files' (raw text) and 'shards' (ready-made ones)")
+        return self
 
 
 class Dataset(Strict):
@@ -65,6 +73,12 @@ class Dataset(Strict):
     seq_len: int
     samples_per_shard: int
     shuffle_seed: int
+    pad_id: int | None = None
+    vocab_size: int | None = None
+    """Of the model: OpenLM's readers take negative ids modulo it."""
+    shards_url: str | None = None
+    keep_local_shards: bool = True
+    shard_cache_bytes: int | None = None
     engine: Literal["auto", "huggingface"] = "auto"
     verify_every: int = 200
 
@@ -111,6 +125,13 @@ class Training(Strict):
     """Coefficient of the mean squared log-partition."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: parameters are cast to bfloat16 for compute, gradients are reduced in fp32."""
+    sampling: Literal["permutation", "windowed", "resampled", "manifest"] = "permutation"
+    """Order of the samples. `permutation`: each once an epoch, shuffled over the whole source. `windowed`: each once an
+    epoch, shuffled within `window_shards` shards at a time, for remote shards. `resampled` and `manifest`: OpenLM's."""
+    window_shards: int = Field(default=64, ge=1)
+    """Shards whose samples are shuffled together by `windowed`."""
+    source_batch: int = Field(default=8, ge=1)
+    """Consecutive sequences from one source in `resampled` and `manifest`: OpenLM's batch a GPU."""
 
 
 class Execution(Strict):
@@ -122,12 +143,32 @@ class Execution(Strict):
     """Tokens between rotating checkpoints; by default only milestones are saved."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Rotating checkpoints kept; milestones are always kept."""
+    prefetch_batches: int = Field(default=2, ge=1)
+    """Batches read ahead of training."""
     log_every: int = Field(default=10, ge=1)
     """Steps between two records of `metrics.jsonl`."""
+    shards_url: str | None = None
+    """fsspec URL to which finished shards are copied, as `URL/source/version`, and from which they are read where they
+    are missing, such as `s3://bucket/shards`."""
+    keep_local_shards: bool = True
+    """Whether shards stay in `OPENLM_HOME` once they are at `shards_url`."""
+    shard_cache_bytes: int | None = Field(default=None, ge=1)
+    """Most space a dataset's fetched shards may take in `OPENLM_HOME`; the longest unused goes first."""
     tokenizer_engine: Literal["auto", "huggingface"] = "auto"
     """`auto` takes the fast engine where it gives the ids of Hugging Face `tokenizers`, which it is checked against."""
     verify_every: int = Field(default=200, ge=1)
     """One in so many documents is encoded by both engines; a difference fails the file."""
+
+    @field_validator("shards_url", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: Any) -> Any:
+        return value or None
+
+    @model_validator(mode="after")
+    def _shards_somewhere(self) -> "Execution":
+        if not self.keep_local_shards and self.shards_url is None:
+            raise ValueError("keep_local_shards is false, but there is no shards_url to keep them at")
+        return self
 
 
 class Evaluation(Strict):
@@ -161,6 +202,8 @@ class Experiment(Strict):
     samples_per_shard: int = Field(default=8192, ge=1)
     shuffle_seed: int = 42
     """Seed of the document order within a dataset."""
+    pad_id: int | None = Field(default=None, ge=0)
+    """Token id that fills up a dataset's last sample, as OpenLM does; by default an incomplete sample is left out."""
     seed: int = 0
     """Seed of the initial weights and of the sample order."""
     model: dict[str, Any]
@@ -186,6 +229,8 @@ class Experiment(Strict):
         names = [d.name for d in self.datasets()]
         if len(names) != len(set(names)):
             raise ValueError("every source, the validation source included, needs its own name")
+        if self.tokenizer.train and not self.sources[0].files:
+            raise ValueError("the tokenizer is trained on the first source, which needs 'files'")
         if self.model_config_resolved().seq_len < self.seq_len:
             raise ValueError(f"seq_len {self.seq_len} is more than the model's {self.model_config_resolved().seq_len}")
         horizon = self.schedule_horizon()
@@ -205,6 +250,7 @@ class Experiment(Strict):
     def datasets(self) -> list[Dataset]:
         """The mixture's datasets in order, then the validation dataset."""
         sources = [*self.sources, *([self.validation.source] if self.validation else [])]
+        ready_made = any(s.shards for s in sources)
         return [
             Dataset(
                 source=s,
@@ -212,6 +258,11 @@ class Experiment(Strict):
                 seq_len=self.seq_len,
                 samples_per_shard=self.samples_per_shard,
                 shuffle_seed=self.shuffle_seed,
+                pad_id=self.pad_id,
+                vocab_size=self.model_config_resolved().vocab_size if ready_made else None,
+                shards_url=self.execution.shards_url,
+                keep_local_shards=self.execution.keep_local_shards,
+                shard_cache_bytes=self.execution.shard_cache_bytes,
                 engine=self.execution.tokenizer_engine,
                 verify_every=self.execution.verify_every,
             )

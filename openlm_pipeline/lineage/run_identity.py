@@ -9,7 +9,12 @@ TRAINER_VERSION = 1
 
 def settings_identity(experiment: Experiment) -> Tree:
     """The part of a run's identity that stands in the recipe; milestones only extend a run, so they are not in it."""
-    training = experiment.training.model_dump(exclude={"horizon"})
+    unused = {"horizon"}
+    if experiment.training.sampling != "windowed":
+        unused.add("window_shards")
+    if experiment.training.sampling not in ("resampled", "manifest"):
+        unused.add("source_batch")
+    training = experiment.training.model_dump(exclude=unused)
     return {
         "model": experiment.model_config_resolved().model_dump(),
         "training": {**training, "horizon": experiment.schedule_horizon()},

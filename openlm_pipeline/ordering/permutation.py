@@ -37,33 +37,54 @@ def permute(index: int, size: int, seed: int) -> int:
             return index
 
 
-def _mix_array(value: np.ndarray) -> np.ndarray:
+def mix_array(value: np.ndarray) -> np.ndarray:
     """`mix` of each element of a uint64 array."""
     value = value + np.uint64(0x9E3779B97F4A7C15)
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
+    value ^= value >> np.uint64(30)
+    value *= np.uint64(0xBF58476D1CE4E5B9)
+    value ^= value >> np.uint64(27)
+    value *= np.uint64(0x94D049BB133111EB)
+    value ^= value >> np.uint64(31)
+    return value
 
 
-def permute_array(indices: np.ndarray, size: int, seed: int) -> np.ndarray:
+def permute_array(indices: np.ndarray, size: int | np.ndarray, seed: int | np.ndarray) -> np.ndarray:
     """`permute` of each element of an integer array, as int64 of the same shape.
+
+    Args:
+        size: of all permutations, up to 2**53, or of each element's.
+        seed: of all permutations, or of each element's, uint64.
 
     Raises:
         IndexError: an index is not in range(size).
     """
-    if indices.size and not (0 <= indices.min() and indices.max() < size):
-        raise IndexError(f"an index is not in range({size})")
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    shift, low = np.uint64(half), np.uint64((1 << half) - 1)
-    keys = [np.uint64(mix(mix(seed & _MASK) ^ r)) for r in range(_ROUNDS)]
+    if ((indices < 0) | (indices >= size)).any():
+        raise IndexError("an index is not in range(size)")
+    sizes, seeds = _each(size), _each(seed & _MASK if isinstance(seed, int) else seed)
+    half = np.maximum(1, (np.frexp(sizes - np.uint64(1))[1] + 1) // 2).astype(np.uint64)
+    low = (np.uint64(1) << half) - np.uint64(1)
+    keys = [mix_array(mix_array(seeds) ^ np.uint64(r)) for r in range(_ROUNDS)]
     out = indices.astype(np.uint64).ravel()
     walking = np.arange(out.size)
     while walking.size:
-        value = out[walking]
-        left, right = value >> shift, value & low
+        value, shift, mask = out[walking], _of(walking, half), _of(walking, low)
+        left, right = value >> shift, value & mask
         for key in keys:
-            left, right = right, left ^ (_mix_array(right ^ key) & low)
+            mixed = mix_array(right ^ _of(walking, key))
+            mixed &= mask
+            mixed ^= left
+            left, right = right, mixed
         value = (left << shift) | right
         out[walking] = value
-        walking = walking[value >= size]
+        walking = walking[value >= _of(walking, sizes)]
     return out.astype(np.int64).reshape(indices.shape)
+
+
+def _each(values: int | np.ndarray) -> np.ndarray:
+    """uint64[n], or uint64[1] where all are the same, which is several times faster."""
+    values = np.atleast_1d(np.asarray(values, np.uint64)).ravel()
+    return values[:1] if (values == values[:1]).all() else values
+
+
+def _of(walking: np.ndarray, values: np.ndarray) -> np.ndarray:
+    return values if len(values) <= 1 else values[walking]

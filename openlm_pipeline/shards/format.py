@@ -71,8 +71,8 @@ def _tar_header(size: int) -> np.ndarray:
     return np.frombuffer(bytes(header), np.uint8)
 
 
-def encode_shard(samples: np.ndarray, first_index: int, sample_format: SampleFormat) -> bytes:
-    """samples[n, sample_tokens] -> the bytes of a shard whose members count from `first_index`."""
+def encode_records(samples: np.ndarray, first_index: int, sample_format: SampleFormat) -> np.ndarray:
+    """samples[n, sample_tokens] -> the members of a shard, which count from `first_index`: uint8[n, record_bytes]."""
     n = len(samples)
     if first_index + n > 10**_NAME_DIGITS:
         raise DataError(f"a dataset holds at most {10**_NAME_DIGITS} samples; split it into several sources")
@@ -88,18 +88,21 @@ def encode_shard(samples: np.ndarray, first_index: int, sample_format: SampleFor
     body[:, : len(sample_format.npy_header)] = np.frombuffer(sample_format.npy_header, np.uint8)
     tokens = np.ascontiguousarray(samples, dtype=sample_format.numpy_dtype)
     body[:, len(sample_format.npy_header) :] = tokens.view(np.uint8).reshape(n, -1)
-    return records.tobytes() + _END
+    return records
 
 
 def write_shard(path: Path, samples: np.ndarray, first_index: int, sample_format: SampleFormat) -> dict[str, object]:
     """Write a shard atomically; return `{"num_sequences", "bytes", "sha256", "tokens"}`."""
-    data = encode_shard(samples, first_index, sample_format)
-    with atomic_writer(path) as f:
-        f.write(data)
+    records = encode_records(samples, first_index, sample_format)
+    digest = hashlib.sha256()
+    with atomic_writer(path, shared=True) as f:
+        for piece in (records.data, _END):
+            f.write(piece)
+            digest.update(piece)
     return {
         "num_sequences": len(samples),
-        "bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
+        "bytes": sample_format.shard_bytes(len(samples)),
+        "sha256": digest.hexdigest(),
         "tokens": int(samples.size),
     }
 

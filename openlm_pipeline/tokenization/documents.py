@@ -1,33 +1,50 @@
 """Stage 1: one raw file -> one stream of token ids and an index of its documents.
 
 Files of `tokenized/<dataset>/<version>/`, for a raw file F: `F.tokens` (ids, little-endian, end-of-text after each
-document), `F.documents.npy` (int64[n, 2]: record number, tokens with the end-of-text), `F.quarantine.jsonl` (bad
-records), and `F.json`, written last, with identity, counts and hashes. A file is done when its `F.json` says so for the
-same identity; a stage that was killed redoes at most the files it was in.
+document), `F.documents` (int64[n, 2]: record number, tokens with the end-of-text), `F.quarantine.jsonl` (bad records),
+and `F.json`, written last, with identity, counts and hashes. A file is done when its `F.json` says so for the same
+identity.
+
+A large raw file is tokenized in parts, `F.part-00000.*` and so on, which are then joined; the result does not depend on
+the cuts. Work that was killed redoes at most the parts it was in. Memory: about eight times the longest document, and
+never less than some 250 MiB for the engines.
 """
 
 import hashlib
+import os
+import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+import orjson
 
-from openlm_pipeline.corpus.discovery import RawFile
-from openlm_pipeline.corpus.reader import QuarantineWriter, RecordReader
+from openlm_pipeline.corpus.discovery import RawFile, restat
+from openlm_pipeline.corpus.reader import (
+    BadRecord,
+    Part,
+    QuarantineWriter,
+    RecordReader,
+    check_bad_fraction,
+)
 from openlm_pipeline.errors import DataError
 from openlm_pipeline.experiments import Dataset
 from openlm_pipeline.files import atomic_writer, read_json, write_json
 from openlm_pipeline.lineage.fingerprint import fingerprint
 from openlm_pipeline.shards.format import SampleFormat
-from openlm_pipeline.tokenization.engine import EngineMismatch, make_engine
+from openlm_pipeline.tokenization.cluster import Progress
+from openlm_pipeline.tokenization.engine import Encoded, EngineMismatch, make_engine
 from openlm_pipeline.tokenization.raw_hash import sha256_url
 from openlm_pipeline.tokenization.tokenizer import TokenizerInfo, tokenizer_file
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 """Raised when the same text and tokenizer would give another stream."""
 
 _BATCH_CHARACTERS = 1 << 20
+_COPY_BYTES = 1 << 22
+INDEX_DTYPE = np.dtype("<i8")
 
 
 @dataclass(frozen=True)
@@ -47,6 +64,8 @@ class FileTokens:
     tokens_sha256: str
     engine: str
     """Which engine encoded it, and why that one."""
+    seconds: float
+    """Time that tokenizing took, summed over the parts."""
 
     @property
     def version(self) -> str:
@@ -54,9 +73,45 @@ class FileTokens:
         return fingerprint({"tokens": self.tokens_sha256, "documents": self.documents, "identity": self.identity})
 
 
-def _identity(dataset: Dataset, tokenizer: TokenizerInfo, raw_sha256: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class PartTokens:
+    """A finished part of a raw file: the content of its `F.part-NNNNN.json`."""
+
+    identity: dict[str, Any]
+    documents: int
+    quarantined: int
+    lines: int
+    tokens: int
+    text_bytes: int
+    tokens_sha256: str
+    raw_sha256: str | None
+    """Of the whole raw file, where reading this part meant reading all of it."""
+    first_bad: dict[str, Any] | None
+    engine: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Paths:
+    """The files of a raw file or of one of its parts."""
+
+    tokens: Path
+    documents: Path
+    quarantine: Path
+    done: Path
+
+    @classmethod
+    def of(cls, folder: Path, stem: str) -> "_Paths":
+        return cls(*(folder / f"{stem}.{kind}" for kind in ("tokens", "documents", "quarantine.jsonl", "json")))
+
+    def sizes_fit(self, made: FileTokens | PartTokens, token_bytes: int) -> bool:
+        """Whether the files are there, of the sizes that `made` says."""
+        wanted = {self.tokens: made.tokens * token_bytes, self.documents: made.documents * 2 * INDEX_DTYPE.itemsize}
+        return self.quarantine.exists() and all(p.exists() and p.stat().st_size == n for p, n in wanted.items())
+
+
+def _settings(dataset: Dataset, tokenizer: TokenizerInfo) -> dict[str, Any]:
     return {
-        "raw_sha256": raw_sha256,
         "text_key": dataset.source.text_key,
         "max_bad_fraction": dataset.source.max_bad_fraction,
         "tokenizer_sha256": tokenizer.sha256,
@@ -65,87 +120,219 @@ def _identity(dataset: Dataset, tokenizer: TokenizerInfo, raw_sha256: str) -> di
     }
 
 
+def _identity(dataset: Dataset, tokenizer: TokenizerInfo, raw_sha256: str) -> dict[str, Any]:
+    return {"raw_sha256": raw_sha256, **_settings(dataset, tokenizer)}
+
+
+def _part_identity(dataset: Dataset, tokenizer: TokenizerInfo, raw: RawFile, part: Part) -> dict[str, Any]:
+    return {"stamp": raw.stamp, "begin": part.begin, "end": part.end, **_settings(dataset, tokenizer)}
+
+
+def _token_bytes(tokenizer: TokenizerInfo) -> int:
+    return SampleFormat.for_vocabulary(1, tokenizer.vocab_size).numpy_dtype.itemsize
+
+
 def finished(dataset: Dataset, raw: RawFile, tokenizer: TokenizerInfo, folder: Path) -> FileTokens | None:
     """The result of a file that is done for this content, tokenizer and settings, else None."""
-    path = folder / f"{raw.name}.json"
-    if not path.exists():
+    paths = _Paths.of(folder, raw.name)
+    if not paths.done.exists():
         return None
-    done = FileTokens(**read_json(path))
+    fields = read_json(paths.done)
+    if fields["identity"]["code"] != STAGE_VERSION:
+        return None
+    done = FileTokens(**fields)
     raw_sha256 = done.identity["raw_sha256"] if done.stamp == raw.stamp else sha256_url(raw.url)
-    if done.identity != _identity(dataset, tokenizer, raw_sha256):
+    if done.identity != _identity(dataset, tokenizer, raw_sha256) or not paths.sizes_fit(done, _token_bytes(tokenizer)):
         return None
-    width = SampleFormat.for_vocabulary(1, tokenizer.vocab_size).numpy_dtype.itemsize
-    stream = folder / f"{raw.name}.tokens"
-    others = (folder / f"{raw.name}.documents.npy", folder / f"{raw.name}.quarantine.jsonl")
-    whole = stream.exists() and stream.stat().st_size == done.tokens * width and all(p.exists() for p in others)
-    return done if whole else None
+    if done.stamp != raw.stamp:  # touched, but the same: remember it, or it is hashed again each time
+        write_json(paths.done, {**fields, "stamp": raw.stamp})
+    return done
 
 
-def tokenize_file(
-    dataset: Dataset, raw: RawFile, tokenizer: TokenizerInfo, tokenizer_folder: Path, folder: Path
-) -> FileTokens:
-    """Tokenize one raw file; runs in a Dask worker.
+def _with_end_of_text(encoded: Encoded, eot_id: int, dtype: np.dtype) -> np.ndarray:
+    """The ids of all texts, each followed by the end-of-text."""
+    ends = np.cumsum(encoded.lengths + 1) - 1
+    out = np.empty(len(encoded.ids) + len(ends), dtype)
+    is_id = np.ones(len(out), bool)
+    is_id[ends] = False
+    out[is_id] = encoded.ids
+    out[ends] = eot_id
+    return out
+
+
+def _batches(reader: RecordReader) -> Iterator[tuple[list[int], list[str]]]:
+    """Record numbers and texts of about a mebibyte of text at a time."""
+    numbers: list[int] = []
+    texts: list[str] = []
+    characters = 0
+    for record in reader:
+        numbers.append(record.number)
+        texts.append(record.text)
+        characters += len(record.text)
+        if characters >= _BATCH_CHARACTERS:
+            yield numbers, texts
+            numbers, texts, characters = [], [], 0
+    if numbers:
+        yield numbers, texts
+
+
+def part_stem(raw: RawFile, number: int) -> str:
+    return f"{raw.name}.part-{number:05d}"
+
+
+def tokenize_part(
+    dataset: Dataset,
+    raw: RawFile,
+    part: Part,
+    number: int,
+    tokenizer: TokenizerInfo,
+    tokenizer_folder: Path,
+    folder: Path,
+    *,
+    progress: Progress,
+) -> PartTokens:
+    """Tokenize part `number` of a raw file, unless that is done; runs in a worker.
 
     Raises:
-        DataError: the file is damaged, or more of its records are bad than the source allows.
+        DataError: the file is damaged, or nearly all of its records are bad.
     """
-    (folder / f"{raw.name}.json").unlink(missing_ok=True)  # what it describes is about to be replaced
+    started = time.monotonic()
+    paths = _Paths.of(folder, part_stem(raw, number))
+    identity = _part_identity(dataset, tokenizer, raw, part)
+    if paths.done.exists():
+        done = PartTokens(**read_json(paths.done))
+        if done.identity == identity and paths.sizes_fit(done, _token_bytes(tokenizer)):
+            return done
+        paths.done.unlink()
     engine, engine_reason = make_engine(tokenizer_file(tokenizer_folder), dataset.engine, dataset.verify_every)
     dtype = SampleFormat.for_vocabulary(1, tokenizer.vocab_size).numpy_dtype
     digest = hashlib.sha256()
-    index: list[tuple[int, int]] = []
-    text_bytes = 0
-    raw_sha256 = sha256_url(raw.url)
+    text_bytes = tokens = 0
     with (
-        QuarantineWriter(folder / f"{raw.name}.quarantine.jsonl") as quarantine,
-        atomic_writer(folder / f"{raw.name}.tokens") as out,
+        QuarantineWriter(paths.quarantine) as quarantine,
+        atomic_writer(paths.tokens, shared=True) as out,
+        atomic_writer(paths.documents, shared=True) as index,
     ):
-
-        def flush(numbers: list[int], texts: list[str]) -> None:
-            try:
-                encoded = engine.encode_batch(texts)
-            except EngineMismatch as e:
-                raise DataError(
-                    f"{raw.url}, record {numbers[e.position]}: {e}. Set execution.tokenizer_engine=huggingface to use "
-                    "the slower one alone, and please report the document"
-                ) from e
-            for number, ids in zip(numbers, encoded):
-                data = np.append(ids, tokenizer.eot_id).astype(dtype).tobytes()
-                out.write(data)
-                digest.update(data)
-                index.append((number, len(ids) + 1))
-
-        numbers: list[int] = []
-        texts: list[str] = []
-        characters = 0
         reader = RecordReader(
             raw.url,
             text_key=dataset.source.text_key,
             max_bad_fraction=dataset.source.max_bad_fraction,
             on_bad=quarantine,
+            part=part,
         )
-        for record in reader:
-            numbers.append(record.number)
-            texts.append(record.text)
-            characters += len(record.text)
-            text_bytes += len(record.text.encode())
-            if characters >= _BATCH_CHARACTERS:
-                flush(numbers, texts)
-                numbers, texts, characters = [], [], 0
-        flush(numbers, texts)
-    documents = np.array(index, dtype=np.int64).reshape(-1, 2)
-    with atomic_writer(folder / f"{raw.name}.documents.npy") as f:
-        np.save(f, documents)
+        for numbers, texts in _batches(reader):
+            try:
+                encoded = engine.encode_batch(texts)
+            except EngineMismatch as e:
+                raise DataError(
+                    f"{raw.url}, record {numbers[e.position]} from byte {part.begin} on: {e}. Set "
+                    "execution.tokenizer_engine=huggingface to use the slower one alone, and please report the document"
+                ) from e
+            ids = _with_end_of_text(encoded, tokenizer.eot_id, dtype).tobytes()
+            out.write(ids)
+            digest.update(ids)
+            index.write(np.stack([numbers, encoded.lengths + 1], axis=1).astype(INDEX_DTYPE).tobytes())
+            text_bytes += sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
+            tokens += len(ids) // dtype.itemsize
+            progress({"raw_bytes": reader.raw_bytes, "tokens": tokens})
+    result = PartTokens(
+        identity=identity,
+        documents=reader.records,
+        quarantined=reader.bad,
+        lines=reader.lines,
+        tokens=tokens,
+        text_bytes=text_bytes,
+        tokens_sha256=digest.hexdigest(),
+        raw_sha256=reader.raw_sha256,
+        first_bad=asdict(reader.first_bad) if reader.first_bad else None,
+        engine=engine_reason,
+        seconds=time.monotonic() - started,
+    )
+    write_json(paths.done, asdict(result))
+    return result
+
+
+def _append_tokens(path: Path, out: BinaryIO, digest: "hashlib._Hash") -> None:
+    with path.open("rb") as f:
+        while block := f.read(_COPY_BYTES):
+            out.write(block)
+            digest.update(block)
+
+
+def _append_index(path: Path, out: BinaryIO, first_record: int) -> None:
+    with path.open("rb") as f:
+        while block := f.read(_COPY_BYTES):
+            rows = np.frombuffer(block, INDEX_DTYPE).reshape(-1, 2).copy()
+            rows[:, 0] += first_record
+            out.write(rows.tobytes())
+
+
+def _append_quarantine(path: Path, out: BinaryIO, first_line: int) -> None:
+    with path.open("rb") as f:
+        for line in f:
+            bad = orjson.loads(line)
+            out.write(orjson.dumps({**bad, "line": bad["line"] + first_line}) + b"\n")
+
+
+def join_parts(
+    dataset: Dataset, raw: RawFile, count: int, tokenizer: TokenizerInfo, folder: Path, *, progress: Progress
+) -> FileTokens:
+    """Make a raw file's result from its finished parts, which are then gone; runs in a worker.
+
+    Raises:
+        DataError: more of the records are bad than the source allows, or the raw file changed meanwhile.
+    """
+    final = _Paths.of(folder, raw.name)
+    sources = [_Paths.of(folder, part_stem(raw, number)) for number in range(count)]
+    parts = [PartTokens(**read_json(paths.done)) for paths in sources]
+    documents, bad = sum(p.documents for p in parts), sum(p.quarantined for p in parts)
+    first_line, first_bad = 0, None
+    for p in parts:
+        if p.first_bad and first_bad is None:
+            first_bad = BadRecord(**{**p.first_bad, "line": p.first_bad["line"] + first_line})
+        first_line += p.lines
+    check_bad_fraction(raw.url, documents, bad, dataset.source.max_bad_fraction, first_bad)
+    raw_sha256 = parts[-1].raw_sha256 or sha256_url(raw.url)
+    if restat(raw).stamp != raw.stamp:
+        raise DataError(f"raw file {raw.url} changed while it was read; run the command again")
+    final.done.unlink(missing_ok=True)  # what it describes is about to be replaced
+    if count == 1:
+        tokens_sha256 = parts[0].tokens_sha256
+        for name in ("tokens", "documents", "quarantine"):
+            os.replace(getattr(sources[0], name), getattr(final, name))  # noqa: PTH105 - the pair reads better
+    else:
+        digest = hashlib.sha256()
+        with (
+            atomic_writer(final.tokens, shared=True) as tokens,
+            atomic_writer(final.documents, shared=True) as index,
+            atomic_writer(final.quarantine, shared=True) as quarantine,
+        ):
+            first_record = first_line = 0
+            for paths, p in zip(sources, parts):
+                _append_tokens(paths.tokens, tokens, digest)
+                _append_index(paths.documents, index, first_record)
+                _append_quarantine(paths.quarantine, quarantine, first_line)
+                first_record, first_line = first_record + p.documents + p.quarantined, first_line + p.lines
+        tokens_sha256 = digest.hexdigest()
     result = FileTokens(
         name=raw.name,
         identity=_identity(dataset, tokenizer, raw_sha256),
         stamp=raw.stamp,
-        documents=len(documents),
-        quarantined=reader.bad,
-        tokens=int(documents[:, 1].sum()),
-        text_bytes=text_bytes,
-        tokens_sha256=digest.hexdigest(),
-        engine=engine_reason,
+        documents=documents,
+        quarantined=bad,
+        tokens=sum(p.tokens for p in parts),
+        text_bytes=sum(p.text_bytes for p in parts),
+        tokens_sha256=tokens_sha256,
+        engine=parts[0].engine,
+        seconds=round(sum(p.seconds for p in parts), 3),
     )
-    write_json(folder / f"{raw.name}.json", asdict(result))
+    write_json(final.done, asdict(result))
+    remove_parts(folder, {raw.name})
     return result
+
+
+def remove_parts(folder: Path, names: set[str]) -> None:
+    """Delete the parts of raw files that are finished."""
+    for path in folder.glob("*.part-*"):
+        if path.name.rpartition(".part-")[0] in names:
+            path.unlink()

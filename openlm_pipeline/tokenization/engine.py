@@ -8,6 +8,7 @@ sample of the others is encoded by both.
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Protocol
@@ -24,13 +25,32 @@ _RESET_BYTES = (
 )  # gigatoken 0.10 caches every distinct word it sees; a new tokenizer starts with an empty cache
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """The ids of several texts, one after the other."""
+
+    ids: np.ndarray
+    """uint32[sum of lengths]"""
+    lengths: np.ndarray
+    """int64[number of texts]"""
+
+    def split(self) -> list[np.ndarray]:
+        """The ids of each text."""
+        return np.split(self.ids, np.cumsum(self.lengths)[:-1]) if len(self.lengths) else []
+
+    @classmethod
+    def of(cls, ids: Sequence[np.ndarray]) -> "Encoded":
+        lengths = np.array([len(x) for x in ids], dtype=np.int64)
+        return cls(np.concatenate([np.zeros(0, np.uint32), *ids]), lengths)
+
+
 class Engine(Protocol):
     """What a stage needs of a tokenizer."""
 
     name: str
 
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Token ids of each text, unsigned integers [n], without special tokens added.
+    def encode_batch(self, texts: list[str]) -> Encoded:
+        """Token ids of the texts, without special tokens added.
 
         Raises:
             EngineMismatch: a sampled document came out different from Hugging Face `tokenizers`.
@@ -60,25 +80,33 @@ class HuggingFaceEngine:
 
         self._tokenizer = Tokenizer.from_file(str(tokenizer_json))
 
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: list[str]) -> Encoded:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(e.ids, dtype=np.uint32) for e in encodings]
+        return Encoded.of([np.array(e.ids, dtype=np.uint32) for e in encodings])
+
+
+_ALWAYS, _MARK, _ENDS_IN_MARK = 1, 2, 4
 
 
 @cache
 def _guarded_code_points() -> np.ndarray:
-    """bool[0x110000]: where the engines' ideas of Unicode differ; made by benchmarks/probe_fast_engine.py."""
-    table = np.zeros(0x110000, dtype=bool)
-    for first, last in json.loads(Path(__file__).with_name("guard_codepoints.json").read_text())["ranges"]:
-        table[first : last + 1] = True
+    """uint8[0x110000] of flags: where the engines' ideas of Unicode differ; see benchmarks/probe_fast_engine.py."""
+    table = np.zeros(0x110000, dtype=np.uint8)
+    found = json.loads(Path(__file__).with_name("guard_codepoints.json").read_text())
+    for kind, flag in (("always", _ALWAYS), ("marks", _MARK), ("ends_in_mark", _ENDS_IN_MARK)):
+        for first, last in found[kind]:
+            table[first : last + 1] |= flag
     return table
 
 
 def is_guarded(text: str) -> bool:
-    """Whether a text holds a code point on which the engines may differ."""
+    """Whether a text holds a code point, or a run of combining marks, on which the engines may differ."""
     if text.isascii():
         return False
-    return bool(_guarded_code_points()[np.frombuffer(text.encode("utf-32-le"), np.uint32)].any())
+    flags = _guarded_code_points()[np.frombuffer(text.encode("utf-32-le"), np.uint32)]
+    if not flags.any():
+        return False
+    return bool((flags & _ALWAYS).any() or ((flags[1:] & _MARK) & ((flags[:-1] & _ENDS_IN_MARK) >> 1)).any())
 
 
 class GigatokenEngine:
@@ -104,32 +132,34 @@ class GigatokenEngine:
         self._documents = 0
         self._bytes = 0
 
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: list[str]) -> Encoded:
         if self._bytes > _RESET_BYTES:
             self._fast, self._bytes = self._load(), 0
         self._bytes += sum(map(len, texts))
         guarded = [i for i, text in enumerate(texts) if is_guarded(text)]
-        plain = sorted(set(range(len(texts))) - set(guarded))
-        ids: list[np.ndarray] = [np.zeros(0, np.uint32)] * len(texts)
-        for i, encoded in zip(plain, self._encode_fast([texts[i] for i in plain])):
-            ids[i] = encoded
-        for i, encoded in zip(guarded, self._reference.encode_batch([texts[i] for i in guarded])):
-            ids[i] = encoded
-        sampled = [i for i in plain if (self._documents + i) % self._verify_every == 0]
-        for i, expected in zip(sampled, self._reference.encode_batch([texts[i] for i in sampled])):
-            if not np.array_equal(ids[i], expected):
-                raise EngineMismatch("the fast tokenizer engine and Hugging Face tokenizers give different ids", i)
+        encoded = self._encode_guarded(texts, guarded) if guarded else self._encode_fast(texts)
+        sampled = set(range(-self._documents % self._verify_every, len(texts), self._verify_every)) - set(guarded)
+        if sampled:
+            found = encoded.split()
+            expected = self._reference.encode_batch([texts[i] for i in sorted(sampled)]).split()
+            for i, ids in zip(sorted(sampled), expected):
+                if not np.array_equal(found[i], ids):
+                    raise EngineMismatch("the fast tokenizer engine and Hugging Face tokenizers give different ids", i)
         self._documents += len(texts)
-        return ids
+        return encoded
 
-    def _encode_fast(self, texts: Sequence[str]) -> list[np.ndarray]:
-        import awkward as ak
+    def _encode_guarded(self, texts: list[str], guarded: list[int]) -> Encoded:
+        """Encode all, those in `guarded` by the reference."""
+        ids: dict[int, np.ndarray] = dict(
+            zip(guarded, self._reference.encode_batch([texts[i] for i in guarded]).split())
+        )
+        plain = [i for i in range(len(texts)) if i not in ids]
+        ids |= zip(plain, self._encode_fast([texts[i] for i in plain]).split())
+        return Encoded.of([ids[i] for i in range(len(texts))])
 
-        if not texts:
-            return []
-        ragged = self._fast.encode_batch(list(texts), parallel=False)
-        lengths = np.asarray(ak.num(ragged))
-        return np.split(np.asarray(ak.flatten(ragged)), np.cumsum(lengths)[:-1])
+    def _encode_fast(self, texts: list[str]) -> Encoded:
+        # One at a time: the batched call imports awkward, which costs as much CPU time as 20 MB of text.
+        return Encoded.of([self._fast.encode(text) for text in texts])
 
 
 def _why_not_fast(tokenizer_json: Path) -> str | None:

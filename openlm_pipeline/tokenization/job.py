@@ -1,53 +1,96 @@
-"""Both stages over a dataset, on Dask: what is done stays, what is missing is made, the manifest comes last."""
+"""Both stages over a dataset: what is done stays, what is missing is made on a pool, the manifest comes last."""
 
 import json
 import shutil
 import time
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from openlm_pipeline.corpus.discovery import RawFile
-from openlm_pipeline.errors import DataError
+from openlm_pipeline.corpus.reader import cut
+from openlm_pipeline.errors import DataError, IdentityError
 from openlm_pipeline.experiments import Dataset
-from openlm_pipeline.files import atomic_writer, folder_lock, read_json, set_aside, sha256_file, write_json
+from openlm_pipeline.files import (
+    atomic_writer,
+    folder_lock,
+    read_json,
+    remove_leftovers,
+    set_aside,
+    sha256_file,
+    write_json,
+)
 from openlm_pipeline.lineage.fingerprint import Tree, differences, fingerprint
-from openlm_pipeline.result import Report
+from openlm_pipeline.result import ProgressLine, Report
 from openlm_pipeline.shards.dataset import DATASET, MANIFEST, ShardEntry, write_manifest
 from openlm_pipeline.shards.format import SampleFormat
-from openlm_pipeline.tokenization.cluster import ClientFactory
-from openlm_pipeline.tokenization.documents import FileTokens, finished, tokenize_file
-from openlm_pipeline.tokenization.packing import PACKING_VERSION, make_shard, order_documents
+from openlm_pipeline.tokenization.cluster import Call, Facts, Pool, PoolFactory, Progress
+from openlm_pipeline.tokenization.documents import FileTokens, finished, join_parts, remove_parts, tokenize_part
+from openlm_pipeline.tokenization.packing import PACKING_VERSION, check_stream, make_shard, write_order
 from openlm_pipeline.tokenization.tokenizer import TokenizerInfo
+from openlm_pipeline.units import format_bytes, format_seconds, format_tokens
 
-if TYPE_CHECKING:
-    from distributed import Client
-
-
-_REPORT_SECONDS = 2.0
+_REPORT_SECONDS = 5.0
+_MIN_PART_BYTES = 32 << 20
 _BUILDING = ".building"
 _IDENTITY = "identity.json"
 _QUARANTINE = "quarantine.jsonl"
 
 
-def _run(client: "Client", report: Report, what: str, calls: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
-    """Run `function(*args)` for each named call on the cluster; results by name, the first error raised."""
-    from distributed import as_completed
+class _Meter:
+    """Progress of a stage in bytes of its input, as lines for people."""
 
-    started = time.monotonic()
-    if find_spec("bokeh"):  # without it the dashboard's pages only say that it is missing
-        report(f"Dask dashboard: {client.dashboard_link}")
-    futures = {client.submit(function, *args, pure=False): name for name, (function, *args) in calls.items()}
+    def __init__(self, what: str, total_bytes: int, report: Report) -> None:
+        self._what, self._total, self._report = what, max(1, total_bytes), report
+        self._facts: dict[str, Facts] = {}
+        self._started = self._reported = time.monotonic()
+
+    def update(self, name: str, facts: Facts) -> None:
+        self._facts[name] = facts
+        if time.monotonic() - self._reported >= _REPORT_SECONDS:
+            self.say()
+
+    def say(self) -> None:
+        self._reported = now = time.monotonic()
+        elapsed = max(now - self._started, 1e-3)
+        done = min(self._total, sum(f.get("raw_bytes", 0) for f in list(self._facts.values())))
+        tokens = sum(f.get("tokens", 0) for f in list(self._facts.values()))
+        line = f"{self._what}: {format_bytes(done)} of {format_bytes(self._total)} ({done / self._total:.0%})"
+        if tokens:
+            line += (
+                f", {format_tokens(tokens, digits=3)} tokens at {format_tokens(round(tokens / elapsed), digits=3)}/s"
+            )
+        line += f", {format_seconds(elapsed)}"
+        facts = {
+            "bytes_done": done,
+            "bytes_total": self._total,
+            "tokens": tokens,
+            "tokens_per_second": tokens / elapsed,
+        }
+        if done and done < self._total:
+            facts["seconds_left"] = elapsed / done * (self._total - done)
+            line += f", about {format_seconds(facts['seconds_left'])} left"
+        self._report(ProgressLine(line, facts))
+
+
+def _run(pool: Pool, meter: _Meter, sizes: dict[str, int], calls: dict[str, Call]) -> dict[str, Any]:
+    """Run the calls on the pool; results by name, the first error raised.
+
+    Args:
+        sizes: bytes of input of each call, which count as read when it ends.
+    """
     results: dict[str, Any] = {}
-    reported = 0.0
-    for future in as_completed(list(futures)):
-        results[futures[future]] = future.result()
-        elapsed = time.monotonic() - started
-        if elapsed - reported >= _REPORT_SECONDS or len(results) == len(calls):
-            reported = elapsed
-            left = elapsed / len(results) * (len(calls) - len(results))
-            report(f"{what}: {len(results)} of {len(calls)} done, {elapsed:.0f} s, about {left:.0f} s left")
+    tokens: dict[str, int] = {}
+
+    def on_progress(name: str, facts: Facts) -> None:
+        if name not in results:
+            tokens[name] = facts.get("tokens", 0)
+            meter.update(name, facts)
+
+    for name, result in pool.run(calls, on_progress):
+        results[name] = result
+        made = getattr(result, "tokens", tokens.get(name, 0))
+        meter.update(name, {"raw_bytes": sizes[name], "tokens": made})
     return results
 
 
@@ -57,10 +100,15 @@ def tokenize_files(
     tokenizer: TokenizerInfo,
     tokenizer_folder: Path,
     folder: Path,
-    clients: ClientFactory,
+    pools: PoolFactory,
     report: Report,
+    *,
+    min_part_bytes: int = _MIN_PART_BYTES,
 ) -> tuple[list[FileTokens], list[str]]:
     """Stage 1 over `raw_files`: results in their order, and the names of those that had to be done.
+
+    Args:
+        min_part_bytes: a raw file is not cut into parts of fewer bytes.
 
     Raises:
         DataError: a file is damaged; the others that were finished stay.
@@ -68,16 +116,64 @@ def tokenize_files(
     """
     with folder_lock(folder, "tokenizing"):
         done = {raw.name: finished(dataset, raw, tokenizer, folder) for raw in raw_files}
-        largest_first = sorted(raw_files, key=lambda raw: -raw.size_bytes)  # so that no large one is left over
-        missing = {
-            raw.name: (tokenize_file, dataset, raw, tokenizer, tokenizer_folder, folder)
-            for raw in largest_first
-            if done[raw.name] is None
-        }
+        missing = [raw for raw in raw_files if done[raw.name] is None]
+        remove_parts(folder, {name for name, result in done.items() if result})
         if missing:
-            with clients() as client:
-                done |= _run(client, report, f"tokenizing {dataset.name}", missing)
-    return [done[raw.name] for raw in raw_files], sorted(missing)
+            remove_leftovers(folder)
+            with pools(report) as pool:
+                parts = {
+                    raw.name: cut(raw.url, raw.size_bytes, count)
+                    for raw, count in _part_counts(missing, pool.workers, min_part_bytes).items()
+                }
+                calls: dict[str, Call] = {}
+                sizes: dict[str, int] = {}
+                largest_first = sorted(missing, key=lambda raw: -raw.size_bytes)  # so that no large one is left over
+                for raw in largest_first:
+                    args = (tokenizer, tokenizer_folder, folder)
+                    if len(parts[raw.name]) == 1:
+                        calls[raw.name] = (tokenize_whole, dataset, raw, *args)
+                        sizes[raw.name] = raw.size_bytes
+                    for number, part in enumerate(parts[raw.name] if len(parts[raw.name]) > 1 else []):
+                        name = f"{raw.name} part {number}"
+                        calls[name] = (tokenize_part, dataset, raw, part, number, *args)
+                        sizes[name] = (part.end or raw.size_bytes) - part.begin
+                meter = _Meter(f"tokenizing {dataset.name}", sum(sizes.values()), report)
+                results = _run(pool, meter, sizes, calls)
+                meter.say()
+                joins = {
+                    raw.name: (join_parts, dataset, raw, len(parts[raw.name]), tokenizer, folder)
+                    for raw in largest_first
+                    if len(parts[raw.name]) > 1
+                }
+                if joins:
+                    sizes = {raw.name: raw.size_bytes for raw in missing}
+                    what = f"joining the parts of {dataset.name}"
+                    results |= _run(pool, _Meter(what, sum(sizes[n] for n in joins), report), sizes, joins)
+            done |= {raw.name: results[raw.name] for raw in missing}
+    return [done[raw.name] for raw in raw_files], sorted(raw.name for raw in missing)
+
+
+def _part_counts(files: list[RawFile], workers: int, min_part_bytes: int) -> dict[RawFile, int]:
+    """How many parts to cut each file into, so that all workers stay busy; a compressed file is read from its start for
+    each of them, so no more than that takes."""
+    total = sum(raw.size_bytes for raw in files)
+    target = max(min_part_bytes, total // (2 * workers))
+    return {raw: 1 if workers == 1 else min(workers, -(-raw.size_bytes // target) or 1) for raw in files}
+
+
+def tokenize_whole(
+    dataset: Dataset,
+    raw: RawFile,
+    tokenizer: TokenizerInfo,
+    tokenizer_folder: Path,
+    folder: Path,
+    *,
+    progress: Progress,
+) -> FileTokens:
+    """Stage 1 of a raw file that is not cut."""
+    [part] = cut(raw.url, raw.size_bytes, 1)
+    tokenize_part(dataset, raw, part, 0, tokenizer, tokenizer_folder, folder, progress=progress)
+    return join_parts(dataset, raw, 1, tokenizer, folder, progress=progress)
 
 
 def shards_identity(dataset: Dataset, files: list[FileTokens], tokenizer: TokenizerInfo) -> Tree:
@@ -87,6 +183,7 @@ def shards_identity(dataset: Dataset, files: list[FileTokens], tokenizer: Tokeni
         "seq_len": dataset.seq_len,
         "samples_per_shard": dataset.samples_per_shard,
         "shuffle_seed": dataset.shuffle_seed,
+        "pad_id": dataset.pad_id,
         "files": {f.name: f.version for f in files},
         "code": PACKING_VERSION,
     }
@@ -98,7 +195,7 @@ def pack_shards(
     tokenizer: TokenizerInfo,
     tokenized: Path,
     folder: Path,
-    clients: ClientFactory,
+    pools: PoolFactory,
     report: Report,
 ) -> tuple[bool, list[str]]:
     """Stage 2: make the dataset in `folder` unless it is there; return (reused, how it differs from what was there).
@@ -120,12 +217,31 @@ def pack_shards(
             report(f"set the old shards of {dataset.name} aside as {set_aside(folder)}")
         building = folder / _BUILDING
         begun = building / _IDENTITY
+        for place in (folder, building):
+            remove_leftovers(place)
         if folder.exists() and not (begun.exists() and read_json(begun) == identity):
-            shutil.rmtree(folder)  # a beginning that can't be told to be of this identity
+            _clear(folder)
         write_json(begun, identity)
-        _pack(dataset, files, tokenizer, tokenized, folder, building, identity, clients, report)
+        _pack(dataset, files, tokenizer, tokenized, folder, building, identity, pools, report)
         shutil.rmtree(building)
     return False, changed
+
+
+def _clear(folder: Path) -> None:
+    """Empty a folder in which packing of another identity had begun.
+
+    Raises:
+        IdentityError: it was not packing that filled it.
+    """
+    building = folder / _BUILDING
+    found = [path for path in folder.iterdir() if path != building]
+    if found and not building.exists():
+        raise IdentityError(
+            f"{folder} should become a dataset's folder, but holds {found[0].name} and no manifest; move it away"
+        )
+    for path in found:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(building, ignore_errors=True)  # last: it marks the rest as packing's
 
 
 def _pack(
@@ -136,35 +252,45 @@ def _pack(
     folder: Path,
     building: Path,
     identity: Tree,
-    clients: ClientFactory,
+    pools: PoolFactory,
     report: Report,
 ) -> None:
     sample_format = SampleFormat.for_vocabulary(dataset.seq_len + 1, tokenizer.vocab_size)
-    order = order_documents(files, tokenized, dataset.shuffle_seed)
+    order = write_order(files, tokenized, dataset.shuffle_seed, building)
     num_samples, tail = divmod(order.num_tokens, sample_format.sample_tokens)
+    padding = 0
+    if dataset.pad_id is not None and tail:
+        num_samples, padding, tail = num_samples + 1, sample_format.sample_tokens - tail, 0
     if num_samples == 0:
         raise DataError(
             f"dataset {dataset.name} has {order.num_tokens} tokens, fewer than one sample of "
             f"{sample_format.sample_tokens}; give it more text"
         )
-    order.save(building)
     numbers = range(-(-num_samples // dataset.samples_per_shard))
     entries = {n: e for n in numbers if (e := _finished_shard(folder, building, n)) is not None}
-    calls = {
+    shard_bytes = sample_format.record_bytes * dataset.samples_per_shard
+    sizes = {str(n): min(shard_bytes, (num_samples - n * dataset.samples_per_shard) * sample_format.record_bytes)
+             for n in numbers}  # fmt: skip
+    calls: dict[str, Call] = {
         str(n): (
-            make_and_note_shard, building, n, dataset.samples_per_shard, sample_format, dataset.name,
+            make_and_note_shard, building, n, dataset.samples_per_shard, sample_format, dataset.pad_id, dataset.name,
             [f.name for f in files], tokenized, building, folder,
         )
         for n in numbers
         if n not in entries
     }  # fmt: skip
     if calls:
-        with clients() as client:
-            entries |= {int(n): e for n, e in _run(client, report, f"packing {dataset.name}", calls).items()}
-    written = sum(e.tokens for e in entries.values())
+        streams = {f.name: f.tokens * sample_format.numpy_dtype.itemsize for f in files}
+        checks: dict[str, Call] = {f.name: (check_stream, tokenized, f.name, f.tokens_sha256) for f in files}
+        with pools(report) as pool:
+            _run(pool, _Meter(f"checking {dataset.name}", sum(streams.values()), report), streams, checks)
+            meter = _Meter(f"packing {dataset.name}", sum(sizes[n] for n in calls), report)
+            entries |= {int(n): e for n, e in _run(pool, meter, sizes, calls).items()}
+            meter.say()
+    in_shards = sum(e.tokens for e in entries.values()) - padding
     tokens = sum(f.tokens for f in files)
-    if written + tail != tokens:
-        raise DataError(f"dataset {dataset.name}: {tokens} tokens in, {written} in shards and {tail} in the tail")
+    if in_shards + tail != tokens:
+        raise DataError(f"dataset {dataset.name}: {tokens} tokens in, {in_shards} in shards and {tail} in the tail")
     with atomic_writer(folder / _QUARANTINE) as out:
         for f in files:
             out.write((tokenized / f"{f.name}.quarantine.jsonl").read_bytes())
@@ -174,7 +300,7 @@ def _pack(
         "fingerprint": fingerprint(identity),
         "tokenizer": {"name": tokenizer.name, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
         "eot_id": tokenizer.eot_id,
-        "pad_id": None,
+        "pad_id": dataset.pad_id,
         "seq_len": dataset.seq_len,
         "dtype": sample_format.dtype,
         "totals": {
@@ -185,6 +311,7 @@ def _pack(
             "tokens": tokens,
             "samples": num_samples,
             "tail_tokens": tail,
+            "padding_tokens": padding,
             "shards": len(entries),
         },
         "identity": identity,
@@ -194,7 +321,7 @@ def _pack(
     write_manifest(folder, [entries[n] for n in numbers])
 
 
-def make_and_note_shard(building: Path, number: int, *args: Any) -> ShardEntry:
+def make_and_note_shard(building: Path, number: int, *args: Any, progress: Progress) -> ShardEntry:
     """`make_shard`, then a note that it is done, so that a later attempt need not redo it."""
     entry = make_shard(number, *args)
     write_json(building / f"{number:08d}.json", asdict(entry))

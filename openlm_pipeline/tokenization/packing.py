@@ -1,10 +1,17 @@
 """Stage 2: documents in a seeded global order -> samples of `seq_len + 1` tokens -> shards with provenance.
 
 The order is a pure function of (document counts, seed). All documents in that order form one stream of tokens; sample k
-is its k-th run of `seq_len + 1` tokens; the last incomplete run is the tail, recorded and left out. So any worker can
-make any shard alone, and the bytes do not depend on who did.
+is its k-th run of `seq_len + 1` tokens. The last incomplete run is the tail: left out and counted, or filled up with
+padding. So any worker can make any shard alone, and the bytes do not depend on who did.
+
+Memory does not grow with the corpus: the order is a permutation without memory, its tables (24 bytes a document) lie in
+files that are mapped, and a shard's tokens are read document by document. A worker needs about six times its shard's
+size; making the tables takes some 100 MiB.
 """
 
+import os
+from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,90 +19,151 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from openlm_pipeline.files import atomic_writer
+from openlm_pipeline.errors import DataError
+from openlm_pipeline.files import atomic_writer, read_json, sha256_file, write_json
+from openlm_pipeline.ordering.permutation import permute_array
 from openlm_pipeline.shards.dataset import ShardEntry
 from openlm_pipeline.shards.format import SampleFormat, write_shard
-from openlm_pipeline.tokenization.documents import FileTokens
+from openlm_pipeline.tokenization.cluster import Progress
+from openlm_pipeline.tokenization.documents import INDEX_DTYPE, FileTokens
 
-PACKING_VERSION = 1
+PACKING_VERSION = 2
 """Raised when the same streams and seed would give other shards."""
 
-_ORDER_FILES = ("file", "document", "start", "end")
+_CHUNK = 1 << 20
+_MAX_OPEN_FILES = 256
+_TABLES = "order.json"
 
 
-@dataclass(frozen=True)
+def _mapped(path: Path) -> np.ndarray:
+    """int64[:] in a file, mapped; an empty file can't be."""
+    return np.memmap(path, INDEX_DTYPE, mode="r") if path.stat().st_size else np.zeros(0, INDEX_DTYPE)
+
+
 class DocumentOrder:
-    """All documents of a dataset in their global order; arrays of the same length."""
+    """All documents of a dataset in their global order. A document's id counts through the files, in their order."""
 
-    file: np.ndarray
-    """int32: position of the raw file in the sorted list."""
-    document: np.ndarray
-    """int64: position of the document in its file."""
-    start: np.ndarray
-    """int64: first token of the document in its file's stream."""
-    end: np.ndarray
-    """int64: tokens of this and all earlier documents in the global order."""
+    def __init__(self, folder: Path) -> None:
+        """Open the tables that `write_order` made in `folder`."""
+        info = read_json(folder / _TABLES)
+        self.seed: int = info["seed"]
+        self.first_ids = np.cumsum([0, *info["documents"]])
+        """int64[files + 1]: id of each file's first document, then the number of all."""
+        self.first_tokens = np.cumsum([0, *info["tokens"]])
+        """int64[files + 1]: tokens in the files before each, then in all."""
+        self.begins = _mapped(folder / "begins")
+        """int64[documents + 1] by id: tokens of all documents of smaller ids."""
+        self.records = _mapped(folder / "records")
+        """int64[documents] by id: record number in the raw file."""
+        self.ends = _mapped(folder / "ends")
+        """int64[documents] by place in the order: tokens of this and all earlier documents."""
 
     @property
     def num_tokens(self) -> int:
-        return int(self.end[-1]) if len(self.end) else 0
+        return int(self.first_tokens[-1])
 
-    def save(self, folder: Path) -> None:
-        for name in _ORDER_FILES:
-            with atomic_writer(folder / f"{name}.npy") as f:
-                np.save(f, getattr(self, name))
-
-    @classmethod
-    def load(cls, folder: Path) -> "DocumentOrder":
-        """Memory-mapped, so that workers share one copy."""
-        return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ORDER_FILES))
+    def ids(self, first: int, last: int) -> np.ndarray:
+        """int64[last - first]: the documents at places first..last of the order."""
+        return permute_array(np.arange(first, last), int(self.first_ids[-1]), self.seed)
 
 
-def order_documents(files: list[FileTokens], tokenized: Path, seed: int) -> DocumentOrder:
-    """The global order: a permutation of all documents of all files, in the order of `files`."""
-    lengths = [np.load(tokenized / f"{f.name}.documents.npy")[:, 1] for f in files]
-    counts = [len(x) for x in lengths]
-    order = np.random.Generator(np.random.PCG64(seed)).permutation(sum(counts))
-    starts = np.concatenate([np.cumsum(x) - x for x in lengths]) if lengths else np.zeros(0, np.int64)
-    return DocumentOrder(
-        file=np.repeat(np.arange(len(files), dtype=np.int32), counts)[order],
-        document=np.concatenate([np.arange(c) for c in counts])[order],
-        start=starts[order],
-        end=np.cumsum(np.concatenate(lengths)[order]),
-    )
+def _index_chunks(path: Path) -> Iterator[np.ndarray]:
+    """The rows (record, tokens) of a file of stage 1."""
+    with path.open("rb") as f:
+        while block := f.read(_CHUNK * 2 * INDEX_DTYPE.itemsize):
+            yield np.frombuffer(block, INDEX_DTYPE).reshape(-1, 2)
+
+
+def write_order(files: list[FileTokens], tokenized: Path, seed: int, folder: Path) -> DocumentOrder:
+    """Make the tables of the global order: a permutation of all documents of all files, in the order of `files`.
+
+    Raises:
+        DataError: an index of stage 1 does not add up to its file's tokens.
+    """
+    total = 0
+    with atomic_writer(folder / "begins") as begins, atomic_writer(folder / "records") as records:
+        begins.write(np.zeros(1, INDEX_DTYPE).tobytes())
+        for file in files:
+            start, path = total, tokenized / f"{file.name}.documents"
+            for rows in _index_chunks(path):
+                records.write(np.ascontiguousarray(rows[:, 0]).tobytes())
+                begins.write((total + np.cumsum(rows[:, 1])).astype(INDEX_DTYPE).tobytes())
+                total += int(rows[:, 1].sum())
+            if total - start != file.tokens:
+                raise DataError(
+                    f"{path} is damaged: its documents have {total - start} tokens, not {file.tokens}; delete "
+                    f"{file.name}.json beside it to tokenize the file again"
+                )
+    counts = [f.documents for f in files]
+    write_json(folder / _TABLES, {"seed": seed, "documents": counts, "tokens": [f.tokens for f in files]})
+    (folder / "ends").touch()
+    order = DocumentOrder(folder)
+    end = 0
+    with atomic_writer(folder / "ends") as ends:
+        for first in range(0, sum(counts), _CHUNK):
+            ids = order.ids(first, min(first + _CHUNK, sum(counts)))
+            chunk = end + np.cumsum(order.begins[ids + 1] - order.begins[ids])
+            ends.write(chunk.astype(INDEX_DTYPE).tobytes())
+            end = int(chunk[-1])
+    return DocumentOrder(folder)
+
+
+class _Streams:
+    """Token streams of stage 1, read at any place; at most `_MAX_OPEN_FILES` are open."""
+
+    def __init__(self, paths: list[Path], dtype: np.dtype) -> None:
+        self._paths, self._dtype = paths, dtype
+        self._open: OrderedDict[int, int] = OrderedDict()
+
+    def __enter__(self) -> "_Streams":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+    def read(self, file: int, start: int, count: int) -> np.ndarray:
+        """Tokens start..start+count of a file."""
+        descriptor = self._open.get(file)
+        if descriptor is None:
+            if len(self._open) >= _MAX_OPEN_FILES:
+                os.close(self._open.popitem(last=False)[1])
+            descriptor = self._open[file] = os.open(self._paths[file], os.O_RDONLY | os.O_CLOEXEC)
+        size = self._dtype.itemsize
+        data = os.pread(descriptor, count * size, start * size)
+        if len(data) != count * size:
+            raise DataError(f"{self._paths[file]} ends before its token {start + count}: it is damaged")
+        return np.frombuffer(data, self._dtype)
 
 
 @dataclass(frozen=True)
 class _Spans:
     """The documents that a stretch of the global stream touches; arrays of the same length."""
 
-    positions: np.ndarray
-    """Position of the document in the order."""
+    ids: np.ndarray
+    file: np.ndarray
     begin: np.ndarray
     """Token of the global stream where its part starts."""
     skipped: np.ndarray
     """Token within the document where its part starts."""
 
 
-def _gather(order: DocumentOrder, begin: int, end: int, streams: list[np.ndarray]) -> tuple[np.ndarray, _Spans]:
+def _gather(order: DocumentOrder, begin: int, end: int, streams: _Streams) -> tuple[np.ndarray, _Spans]:
     """Tokens begin..end of the global stream, and the documents they come from."""
-    first = int(np.searchsorted(order.end, begin, side="right"))
-    last = int(np.searchsorted(order.end, end, side="left")) + 1
-    positions = np.arange(first, last)
-    ends = np.asarray(order.end[first:last])
-    begins = np.concatenate([[order.end[first - 1] if first else 0], ends[:-1]])
+    first = int(np.searchsorted(order.ends, begin, side="right"))
+    last = int(np.searchsorted(order.ends, end, side="left")) + 1
+    ids = order.ids(first, last)
+    file = np.searchsorted(order.first_ids, ids, side="right") - 1
+    ends = np.asarray(order.ends[first:last])
+    begins = np.concatenate([[order.ends[first - 1] if first else 0], ends[:-1]])
     part_begin, part_end = np.maximum(begins, begin), np.minimum(ends, end)
     skipped = part_begin - begins
-    source = np.asarray(order.start[first:last]) + skipped
-    tokens = np.concatenate(
-        [streams[f][s : s + n] for f, s, n in zip(order.file[first:last], source, part_end - part_begin)]
-    )
-    return tokens, _Spans(positions, part_begin, skipped)
+    start = order.begins[ids] - order.first_tokens[file] + skipped
+    parts = [streams.read(f, s, n) for f, s, n in zip(file.tolist(), start.tolist(), (part_end - part_begin).tolist())]
+    return np.concatenate(parts), _Spans(ids, file, part_begin, skipped)
 
 
-def _provenance(
-    order: DocumentOrder, spans: _Spans, begin: int, end: int, width: int, names: list[str], records: list[np.ndarray]
-) -> pa.Table:
+def _provenance(order: DocumentOrder, spans: _Spans, begin: int, end: int, width: int, names: list[str]) -> pa.Table:
     """One row for each (sample, document) pair among the tokens begin..end.
 
     Columns: `sample` (number in the dataset), `start` and `length` (tokens in the sample), `file`, `record` (number in
@@ -103,53 +171,63 @@ def _provenance(
     """
     cuts = np.union1d(spans.begin, np.arange(begin, end, width))  # each span lies in one document and one sample
     owner = np.searchsorted(spans.begin, cuts, side="right") - 1
-    file, document = (np.asarray(x)[spans.positions][owner] for x in (order.file, order.document))
     return pa.table(
         {
             "sample": pa.array(cuts // width, pa.int64()),
             "start": pa.array(cuts % width, pa.int32()),
             "length": pa.array(np.diff(np.append(cuts, end)), pa.int32()),
-            "file": pa.DictionaryArray.from_arrays(pa.array(file, pa.int32()), names),
-            "record": pa.array([records[f][d] for f, d in zip(file, document)], pa.int64()),
+            "file": pa.DictionaryArray.from_arrays(pa.array(spans.file[owner], pa.int32()), names),
+            "record": pa.array(order.records[spans.ids][owner], pa.int64()),
             "document_start": pa.array(spans.skipped[owner] + cuts - spans.begin[owner], pa.int64()),
         }
     )
+
+
+def check_stream(tokenized: Path, name: str, tokens_sha256: str, *, progress: Progress) -> None:
+    """Whether a token stream is still what stage 1 wrote; runs in a worker.
+
+    Raises:
+        DataError: it is not.
+    """
+    path = tokenized / f"{name}.tokens"
+    if sha256_file(path) != tokens_sha256:
+        raise DataError(f"{path} is damaged: its sha256 is not the recorded one; delete {name}.json to make it again")
+    progress({"raw_bytes": path.stat().st_size})
 
 
 def make_shard(
     number: int,
     samples_per_shard: int,
     sample_format: SampleFormat,
+    pad_id: int | None,
     source: str,
     files: list[str],
     tokenized: Path,
     order_folder: Path,
     out: Path,
 ) -> ShardEntry:
-    """Make shard `number` of a dataset; runs in a Dask worker.
+    """Make shard `number` of a dataset; runs in a worker.
 
     Args:
+        pad_id: fills up the last sample; with None an incomplete sample is left out.
         files: names of the raw files, sorted.
         tokenized: folder of stage 1.
-        order_folder: where the `DocumentOrder` is saved.
+        order_folder: where the `DocumentOrder` is.
         out: the dataset's folder.
     """
-    order = DocumentOrder.load(order_folder)
+    order = DocumentOrder(order_folder)
     width = sample_format.sample_tokens
-    total = order.num_tokens // width
+    total = order.num_tokens // width if pad_id is None else -(-order.num_tokens // width)
     first = number * samples_per_shard
     count = min(samples_per_shard, total - first)
-    streams = [
-        np.memmap(p, dtype=sample_format.numpy_dtype, mode="r")
-        if p.stat().st_size
-        else np.zeros(0, sample_format.dtype)
-        for p in (tokenized / f"{name}.tokens" for name in files)
-    ]
-    begin, end = first * width, (first + count) * width
-    tokens, spans = _gather(order, begin, end, streams)
-    records = [np.load(tokenized / f"{name}.documents.npy", mmap_mode="r")[:, 0] for name in files]
+    begin = first * width
+    end = min((first + count) * width, order.num_tokens)
+    with _Streams([tokenized / f"{name}.tokens" for name in files], sample_format.numpy_dtype) as streams:
+        tokens, spans = _gather(order, begin, end, streams)
+    if padding := count * width - len(tokens):
+        tokens = np.append(tokens, np.full(padding, pad_id, tokens.dtype))
     name = f"{number:08d}"
-    with atomic_writer(out / f"{name}.provenance.parquet") as f:
-        pq.write_table(_provenance(order, spans, begin, end, width, files, records), f, compression="zstd")
+    with atomic_writer(out / f"{name}.provenance.parquet", shared=True) as f:
+        pq.write_table(_provenance(order, spans, begin, end, width, files), f, compression="zstd")
     made = write_shard(out / f"{name}.tar", tokens.reshape(count, width), first, sample_format)
     return ShardEntry(shard=name, source=source, **made)

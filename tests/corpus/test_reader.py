@@ -84,7 +84,7 @@ def test_where_blocks_end_changes_nothing(
     texts = TEXTS[:-1]
     monkeypatch.setitem(globals(), "TEXTS", texts)
     data = ENCODERS[name](tmp_path / name)
-    monkeypatch.setattr("openlm_pipeline.corpus.blocks._PLAIN_BLOCK", block)
+    monkeypatch.setattr("openlm_pipeline.corpus.blocks.BLOCK_BYTES", block)
     records, bad = read(write(tmp_path / name, data))
     assert [r.text for r in records] == texts and bad == []
     for record in records:

@@ -7,36 +7,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import Client
 from small_dataset import SmallDataset, documents
 
-from openlm_pipeline.tokenization.cluster import ClientFactory, DaskSettings
-
-
-def _kept(client: Client) -> ClientFactory:
-    """The same open client each time a stage asks for one."""
-    return lambda: contextlib.nullcontext(client)
+from openlm_pipeline.result import Report
+from openlm_pipeline.tokenization.cluster import DaskSettings, Pool, PoolFactory
 
 
 @pytest.fixture(scope="session")
-def inline() -> Iterator[ClientFactory]:
-    """A cluster of one thread in this process."""
-    with Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=":0") as client:
-        yield _kept(client)
+def inline() -> PoolFactory:
+    """All in this process."""
+    return DaskSettings(workers=1).pool
 
 
 @pytest.fixture(scope="session")
-def two_workers() -> Iterator[ClientFactory]:
-    """A real cluster of two worker processes."""
-    with DaskSettings(workers=2).client() as client:
-        yield _kept(client)
+def two_workers() -> Iterator[PoolFactory]:
+    """A real cluster of two worker processes, kept for all tests."""
+    with DaskSettings(workers=2).pool(lambda line: None) as pool:
+        yield lambda report: contextlib.nullcontext(pool)
 
 
 @pytest.fixture
-def no_client() -> ClientFactory:
+def no_client() -> PoolFactory:
     """For stages that must find nothing to do."""
 
-    def refuse() -> contextlib.AbstractContextManager[Client]:
+    def refuse(report: Report) -> contextlib.AbstractContextManager[Pool]:
         raise AssertionError("a stage asked for a cluster though all was done")
 
     return refuse

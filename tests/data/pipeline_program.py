@@ -1,6 +1,6 @@
 """Raw text to shards as a program of its own, for tests that end it or run two at once.
 
-pipeline_program.py run ROOT             all stages on a LocalCluster of one worker process
+pipeline_program.py run ROOT             all stages on a LocalCluster of two worker processes
 pipeline_program.py hold ROOT STAGE      all stages; in `tokenize` or `pack` it prints `held` and waits for a line
 pipeline_program.py kill ROOT ROOT ...   the pipeline below the n-th ROOT, n from 0, is killed by SIGKILL just before
                                          its n-th change of the file system; prints the change, `done` if it ended
@@ -16,30 +16,27 @@ from typing import Any
 
 import pyarrow.parquet  # noqa: F401 - like the next one only to have it before forking
 import tokenizers  # noqa: F401
-from distributed import Client
 from small_dataset import SmallDataset
 
-from openlm_pipeline.tokenization.cluster import DaskSettings
+from openlm_pipeline.result import Report
+from openlm_pipeline.tokenization.cluster import DaskSettings, Pool
 
 REFERENCE_ENGINE = {"execution": {"tokenizer_engine": "huggingface"}}
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 
 
-@contextlib.contextmanager
-def inline() -> Iterator[Client]:
-    with Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=":0") as client:
-        yield client
+inline = DaskSettings(workers=1).pool
 
 
 def hold(root: Path, stage: str) -> None:
     made = SmallDataset(root)
 
     @contextlib.contextmanager
-    def held() -> Iterator[Client]:
+    def held(report: Report) -> Iterator[Pool]:
         print("held", flush=True)
         sys.stdin.readline()
-        with inline() as client:
-            yield client
+        with inline(report) as pool:
+            yield pool
 
     made.tokenizer()
     files, _ = made.tokenize(held if stage == "tokenize" else inline)
@@ -64,9 +61,8 @@ def run_and_die(root: Path, at: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         left -= 1
 
-    with inline() as client:
-        sys.addaudithook(watch)
-        SmallDataset(root, REFERENCE_ENGINE).run(lambda: contextlib.nullcontext(client))
+    sys.addaudithook(watch)
+    SmallDataset(root, REFERENCE_ENGINE).run(inline)
     print("done", flush=True)
 
 
@@ -85,7 +81,7 @@ if __name__ == "__main__":
     command, *rest = sys.argv[1:]
     if command == "run":
         # The slower engine leaves time to end it.
-        SmallDataset(Path(rest[0]), REFERENCE_ENGINE).run(DaskSettings(workers=1).client)
+        SmallDataset(Path(rest[0]), REFERENCE_ENGINE).run(DaskSettings(workers=2).pool)
     elif command == "hold":
         hold(Path(rest[0]), rest[1])
     else:

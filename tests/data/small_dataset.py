@@ -15,7 +15,7 @@ from openlm_pipeline.files import sha256_file
 from openlm_pipeline.layout import Home
 from openlm_pipeline.result import StageResult
 from openlm_pipeline.shards.dataset import ShardedDataset
-from openlm_pipeline.tokenization.cluster import ClientFactory
+from openlm_pipeline.tokenization.cluster import PoolFactory
 from openlm_pipeline.tokenization.documents import FileTokens
 
 EOT = "<|endoftext|>"
@@ -104,13 +104,13 @@ class SmallDataset:
     def tokenizer(self) -> StageResult:
         return stages.ensure_tokenizer(self.experiment, self.home, lambda line: None)
 
-    def tokenize(self, clients: ClientFactory, only: set[str] | None = None) -> tuple[list[FileTokens], list[str]]:
+    def tokenize(self, clients: PoolFactory, only: set[str] | None = None) -> tuple[list[FileTokens], list[str]]:
         return stages.tokenize(self.dataset, self.home, clients, lambda line: None, only)
 
-    def make_shards(self, files: list[FileTokens], clients: ClientFactory) -> StageResult:
+    def make_shards(self, files: list[FileTokens], clients: PoolFactory) -> StageResult:
         return stages.make_shards(self.dataset, files, self.home, clients, lambda line: None)
 
-    def run(self, clients: ClientFactory) -> StageResult:
+    def run(self, clients: PoolFactory) -> StageResult:
         """All stages from raw files to shards."""
         self.tokenizer()
         files, _ = self.tokenize(clients)

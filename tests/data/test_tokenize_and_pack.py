@@ -12,7 +12,7 @@ from small_dataset import EOT, SEQ_LEN, SmallDataset, documents
 from tokenizers import Tokenizer
 
 from openlm_pipeline.shards.dataset import ShardedDataset
-from openlm_pipeline.tokenization.cluster import ClientFactory, DaskSettings
+from openlm_pipeline.tokenization.cluster import DaskSettings, PoolFactory
 
 Small = Callable[..., SmallDataset]
 
@@ -45,7 +45,7 @@ def check_nothing_is_lost(small: SmallDataset, texts: dict[str, list[str]]) -> N
     assert missing == totals["tail_tokens"]
 
 
-def test_every_document_comes_back_from_the_shards(small: Small, inline: ClientFactory) -> None:
+def test_every_document_comes_back_from_the_shards(small: Small, inline: PoolFactory) -> None:
     texts = {"a.jsonl": documents(40), "b.jsonl": documents(25, 100), "c.jsonl": [""]}
     made = small()
     made.write(texts)
@@ -59,7 +59,7 @@ def test_every_document_comes_back_from_the_shards(small: Small, inline: ClientF
 @settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(drawn=st.lists(st.lists(st.text(max_size=60), min_size=1, max_size=12), min_size=1, max_size=3), data=st.data())
 def test_any_text_comes_back_from_the_shards(
-    drawn: list[list[str]], data: st.DataObject, small: Small, inline: ClientFactory, tmp_path_factory
+    drawn: list[list[str]], data: st.DataObject, small: Small, inline: PoolFactory, tmp_path_factory
 ) -> None:
     settings = {
         "samples_per_shard": data.draw(st.integers(1, 5), label="samples_per_shard"),
@@ -73,7 +73,7 @@ def test_any_text_comes_back_from_the_shards(
     check_nothing_is_lost(made, texts)
 
 
-def test_provenance_covers_each_sample_without_gaps(three_files: SmallDataset, inline: ClientFactory) -> None:
+def test_provenance_covers_each_sample_without_gaps(three_files: SmallDataset, inline: PoolFactory) -> None:
     three_files.run(inline)
     made = ShardedDataset(three_files.shards)
     first = 0
@@ -90,7 +90,7 @@ def test_provenance_covers_each_sample_without_gaps(three_files: SmallDataset, i
     assert first == len(made)
 
 
-def test_dataset_json_names_what_it_was_made_from(three_files: SmallDataset, inline: ClientFactory) -> None:
+def test_dataset_json_names_what_it_was_made_from(three_files: SmallDataset, inline: PoolFactory) -> None:
     three_files.run(inline)
     info = json.loads((three_files.shards / "dataset.json").read_text())
     assert set(info["inputs"]) == {"a.jsonl", "b.jsonl", "c.jsonl"}
@@ -99,7 +99,7 @@ def test_dataset_json_names_what_it_was_made_from(three_files: SmallDataset, inl
     assert {"tokenizer_sha256", "seq_len", "shuffle_seed", "files"} <= set(info["identity"])
 
 
-def test_documents_are_shuffled_across_files_by_the_seed(small: Small, inline: ClientFactory) -> None:
+def test_documents_are_shuffled_across_files_by_the_seed(small: Small, inline: PoolFactory) -> None:
     def order(seed: int) -> list[tuple[str, int]]:
         made = small(f"seed_{seed}", {"shuffle_seed": seed})
         made.write({"a.jsonl": documents(30), "b.jsonl": documents(30, 100)})
@@ -112,12 +112,12 @@ def test_documents_are_shuffled_across_files_by_the_seed(small: Small, inline: C
     assert {name for name, _ in one[:12]} == {"a.jsonl", "b.jsonl"}
 
 
-def test_one_and_two_workers_make_the_same_bytes(
-    small: Small, inline: ClientFactory, two_workers: ClientFactory
+def test_one_two_and_four_workers_make_the_same_bytes(
+    small: Small, inline: PoolFactory, two_workers: PoolFactory
 ) -> None:
     texts = {f"{n}.jsonl": documents(5 + 6 * n, 100 * n) for n in range(6)}
 
-    def made_by(folder: str, clients: ClientFactory) -> SmallDataset:
+    def made_by(folder: str, clients: PoolFactory) -> SmallDataset:
         made = small(folder)
         made.write(texts)
         made.run(clients)
@@ -125,18 +125,19 @@ def test_one_and_two_workers_make_the_same_bytes(
         return made
 
     two = made_by("two", two_workers)
-    one = made_by("one", DaskSettings(workers=1).client)
+    four = made_by("four", DaskSettings(workers=4).pool)
+    one = made_by("one", DaskSettings(workers=1).pool)
     alone = made_by("alone", inline)
-    assert one.manifest() == two.manifest() == alone.manifest()
+    assert one.manifest() == two.manifest() == four.manifest() == alone.manifest()
     shards = {name: h for name, h in two.all_hashes().items() if name.endswith((".tar", ".parquet"))}
     assert len(shards) == 2 * len(ShardedDataset(two.shards).entries) > 6
-    for other in (one, alone):
+    for other in (one, four, alone):
         assert {name: h for name, h in other.all_hashes().items() if name in shards} == shards
 
 
 @pytest.mark.parametrize("order", [("c", "a", "b"), ("b", "c", "a")])
 def test_the_order_in_which_files_are_done_changes_nothing(
-    small: Small, inline: ClientFactory, three_files: SmallDataset, order: tuple[str, ...]
+    small: Small, inline: PoolFactory, three_files: SmallDataset, order: tuple[str, ...]
 ) -> None:
     three_files.run(inline)
     other = small("other")

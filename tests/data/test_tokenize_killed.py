@@ -12,7 +12,7 @@ from small_dataset import SmallDataset, documents, message_of
 from tiny_pipeline import environment
 
 from openlm_pipeline.errors import BusyError
-from openlm_pipeline.tokenization.cluster import ClientFactory
+from openlm_pipeline.tokenization.cluster import PoolFactory
 
 Small = Callable[..., SmallDataset]
 PROGRAM = Path(__file__).with_name("pipeline_program.py")
@@ -32,7 +32,7 @@ def finished_files(made: SmallDataset) -> dict[str, int]:
     return {p.name: p.stat().st_mtime_ns for p in made.tokenized.glob("*.jsonl.json")}
 
 
-def test_killed_before_any_change_of_the_file_system(small: Small, inline: ClientFactory) -> None:
+def test_killed_before_any_change_of_the_file_system(small: Small, inline: PoolFactory) -> None:
     texts = {"a.jsonl": documents(5), "b.jsonl": documents(14, 100)}
     whole = small("whole")
     whole.write(texts)
@@ -57,7 +57,7 @@ def test_killed_before_any_change_of_the_file_system(small: Small, inline: Clien
         assert {p.relative_to(made.root) for p in made.root.rglob("*") if ".building" not in p.parts} == leftovers
 
 
-def test_killed_while_worker_processes_tokenize(small: Small, inline: ClientFactory) -> None:
+def test_killed_while_worker_processes_tokenize(small: Small, inline: PoolFactory) -> None:
     texts = {f"{n}.jsonl": documents(1500, 2000 * n) for n in range(8)}
     whole = small("whole", {"samples_per_shard": 8192})
     whole.write(texts)
@@ -80,7 +80,7 @@ def test_killed_while_worker_processes_tokenize(small: Small, inline: ClientFact
 
 @pytest.mark.parametrize(("stage", "doing"), [("tokenize", "tokenizing"), ("pack", "packing")])
 def test_a_second_process_is_refused_while_the_first_works(
-    stage: str, doing: str, three_files: SmallDataset, inline: ClientFactory, no_client: ClientFactory
+    stage: str, doing: str, three_files: SmallDataset, inline: PoolFactory, no_client: PoolFactory
 ) -> None:
     first = program("hold", three_files.root, stage)
     assert first.stdout.readline() == "held\n"
@@ -92,7 +92,7 @@ def test_a_second_process_is_refused_while_the_first_works(
     assert three_files.run(no_client).reused
 
 
-def test_the_lock_of_a_killed_process_is_free(three_files: SmallDataset, inline: ClientFactory) -> None:
+def test_the_lock_of_a_killed_process_is_free(three_files: SmallDataset, inline: PoolFactory) -> None:
     first = program("hold", three_files.root, "tokenize")
     assert first.stdout.readline() == "held\n"
     first.kill()

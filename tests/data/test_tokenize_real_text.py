@@ -8,13 +8,13 @@ from small_dataset import SmallDataset
 from tokenizers import Tokenizer
 
 from openlm_pipeline.corpus.reader import RecordReader
-from openlm_pipeline.tokenization.cluster import ClientFactory
+from openlm_pipeline.tokenization.cluster import PoolFactory
 
 DOCUMENTS = 300
 
 
 def test_shards_of_real_text_hold_the_ids_of_hugging_face(
-    shared_data: Path, tmp_path: Path, inline: ClientFactory
+    shared_data: Path, tmp_path: Path, inline: PoolFactory
 ) -> None:
     reader = RecordReader(str(shared_data / "raw" / "00.jsonl.zst"), on_bad=lambda bad: None)
     texts = [record.text for record in itertools.islice(reader, DOCUMENTS)]

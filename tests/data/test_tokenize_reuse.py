@@ -7,7 +7,7 @@ import pytest
 from small_dataset import SEQ_LEN, SmallDataset, documents
 
 from openlm_pipeline.shards.dataset import ShardedDataset
-from openlm_pipeline.tokenization.cluster import ClientFactory
+from openlm_pipeline.tokenization.cluster import PoolFactory
 
 Small = Callable[..., SmallDataset]
 
@@ -17,7 +17,7 @@ def marks(made: SmallDataset) -> dict[str, int]:
     return {p.name.removesuffix(".json"): p.stat().st_mtime_ns for p in made.tokenized.glob("*.jsonl.json")}
 
 
-def test_a_second_run_does_nothing(three_files: SmallDataset, inline: ClientFactory, no_client: ClientFactory) -> None:
+def test_a_second_run_does_nothing(three_files: SmallDataset, inline: PoolFactory, no_client: PoolFactory) -> None:
     first = three_files.run(inline)
     before = {p: p.stat().st_mtime_ns for p in three_files.shards.rglob("*")}
     assert not first.reused and marks(three_files).keys() == {"a.jsonl", "b.jsonl", "c.jsonl"}
@@ -27,14 +27,14 @@ def test_a_second_run_does_nothing(three_files: SmallDataset, inline: ClientFact
 
 
 def test_a_touched_file_of_the_same_content_is_not_redone(
-    three_files: SmallDataset, inline: ClientFactory, no_client: ClientFactory
+    three_files: SmallDataset, inline: PoolFactory, no_client: PoolFactory
 ) -> None:
     three_files.run(inline)
     os.utime(three_files.raw("b.jsonl"), ns=(1, 1))
     assert three_files.run(no_client).reused
 
 
-def test_only_a_file_of_other_content_is_redone(three_files: SmallDataset, inline: ClientFactory) -> None:
+def test_only_a_file_of_other_content_is_redone(three_files: SmallDataset, inline: PoolFactory) -> None:
     first = three_files.run(inline)
     before = marks(three_files)
     three_files.write({"b.jsonl": documents(34, 101)})
@@ -47,7 +47,7 @@ def test_only_a_file_of_other_content_is_redone(three_files: SmallDataset, inlin
     assert [line.split()[0] for line in second.facts["changed"]] == ["files.b.jsonl"]
 
 
-def test_an_added_and_a_removed_file_change_the_shards(three_files: SmallDataset, inline: ClientFactory) -> None:
+def test_an_added_and_a_removed_file_change_the_shards(three_files: SmallDataset, inline: PoolFactory) -> None:
     first = three_files.run(inline)
     three_files.write({"d.jsonl": documents(9, 300)})
     added = three_files.run(inline)
@@ -58,7 +58,7 @@ def test_an_added_and_a_removed_file_change_the_shards(three_files: SmallDataset
     assert removed.facts["changed"][0].startswith("files.d.jsonl") and "(absent)" in removed.facts["changed"][0]
 
 
-def test_another_vocabulary_remakes_all_and_keeps_the_old(small: Small, inline: ClientFactory) -> None:
+def test_another_vocabulary_remakes_all_and_keeps_the_old(small: Small, inline: PoolFactory) -> None:
     def with_vocabulary(size: int) -> SmallDataset:
         return small("home", {"tokenizer": {"name": "own", "train": {"vocab_size": size}}})
 
@@ -84,7 +84,7 @@ def test_another_vocabulary_remakes_all_and_keeps_the_old(small: Small, inline: 
     [("samples_per_shard", 16, "samples_per_shard 32 -> 16"), ("shuffle_seed", 7, "shuffle_seed 42 -> 7")],
 )
 def test_a_packing_setting_remakes_shards_but_not_tokens(
-    small: Small, inline: ClientFactory, three_files: SmallDataset, setting: str, value: int, field: str
+    small: Small, inline: PoolFactory, three_files: SmallDataset, setting: str, value: int, field: str
 ) -> None:
     three_files.run(inline)
     before = marks(three_files)
@@ -94,22 +94,22 @@ def test_a_packing_setting_remakes_shards_but_not_tokens(
 
 
 def test_a_setting_that_only_says_how_to_train_changes_no_shards(
-    small: Small, inline: ClientFactory, three_files: SmallDataset, no_client: ClientFactory
+    small: Small, inline: PoolFactory, three_files: SmallDataset, no_client: PoolFactory
 ) -> None:
     three_files.run(inline)
     training = {"global_batch": 4 * SEQ_LEN, "lr": 9.0}
     assert small("home", {"training": training, "milestones": [1000], "seed": 5}).run(no_client).reused
 
 
-@pytest.mark.parametrize("damage", [".tokens", ".documents.npy", ".quarantine.jsonl"])
-def test_a_lost_file_of_stage_1_is_made_again(three_files: SmallDataset, inline: ClientFactory, damage: str) -> None:
+@pytest.mark.parametrize("damage", [".tokens", ".documents", ".quarantine.jsonl"])
+def test_a_lost_file_of_stage_1_is_made_again(three_files: SmallDataset, inline: PoolFactory, damage: str) -> None:
     three_files.run(inline)
     (three_files.tokenized / f"b.jsonl{damage}").unlink()
     _, done = three_files.tokenize(inline)
     assert done == ["b.jsonl"]
 
 
-def test_a_shortened_stream_is_made_again(three_files: SmallDataset, inline: ClientFactory) -> None:
+def test_a_shortened_stream_is_made_again(three_files: SmallDataset, inline: PoolFactory) -> None:
     three_files.run(inline)
     path = three_files.tokenized / "a.jsonl.tokens"
     whole = path.read_bytes()
@@ -118,7 +118,7 @@ def test_a_shortened_stream_is_made_again(three_files: SmallDataset, inline: Cli
     assert path.read_bytes() == whole
 
 
-def test_deleted_shards_come_back_the_same(three_files: SmallDataset, inline: ClientFactory) -> None:
+def test_deleted_shards_come_back_the_same(three_files: SmallDataset, inline: PoolFactory) -> None:
     three_files.run(inline)
     manifest = three_files.manifest()
     (three_files.shards / "manifest.jsonl").unlink()

@@ -1,0 +1,238 @@
+"""`openlm shards`: check, count, look into and export finished datasets; thin over `openlm_pipeline.shards`."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
+
+from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
+from openlm_pipeline.layout import Home
+
+if TYPE_CHECKING:
+    from openlm_pipeline.shards.inspect import DatasetStats
+
+shards_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Check, count, look into and export finished datasets of shards.",
+)
+console = Console(highlight=False, soft_wrap=True)
+_FULL_WIDTH = 100_000  # where the output is no terminal, no line is to be broken
+
+Target = Annotated[
+    str, typer.Argument(metavar="PATH_OR_RECIPE", help="Folder with manifest.jsonl, or a recipe, for its datasets.")
+]
+DatasetName = Annotated[
+    str | None, typer.Option("--dataset", help="Of a recipe: only this dataset, named like its source.")
+]
+
+
+def _say(line: str) -> None:
+    console.print(line, markup=False)
+
+
+def _folders(target: str, dataset: str | None) -> list[Path]:
+    """The folders of datasets that a path or recipe stands for."""
+    from openlm_pipeline.shards.dataset import DATASET, MANIFEST
+
+    path = Path(target)
+    if path.is_dir():
+        if dataset is not None:
+            raise ConfigError("--dataset chooses among the datasets of a recipe, but a folder was given")
+        if (path / MANIFEST).exists() and not (path / DATASET).exists():
+            raise DataError(f"{path} has no {DATASET}: it holds OpenLM's shards, or an export, and no dataset of ours")
+        return [path]
+    if path.suffix not in (".yaml", ".yml") and os.sep in target:
+        raise MissingInputError(f"there is no folder {target}")
+    from openlm_pipeline.experiments import load_experiment
+
+    experiment, home = load_experiment(target), Home.from_env()
+    folders = {d.name: home.shards(d.name, d.version) for d in experiment.datasets()}
+    if dataset is None:
+        return list(folders.values())
+    if dataset not in folders:
+        raise ConfigError(f"recipe {experiment.name} has no dataset {dataset!r}; it has {', '.join(folders)}")
+    return [folders[dataset]]
+
+
+def _folder(target: str, dataset: str | None) -> Path:
+    """The one folder that is meant."""
+    folders = _folders(target, dataset)
+    if len(folders) > 1:
+        names = ", ".join(folder.parent.name for folder in folders)
+        raise ConfigError(f"{target} has several datasets; choose one with --dataset: {names}")
+    return folders[0]
+
+
+@shards_app.command()
+def verify(
+    target: Target,
+    dataset: DatasetName = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Only that all shards are there in their size.")] = False,
+) -> None:
+    """Compare every shard with its sha256 in the manifest, and its provenance with its tokens.
+
+    Names each damaged shard, and ends with exit code 4 if there is one.
+
+    Example: openlm shards verify pretrain_1b --quick
+    """
+    from openlm_pipeline.shards.dataset import read_manifest
+    from openlm_pipeline.shards.inspect import check_shards
+
+    progress = Console(stderr=True)
+    damaged = 0
+    for folder in _folders(target, dataset):
+        count = len(read_manifest(folder))
+        checks = track(
+            check_shards(folder, quick=quick), "verifying", count + 1, console=progress, transient=True,
+            disable=not progress.is_terminal,
+        )  # fmt: skip
+        problems = [problem for _, problem in checks if problem]
+        for problem in problems:
+            _say(problem)
+        damaged += len(problems)
+        what = "size" if quick else "sha256"
+        _say(f"{folder}: {count} shards, {f'{len(problems)} problems' if problems else f'all of the right {what}'}")
+    if damaged:
+        raise DataError(
+            f"{damaged} problems found, listed above. Restore these files from a copy, or delete the dataset's folder "
+            "and make it again with `openlm tokenize RECIPE`."
+        )
+
+
+@shards_app.command()
+def stats(target: Target, dataset: DatasetName = None) -> None:
+    """Count shards, samples, tokens and documents, in all and for each raw file.
+
+    Example: openlm shards stats demo --dataset python_text
+    """
+    from openlm_pipeline.shards.inspect import dataset_stats
+
+    for folder in _folders(target, dataset):
+        _print_stats(dataset_stats(folder))
+
+
+def _print_stats(found: "DatasetStats") -> None:
+    info, totals = found.dataset.info, found.dataset.info["totals"]
+    tokenizer = info["tokenizer"]
+    rows = {
+        "dataset": f"{info['name']} {info['version']}",
+        "folder": found.dataset.folder,
+        "shards": f"{totals['shards']:,}",
+        "samples": f"{totals['samples']:,} of {found.dataset.format.sample_tokens:,} tokens",
+        "tokens": f"{totals['tokens']:,} of {totals['files']:,} raw files, end-of-text included",
+        "  in no sample": f"{totals['tail_tokens']:,}",
+        "  padding added": f"{totals.get('padding_tokens', 0):,}",
+        "documents": f"{totals['documents']:,}",
+        "quarantined": f"{totals['quarantined']:,}",
+        "text": f"{totals['text_bytes']:,} bytes, {totals['text_bytes'] / max(1, totals['tokens']):.2f} a token",
+        "on disk": f"{found.shard_bytes:,} bytes, {found.bytes_per_token:.2f} a token",
+        "dtype": info["dtype"],
+        "tokenizer": f"{tokenizer['name']}, {tokenizer['vocab_size']:,} ids, sha256 {tokenizer['sha256'][:12]}",
+        "end-of-text id": info["eot_id"],
+        "padding id": "none" if info["pad_id"] is None else info["pad_id"],
+    }
+    if lengths := found.document_tokens:
+        rows["tokens a document"] = ", ".join(f"{_quantile(q)} {tokens:,}" for q, tokens in lengths.items())
+    _print_table(Table(show_header=False, box=None), ([name, str(value)] for name, value in rows.items()))
+    if found.files:
+        table = Table("raw file", box=None)
+        for column in ("tokens", "documents"):
+            table.add_column(column, justify="right")
+        _print_table(table, ([name, f"{f.tokens:,}", f"{f.documents:,}"] for name, f in found.files.items()))
+
+
+def _quantile(share: float) -> str:
+    return {0.0: "least", 0.5: "median", 1.0: "most"}.get(share, f"{share:.0%}")
+
+
+def _print_table(table: Table, rows: Iterable[list[str]]) -> None:
+    for row in rows:
+        table.add_row(*map(Text, row))  # a name is not markup
+    Console(width=None if console.is_terminal else _FULL_WIDTH).print(table)
+
+
+@shards_app.command()
+def inspect(
+    target: Target,
+    sample: Annotated[int, typer.Argument(min=0, help="Number of the sample in the dataset, from 0.")],
+    dataset: DatasetName = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="tokenizer.json of the dataset; by default looked for beside the shards.")
+    ] = None,
+    ids: Annotated[bool, typer.Option("--ids", help="Show token ids as well.")] = False,
+) -> None:
+    """Decode one sample and name the documents it is made of: raw file, record, token span.
+
+    Where a sample cuts a letter of several tokens, `\ufffd` stands for what is missing.
+
+    Example: openlm shards inspect demo 17 --dataset python_text
+    """
+    from openlm_pipeline.shards.inspect import sample_spans, tokenizer_of
+
+    folder = _folder(target, dataset)
+    spans = sample_spans(folder, sample)
+    path = tokenizer_of(folder, tokenizer)
+    from tokenizers import Tokenizer
+
+    decoder = Tokenizer.from_file(str(path))
+    _say(f"sample {sample} of {folder}, {sum(len(s.ids) for s in spans):,} tokens, {len(spans)} parts")
+    for span in spans:
+        place = f"tokens {span.start} to {span.start + len(span.ids) - 1}: "
+        if span.file is None:
+            _say(f"\n{place}padding")
+        else:
+            last = span.document_start + len(span.ids) - 1
+            _say(f"\n{place}{span.file}, record {span.record}, its tokens {span.document_start} to {last}")
+        if ids:
+            _say(" ".join(map(str, span.ids.tolist())))
+        _say(_visible(decoder.decode(span.ids.tolist(), skip_special_tokens=False)))
+
+
+def _visible(text: str) -> str:
+    """Text without what would steer the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+@shards_app.command()
+def export(
+    target: Target,
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder of the export; made if need be.")],
+    dataset: DatasetName = None,
+    format: Annotated[
+        Literal["json.gz", "json", "txt"],
+        typer.Option(help="json.gz is the newest OpenLM's own; that of August 2023 reads json and txt."),
+    ] = "json.gz",
+    eot_as: Annotated[
+        Literal["id", "string"],
+        typer.Option(help="Write the end-of-text token as its id, or as <|endoftext|> like make_2048.py."),
+    ] = "id",
+    count_key: Annotated[
+        Literal["num_sequences", "num_chunks"],
+        typer.Option(help="What the manifest calls the number of samples; num_chunks is the older name."),
+    ] = "num_sequences",
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: CPUs.")] = None,
+) -> None:
+    """Write a dataset as tars and a manifest that OpenLM reads. Goes on after any interruption.
+
+    OpenLM takes the string <|endoftext|> for id 0 or, in its version of August 2023, for 50256, which GPT-NeoX uses for
+    a run of spaces, as OpenLM does with its padding. Ids mean the same everywhere, so they are the default.
+
+    Example: openlm shards export pretrain_1b -o /data/openlm --format json.gz --workers 16
+    """
+    from openlm_pipeline.shards.export import export_shards
+    from openlm_pipeline.tokenization.cluster import DaskSettings
+
+    pools = DaskSettings.from_env(workers=workers).pool
+    made = export_shards(
+        _folder(target, dataset), output_dir, pools, _say, format=format, eot_as=eot_as, count_key=count_key
+    )
+    done = "was exported already" if made.reused else "exported"
+    _say(f"{made.path}: {made.facts['samples']:,} samples in {made.facts['shards']:,} shards {done}")

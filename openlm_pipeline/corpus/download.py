@@ -1,0 +1,348 @@
+"""Fetching lists of raw files: a file appears under its name only when it is whole and checked.
+
+A transfer that ended early goes on where it stopped if the remote file is still the same version, else it begins anew;
+one file's failure stops no other. `download_folder` says what the output folder holds.
+"""
+
+import errno
+import os
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import bracex
+import tenacity
+
+from openlm_pipeline.corpus.checksums import Checksum, checksum_for, hash_file, parse_checksums
+from openlm_pipeline.corpus.download_folder import Downloaded, Ledger, Part, is_taken
+from openlm_pipeline.corpus.download_sources import RemoteFile, TransferError, is_http, open_remote, public_url
+from openlm_pipeline.errors import ConfigError, DataError, IdentityError, MissingInputError, OpenLMError
+from openlm_pipeline.files import folder_lock
+from openlm_pipeline.result import Report
+
+_MAX_FILES = 100_000
+_MAX_WAIT_SECONDS = 60.0
+
+Progress = Callable[[str, int, int | None], None]
+"""Takes a file's name, its bytes so far and, if known, its bytes in all. Called from several threads."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One file to fetch."""
+
+    name: str
+    """Name in the output folder: the last part of the URL's path."""
+    url: str
+    source: str
+    """The URL without query, for records and messages."""
+
+
+class _StoppedError(OpenLMError):
+    """Another file's error, or the user, ended this transfer."""
+
+
+def expand_templates(templates: Sequence[str]) -> list[Target]:
+    """The files that URL templates with shell-like braces name, in order: `{00..29}` keeps its zeros, `{val,test}`.
+
+    Raises:
+        ConfigError: not a URL, braces that are no range or list, a name that can't be used, or one name twice.
+    """
+    targets: dict[str, Target] = {}
+    for template in templates:
+        try:
+            urls = bracex.expand(template, limit=_MAX_FILES)
+        except bracex.ExpansionLimitException:
+            raise ConfigError(f"a template names more than {_MAX_FILES:,} files") from None
+        for url in urls:
+            target = _target(url)
+            other = targets.setdefault(target.name, target)
+            if other is not target:
+                raise ConfigError(
+                    f"two files would be named {target.name}: {other.source} and {target.source}. "
+                    "Fetch them into two folders."
+                )
+    return list(targets.values())
+
+
+def _target(url: str) -> Target:
+    try:
+        password, source = urlsplit(url).password, public_url(url)
+    except ValueError as e:
+        raise ConfigError(f"a URL is not valid: {e}") from None
+    if password is not None:
+        raise ConfigError(f"the address of host {urlsplit(url).hostname} holds a password. Put it into ~/.netrc.")
+    if "://" not in url or "::" in url:
+        raise ConfigError(f"{source} is not a URL such as https://host/00.jsonl.zst, s3://... or hf://datasets/...")
+    if "{" in source or "}" in source:
+        raise ConfigError(f"the braces in {source} are no range such as {{00..29}} and no list such as {{val,test}}")
+    name = source.rsplit("/", 1)[-1]
+    name = unquote(name) if is_http(url) else name
+    if not name or name.startswith(".") or "/" in name or "\\" in name or not name.isprintable() or is_taken(name):
+        raise ConfigError(f"{source} gives the file name {name!r}, which can't be used here")
+    return Target(name, url, source)
+
+
+@dataclass
+class _Download:
+    """What the threads of one `download_files` share."""
+
+    folder: Path
+    ledger: Ledger
+    checksums: dict[str, Checksum]
+    retries: int
+    retry_wait_seconds: float
+    timeout_seconds: float
+    verify: bool
+    report: Report
+    progress: Progress
+    stop: threading.Event
+
+    def check_stop(self) -> None:
+        if self.stop.is_set():
+            raise _StoppedError("stopped; what was fetched is kept")
+
+    def run(self, target: Target) -> Downloaded:
+        try:
+            self.check_stop()
+            return self._existing(target) or self._fetch(target)
+        except OSError as e:  # of the local disk; those of the network are TransferErrors
+            if e.errno in (errno.ENOSPC, errno.EDQUOT):
+                self.stop.set()
+            raise OpenLMError(
+                f"{self.folder / target.name} can't be written: {e.strerror or e}. What was fetched is kept; "
+                "make room or repair the folder, and run the same command again."
+            ) from e
+
+    def _existing(self, target: Target) -> Downloaded | None:
+        path, entry, checksum = self.folder / target.name, self.ledger.files.get(target.name), self._checksum(target)
+        if not path.exists():
+            return None
+        if checksum is None and entry is None:
+            raise IdentityError(
+                f"{path} is there already but was not fetched by this command, so it may be another file or a part of "
+                "one. Remove it, or give --checksums to check it."
+            )
+        if checksum is None and entry is not None and entry.source != target.source:
+            raise IdentityError(
+                f"{path} was fetched from {entry.source}, not from {target.source}. Use another folder, or give "
+                "--checksums to check that they are the same."
+            )
+        size = path.stat().st_size
+        known = checksum is None or (entry and checksum.hexdigest == entry.sha256)
+        if entry and known and size == entry.size_bytes and not self.verify:
+            return entry
+        wanted = checksum or Checksum(target.name, "sha256", entry.sha256 if entry else "")
+        hashes = hash_file(path, {"sha256", wanted.algorithm}, self.check_stop)
+        if hashes[wanted.algorithm] != wanted.hexdigest:
+            if entry is None:
+                raise DataError(f"{path} was not fetched by this command, and {_mismatch(wanted, hashes)}. Remove it.")
+            self.report(f"{target.name}: damaged: {_mismatch(wanted, hashes)}; fetching it again")
+            return None
+        if entry is None or entry.sha256 != hashes["sha256"]:
+            entry = _entry(RemoteFile(source=target.source, size_bytes=size, etag=None), size, hashes)
+            self.ledger.add(target.name, entry)
+        return entry
+
+    def _checksum(self, target: Target) -> Checksum | None:
+        return self.checksums.get(target.name)
+
+    def _fetch(self, target: Target) -> Downloaded:
+        part = Part(self.folder, target.name)
+        failures, furthest = 0, part.size()
+
+        def attempt() -> RemoteFile:
+            nonlocal failures, furthest
+            try:
+                return self._transfer(target, part)
+            except TransferError:
+                # A file that grows may take any number of attempts.
+                failures, furthest = (1 if part.size() > furthest else failures + 1), max(furthest, part.size())
+                raise
+
+        def wait(state: tenacity.RetryCallState) -> float:
+            error = state.outcome.exception() if state.outcome else None
+            asked = error.retry_after_seconds if isinstance(error, TransferError) else 0.0
+            return max(asked, min(_MAX_WAIT_SECONDS, self.retry_wait_seconds * 2.0 ** min(failures - 1, 10)))
+
+        def tell(state: tenacity.RetryCallState) -> None:
+            error = state.outcome.exception() if state.outcome else None
+            self.report(f"{target.name}: {error}; trying again in {state.upcoming_sleep:.0f} s")
+
+        remote = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(TransferError),
+            stop=lambda _: failures > self.retries or self.stop.is_set(),
+            wait=wait,
+            sleep=tenacity.sleep_using_event(self.stop),
+            before_sleep=tell,
+            reraise=True,
+        )(attempt)
+        return self._accept(target, part, remote)
+
+    def _transfer(self, target: Target, part: Part) -> RemoteFile:
+        """One attempt: add to the part what is missing, or begin it anew; returns the version that is whole in it."""
+        self.check_stop()
+        known, offset = part.version(target.source), part.size()
+        if known and known.size_bytes == offset and part.path.exists():
+            return known
+        if known is None or (known.size_bytes is not None and offset > known.size_bytes):
+            known, offset = None, 0
+        with open_remote(target.url, known=known, offset=offset, timeout_seconds=self.timeout_seconds) as opened:
+            remote, size = opened.remote, opened.offset
+            if size:
+                self.report(f"{target.name}: going on at byte {size:,} of {remote.size_bytes:,}")
+            else:
+                part.begin(remote)
+            missing = (remote.size_bytes or 0) - size
+            if missing > shutil.disk_usage(self.folder).free:
+                raise OSError(errno.ENOSPC, f"{missing:,} bytes are missing, more than the disk has free")
+            with part.path.open("ab") as f:
+                for chunk in opened.chunks:
+                    self.check_stop()
+                    f.write(chunk)
+                    f.flush()  # a killed process loses nothing
+                    size += len(chunk)
+                    self.progress(target.name, size, remote.size_bytes)
+                os.fsync(f.fileno())
+        if remote.size_bytes is None:
+            remote = remote.model_copy(update={"size_bytes": size})
+            part.describe(remote)
+        elif size != remote.size_bytes:
+            raise TransferError(f"{target.source}: got {size:,} of {remote.size_bytes:,} bytes")
+        return remote
+
+    def _accept(self, target: Target, part: Part, remote: RemoteFile) -> Downloaded:
+        """Check a whole part, record it and give it its name."""
+        checksum = self._checksum(target)
+        if checksum is None and remote.sha256:
+            checksum = Checksum(target.name, "sha256", remote.sha256)
+        # Hashed from the disk, so that what is checked is what is kept.
+        hashes = hash_file(part.path, {"sha256", checksum.algorithm if checksum else "sha256"}, self.check_stop)
+        if checksum and hashes[checksum.algorithm] != checksum.hexdigest:
+            part.remove()
+            raise DataError(
+                f"{target.source}: {_mismatch(checksum, hashes)}. The copy is removed; run again, or try a mirror."
+            )
+        entry = _entry(remote, part.size(), hashes)
+        self.ledger.add(target.name, entry)
+        part.path.replace(self.folder / target.name)
+        part.remove()
+        return entry
+
+
+def _entry(remote: RemoteFile, size: int, hashes: dict[str, str]) -> Downloaded:
+    return Downloaded(
+        source=remote.source,
+        size_bytes=size,
+        sha256=hashes["sha256"],
+        etag=remote.etag,
+        last_modified=remote.last_modified,
+    )
+
+
+def _mismatch(wanted: Checksum, found: dict[str, str]) -> str:
+    return f"its {wanted.algorithm} is {found[wanted.algorithm]} and should be {wanted.hexdigest}"
+
+
+def _load_checksums(where: str, targets: Sequence[Target], timeout_seconds: float) -> dict[str, Checksum]:
+    shown = public_url(where) if "://" in where else where
+    try:
+        if "://" in where:
+            with open_remote(where, timeout_seconds=timeout_seconds) as opened:
+                text = b"".join(opened.chunks).decode()
+        else:
+            text = Path(where).read_text()
+    except OSError as e:
+        raise MissingInputError(f"checksum file {shown} can't be read: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"checksum file {shown} is not text: {e}") from e
+    checksums = parse_checksums(text, shown)
+    return {target.name: checksum_for(target.source, checksums, shown) for target in targets}
+
+
+def download_files(
+    templates: Sequence[str],
+    folder: Path,
+    *,
+    checksums: str | None = None,
+    parallel: int = 4,
+    retries: int = 5,
+    retry_wait_seconds: float = 1.0,
+    timeout_seconds: float = 30.0,
+    verify: bool = False,
+    report: Report,
+    progress: Progress = lambda name, done, total: None,
+) -> dict[str, Downloaded]:
+    """Fetch the files of URL templates into `folder`; return the record of each by name.
+
+    Files that are there whole, by size and record, are left alone without a request. A file is tried again after a
+    failure that may heal until `retries` attempts in a row added nothing, waiting 1, 2, 4, ... `retry_wait_seconds` or
+    what the server asks for.
+
+    Args:
+        templates: URLs with shell-like braces (`expand_templates`).
+        folder: is made if need be; one process at a time may use it.
+        checksums: path or URL of a file in the form of sha256sum, md5sum, sha1sum or sha512sum with all the files.
+        parallel: files at a time.
+        timeout_seconds: longest silence of a server.
+        verify: read files that are there, and fetch the damaged ones again.
+        report: takes a line for each file that ends, resumes or is tried again; called from several threads.
+
+    Raises:
+        ConfigError: a template or the checksum file is not valid.
+        BusyError: another process is downloading into the folder.
+        OpenLMError: some files failed; names each and why. All others are whole. If all failed in one way it is of
+            that class: MissingInputError (not there), DataError (wrong content), IdentityError (another file has its
+            name), TransferError (network).
+    """
+    targets = expand_templates(templates)
+    with folder_lock(folder, "downloading"):
+        known = _load_checksums(checksums, targets, timeout_seconds) if checksums else {}
+        download = _Download(
+            folder=folder,
+            ledger=Ledger(folder),
+            checksums=known,
+            retries=retries,
+            retry_wait_seconds=retry_wait_seconds,
+            timeout_seconds=timeout_seconds,
+            verify=verify,
+            report=report,
+            progress=progress,
+            stop=threading.Event(),
+        )
+        done: dict[str, Downloaded] = {}
+        failed: dict[str, OpenLMError] = {}
+        with ThreadPoolExecutor(parallel) as pool:
+            futures = {pool.submit(download.run, target): target.name for target in targets}
+            try:
+                for future in as_completed(futures):
+                    name = futures[future]
+                    try:
+                        done[name] = future.result()
+                    except OpenLMError as e:
+                        failed[name] = e
+                        report(f"{name}: failed: {e}")
+                    else:
+                        report(f"{len(done)} of {len(targets)}: {name}, {done[name].size_bytes:,} bytes")
+            except BaseException:
+                download.stop.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+    if failed:
+        raise _summary(failed, len(targets), folder)
+    return {target.name: done[target.name] for target in targets}
+
+
+def _summary(failed: dict[str, OpenLMError], num_files: int, folder: Path) -> OpenLMError:
+    causes = [e for e in failed.values() if not isinstance(e, _StoppedError)]
+    kinds = {type(e) for e in causes}
+    kind = kinds.pop() if len(kinds) == 1 else OpenLMError
+    lines = "".join(f"\n  {name}: {failed[name]}" for name in sorted(failed))
+    return kind(
+        f"{len(failed)} of {num_files} files failed; the others are whole in {folder}. The same command goes on from "
+        f"here:{lines}"
+    )

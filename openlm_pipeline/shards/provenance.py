@@ -1,0 +1,158 @@
+"""Where every token of a dataset came from: documents put together again from shards and their provenance alone.
+
+`NNNNNNNN.provenance.parquet` beside a shard has one row for each (sample, document) pair: `sample` (number in the
+dataset), `start` and `length` (tokens in the sample), `file`, `record` (of the raw file), `document_start` (token of
+the document where the row's part starts). Documents follow one another without gaps, across samples and shards.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from openlm_pipeline.errors import DataError, MissingInputError
+from openlm_pipeline.shards.dataset import ShardedDataset
+from openlm_pipeline.shards.format import open_shard
+
+
+@dataclass(frozen=True)
+class Spans:
+    """The parts of documents in a shard, in the order of its tokens; arrays of the same length."""
+
+    begin: np.ndarray
+    """int64: token of the shard where the part starts."""
+    length: np.ndarray
+    """int64: tokens."""
+    files: list[str]
+    """Names of raw files."""
+    file: np.ndarray
+    """int64: position in `files`."""
+    record: np.ndarray
+    """int64: number in the raw file."""
+    document_start: np.ndarray
+    """int64: token of the document where the part starts."""
+
+    def __len__(self) -> int:
+        return len(self.begin)
+
+    @property
+    def end(self) -> int:
+        """Tokens of the shard that the spans cover."""
+        return int(self.begin[-1] + self.length[-1]) if len(self) else 0
+
+    def document(self, row: int) -> tuple[str, int]:
+        """(file, record) of a row."""
+        return self.files[self.file[row]], int(self.record[row])
+
+
+def provenance_path(dataset: ShardedDataset, k: int) -> Path:
+    return dataset.folder / f"{dataset.entries[k].shard}.provenance.parquet"
+
+
+def read_spans(dataset: ShardedDataset, k: int) -> Spans:
+    """The spans of shard `k`.
+
+    Raises:
+        MissingInputError: the file is not there.
+        DataError: it is damaged, or does not cover the shard's tokens one by one.
+    """
+    path, entry, width = provenance_path(dataset, k), dataset.entries[k], dataset.format.sample_tokens
+    if not path.exists():
+        raise MissingInputError(f"{path} does not exist; without it nobody can say where the shard's tokens came from")
+    try:
+        table = pq.read_table(path)
+        sample, start, length, record, document_start = (
+            table[name].to_numpy().astype(np.int64)
+            for name in ("sample", "start", "length", "record", "document_start")
+        )
+        named = table["file"].combine_chunks().dictionary_encode()
+        file = named.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+    except (pa.ArrowException, OSError, KeyError) as e:
+        raise DataError(f"{path} is damaged: {e}") from e
+    first = int(dataset.shard_sizes[:k].sum())
+    spans = Spans((sample - first) * width + start, length, named.dictionary.to_pylist(), file, record, document_start)
+    padding = dataset.info["totals"].get("padding_tokens", 0) if k == len(dataset.entries) - 1 else 0
+    ends = spans.begin + length
+    continued = document_start[1:] > 0
+    same = (np.diff(file) == 0) & (np.diff(record) == 0) & (document_start[1:] == (document_start + length)[:-1])
+    gapless = len(spans) and spans.begin[0] == 0 and (spans.begin[1:] == ends[:-1]).all()
+    if not gapless or spans.end != entry.num_sequences * width - padding or not same[continued].all():
+        raise DataError(f"{path} is damaged, or of another shard: it does not cover the tokens of {entry.shard}.tar")
+    return spans
+
+
+def _tokens(dataset: ShardedDataset, k: int) -> np.ndarray:
+    """All tokens of shard `k` one after the other: ids[n * (seq_len + 1)]."""
+    return open_shard(dataset.shard_path(k), dataset.entries[k].num_sequences, dataset.format).reshape(-1)
+
+
+def iterate_documents(folder: Path) -> Iterator[tuple[str, int, np.ndarray]]:
+    """All whole documents of a dataset in the order of its tokens: (raw file, record, ids without the end-of-text).
+
+    Needs memory for one shard and for the longest document. Documents that lie in the dropped tail, or reach into it,
+    do not come; where nothing was dropped all do. (A cut document that names the end-of-text token itself, and is cut
+    right behind it, can't be told from a whole one.)
+
+    Raises:
+        MissingInputError: there is no finished dataset, or no provenance.
+        DataError: a shard or its provenance is damaged, or they do not belong together.
+    """
+    dataset = ShardedDataset(folder)
+    eot_id = dataset.info["eot_id"]
+    open_document: tuple[str, int] | None = None
+    parts: list[np.ndarray] = []
+
+    def close() -> tuple[str, int, np.ndarray]:
+        ids = np.concatenate(parts)
+        if ids[-1] != eot_id:
+            raise DataError(
+                f"record {open_document[1]} of {open_document[0]} does not end with the end-of-text token {eot_id}: "
+                f"the shards in {folder} and their provenance do not belong together"
+            )
+        return *open_document, ids[:-1]
+
+    for k in range(len(dataset.entries)):
+        spans, tokens = read_spans(dataset, k), _tokens(dataset, k)
+        heads = np.flatnonzero(spans.document_start == 0)
+        cuts = [*spans.begin[heads].tolist(), spans.end]
+        if cuts[0] > 0:
+            if spans.document(0) != open_document or spans.document_start[0] != sum(map(len, parts)):
+                raise DataError(f"{provenance_path(dataset, k)} does not go on where the shard before it ended")
+            parts.append(tokens[: cuts[0]])
+        for head, begin, end in zip(heads.tolist(), cuts, cuts[1:]):
+            if parts:
+                yield close()
+            open_document, parts = spans.document(head), [tokens[begin:end]]
+    if parts and (not dataset.info["totals"]["tail_tokens"] or parts[-1][-1] == eot_id):
+        yield close()
+
+
+def document_tokens(folder: Path, file: str, record: int) -> np.ndarray:
+    """One whole document: its ids without the end-of-text.
+
+    Raises:
+        MissingInputError: the dataset has no such document, or no provenance.
+        DataError: a part of it is not in the shards.
+    """
+    dataset = ShardedDataset(folder)
+    parts: list[np.ndarray] = []
+    for k in range(len(dataset.entries)):
+        spans = read_spans(dataset, k)
+        rows = np.flatnonzero((spans.record == record) & (np.array(spans.files)[spans.file] == file))
+        if len(rows):
+            begin, end = spans.begin[rows[0]], spans.begin[rows[-1]] + spans.length[rows[-1]]
+            parts.append(_tokens(dataset, k)[begin:end])
+        elif parts:
+            break  # its parts follow one another
+    if not parts:
+        raise MissingInputError(
+            f"no shard in {folder} has record {record} of {file}; look in quarantine.jsonl. It may also lie in the "
+            f"{dataset.info['totals']['tail_tokens']} tokens that are in no sample."
+        )
+    ids = np.concatenate(parts)
+    if ids[-1] != dataset.info["eot_id"]:
+        raise DataError(f"record {record} of {file} is cut: its end is among the tokens of {folder} in no sample")
+    return ids[:-1]

@@ -1,0 +1,85 @@
+"""Raw files to a folder of shards without a recipe, with the arguments of OpenLM's `make_2048.py`.
+
+Shards, manifest and provenance go to `OUT/<seq_len>-v1`, what is needed to go on after an interruption to `OUT/work`.
+Unlike make_2048.py it keeps every document, shuffles all of them, and uses the tokenizer it is told.
+"""
+
+import os
+import re
+from pathlib import Path
+
+from openlm_pipeline.corpus.discovery import discover
+from openlm_pipeline.errors import ConfigError
+from openlm_pipeline.experiments import Dataset, Source, TokenizerSpec
+from openlm_pipeline.layout import Home
+from openlm_pipeline.result import Report, StageResult
+from openlm_pipeline.shards.dataset import ShardedDataset
+from openlm_pipeline.shards.publish import publish
+from openlm_pipeline.tokenization.cluster import PoolFactory
+from openlm_pipeline.tokenization.job import pack_shards, tokenize_files
+from openlm_pipeline.tokenization.tokenizer import make_tokenizer
+
+S3_BASE = "S3_BASE"
+"""Environment variable: where `upload` puts the shards, such as `s3://bucket/prefix/`."""
+
+
+def upload_url() -> str:
+    """The value of S3_BASE.
+
+    Raises:
+        ConfigError: it is not set, or no URL.
+    """
+    url = os.environ.get(S3_BASE, "")
+    if "://" not in url:
+        raise ConfigError(f"--upload-to-s3 needs the environment variable {S3_BASE}, such as s3://bucket/prefix/")
+    return url.rstrip("/")
+
+
+def make_shards_of_files(
+    input_files: list[str],
+    output: Path,
+    tokenizer: str,
+    tokenizing: PoolFactory,
+    packing: PoolFactory,
+    report: Report,
+    *,
+    seq_len: int = 2048,
+    seed: int = 42,
+    pad_id: int | None = None,
+    text_key: str = "text",
+    upload: str | None = None,
+) -> StageResult:
+    """Make the dataset, or the part of it that is missing.
+
+    Args:
+        input_files: paths, globs or fsspec URLs.
+        tokenizer: path of a `tokenizer.json`, of its folder, or a Hugging Face hub name.
+        tokenizing, packing: where the tasks of each stage run.
+        upload: URL to which the shards are moved once all are made.
+
+    Raises:
+        MissingInputError: no input file, or no tokenizer.
+        DataError: an input is damaged.
+    """
+    spec = TokenizerSpec(
+        name=re.sub(r"\W+", "_", Path(tokenizer).stem.lower()).strip("_") or "tokenizer", source=tokenizer
+    )
+    source = Source(name="text", files=tuple(_absolute(f) for f in input_files), text_key=text_key)
+    dataset = Dataset(
+        source=source, tokenizer=spec, seq_len=seq_len, samples_per_shard=8192, shuffle_seed=seed, pad_id=pad_id
+    )
+    home = Home((output / "work").absolute())
+    raw_files = discover(dataset, home)
+    tokenizer_folder, tokenized = home.tokenizer(spec.name), home.tokenized("text", "v1")
+    info, _, _ = make_tokenizer(spec, raw_files, text_key, tokenizer_folder)
+    files, _ = tokenize_files(dataset, raw_files, info, tokenizer_folder, tokenized, tokenizing, report)
+    folder = output.absolute() / f"{seq_len}-v1"
+    reused, changed = pack_shards(dataset, files, info, tokenized, folder, packing, report)
+    made = ShardedDataset(folder)
+    if upload:
+        publish(folder, upload, report, delete_local=True)
+    return StageResult(folder, made.version, reused, {**made.info["totals"], "changed": changed})
+
+
+def _absolute(where: str) -> str:
+    return where if "://" in where else str(Path(where).absolute())
