@@ -35,7 +35,9 @@ def run(command: Sequence[str], **environment: str) -> Usage:
         SystemExit: it failed; its output is shown.
     """
     env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=ROOT
+    ) as process:
         output = process.stdout.read()
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)

@@ -144,9 +144,7 @@ def main() -> None:
     text = "\n\n".join(
         [
             f"{machine('numpy', 'webdataset')}; {arguments.input.name}, n = {arguments.runs}",
-            table(
-                ["reader", "batch", "M tokens per CPU-second, median (range)", "openlm's times as fast, paired"], rows
-            ),
+            table(["reader", "batch", "M tokens per CPU-second, median (range)", "openlm is faster by, paired"], rows),
         ]
     )
     print(f"\n{text}")

@@ -11,7 +11,7 @@ from openlm_pipeline.errors import ConfigError
 class Strict(BaseModel):
     """A frozen pydantic model; an unknown key is an error that suggests the key that was probably meant."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     @model_validator(mode="before")
     @classmethod

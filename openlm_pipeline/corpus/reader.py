@@ -164,6 +164,10 @@ def _elements(blocks: Iterator[bytes], url: str) -> Iterator[_Raw]:
         data = buffer[start:end]
         begin = start + len(data) - len(data.lstrip())
         stripped = data.strip()
+        if len(stripped) > MAX_RECORD_BYTES:
+            raise DataError(
+                f"raw file {url} has an element of over {MAX_RECORD_BYTES >> 20} MiB at byte {base + begin}"
+            )
         return _Raw(line + buffer.count(b"\n", 0, begin), base + begin, stripped) if stripped else None
 
     while block := next(blocks, b""):
@@ -207,12 +211,12 @@ def _elements(blocks: Iterator[bytes], url: str) -> Iterator[_Raw]:
 
 
 def _parquet_rows(file: BinaryIO, url: str, text_key: str, part: Part) -> Iterator[tuple[int, bytes | None]]:
-    """Row numbers in the file and texts; a row group belongs to the part in which its share of the bytes begins."""
+    """Row numbers in the file and texts; a row group belongs to the part in which its share of the rows begins."""
     import pyarrow as pa  # slow to import, and most raw files are no Parquet
     import pyarrow.parquet as pq
 
     try:
-        if not file.seek(0, io.SEEK_END):
+        if not (file_bytes := file.seek(0, io.SEEK_END)):
             raise empty(url)
         file.seek(0)
         table = pq.ParquetFile(file)
@@ -227,11 +231,12 @@ def _parquet_rows(file: BinaryIO, url: str, text_key: str, part: Part) -> Iterat
         if not any(f(kind) for f in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view,
                                      pa.types.is_binary, pa.types.is_large_binary)):  # fmt: skip
             raise DataError(f"column {text_key!r} of raw file {url} is {kind}, not a string; set the source's text_key")
-        row = position = 0
+        row = rows_before = 0
         for group in range(table.num_row_groups):
             about = table.metadata.row_group(group)
-            begins_at = position
-            position += sum(about.column(c).total_compressed_size for c in range(about.num_columns))
+            # By rows, as `RowGroupMetaData.column` with its sizes aborts the process on some corrupt files.
+            begins_at = rows_before * file_bytes // max(1, table.metadata.num_rows)
+            rows_before += max(0, about.num_rows)
             if begins_at < part.begin or (part.end is not None and begins_at >= part.end):
                 row += about.num_rows
                 continue
@@ -243,7 +248,7 @@ def _parquet_rows(file: BinaryIO, url: str, text_key: str, part: Part) -> Iterat
                 for value in column.cast(pa.large_binary()).to_pylist():
                     yield row, value
                     row += 1
-    except (pa.ArrowException, OSError) as e:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:  # names of columns may be no UTF-8
         raise DataError(f"raw file {url} is not a whole Parquet file: {e}. Fetch it again.") from e
 
 
@@ -361,7 +366,7 @@ class RecordReader(Iterator[Record]):
                     break
             else:
                 return
-        elif part.begin == 0:
+        elif offset == 0:  # a compressed file's first bytes of content may come from a later part
             head = b""
             while not head.strip(b"\xef\xbb\xbf \t\r\n") and (block := next(rest, b"")):
                 head += block

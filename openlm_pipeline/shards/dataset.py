@@ -137,10 +137,10 @@ class ShardedDataset:
         indices = self._checked(indices)
         shards = self._shards_of(indices)
         out = np.empty((len(indices), self.format.sample_tokens), self.format.numpy_dtype)
-        order = np.argsort(shards, kind="stable")
-        numbers, starts = np.unique(shards[order], return_index=True)
-        for k, rows in zip(numbers.tolist(), np.split(order, starts[1:])):
-            out[rows] = self._shard(k)[indices[rows] - self._first[k]]
+        opened = {k: self._shard(k) for k in set(shards.tolist())}
+        # Row by row: a fancy index into a mapped shard would copy each sample twice.
+        for row, k, i in zip(out, shards.tolist(), (indices - self._first[shards]).tolist()):
+            row[:] = opened[k][i]
         return out
 
     def prefetch(self, indices: np.ndarray) -> None:

@@ -128,4 +128,4 @@ def open_shard(path: Path, num_samples: int, sample_format: SampleFormat) -> np.
             "itemsize": sample_format.record_bytes,
         }
     )
-    return np.memmap(path, dtype=record, mode="r", shape=(num_samples,))["tokens"]
+    return np.memmap(path, dtype=record, mode="r", shape=(num_samples,))["tokens"].view(np.ndarray)

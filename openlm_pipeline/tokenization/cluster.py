@@ -4,7 +4,6 @@ A `Pool` runs named calls and yields their results as they come. Results never d
 dies is run again elsewhere, and what a task writes appears whole or not at all.
 """
 
-import asyncio
 import contextlib
 import logging
 import os
@@ -140,6 +139,8 @@ async def _ask(address: str, wait_seconds: float) -> None:
         OSError: it does not in time.
         ValueError: there is no such protocol.
     """
+    import asyncio
+
     from distributed.core import rpc
 
     async with rpc(address) as scheduler:
@@ -199,6 +200,8 @@ class DaskSettings(Strict):
         with contextlib.ExitStack() as stack:
             try:
                 if self.address:
+                    import asyncio
+
                     asyncio.run(_ask(self.address, self.wait_seconds))
                 where = self.address or stack.enter_context(self._start())
                 client = stack.enter_context(Client(where, timeout=self.wait_seconds))

@@ -9,15 +9,18 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from openlm_pipeline.errors import DataError
 
-VERIFY_EVERY = 200
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+VERIFY_EVERY = 500
 """One in so many documents is encoded by both engines, the first of each file among them."""
 
 _RESET_BYTES = (
@@ -69,6 +72,23 @@ class EngineMismatch(DataError):
         return str(self.args[0])
 
 
+def load_reference(tokenizer_json: Path) -> "Tokenizer":
+    """Hugging Face's tokenizer of a file; a second call gives the same one while the file is the same.
+
+    Raises:
+        Exception: it is no tokenizer; the library has no narrower one.
+    """
+    about = tokenizer_json.stat()
+    return _load(tokenizer_json, about.st_mtime_ns, about.st_size, about.st_ino)
+
+
+@lru_cache(maxsize=4)
+def _load(tokenizer_json: Path, *stamp: int) -> "Tokenizer":
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(tokenizer_json))
+
+
 class HuggingFaceEngine:
     """The reference: `tokenizers` itself."""
 
@@ -76,9 +96,7 @@ class HuggingFaceEngine:
 
     def __init__(self, tokenizer_json: Path) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a Dask worker is one core; more threads cost CPU and give none
-        from tokenizers import Tokenizer
-
-        self._tokenizer = Tokenizer.from_file(str(tokenizer_json))
+        self._tokenizer = load_reference(tokenizer_json)
 
     def encode_batch(self, texts: list[str]) -> Encoded:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)

@@ -235,7 +235,7 @@ def _clear(folder: Path) -> None:
     """
     building = folder / _BUILDING
     found = [path for path in folder.iterdir() if path != building]
-    if found and not building.exists():
+    if found and not building.exists() and not (folder / DATASET).exists():
         raise IdentityError(
             f"{folder} should become a dataset's folder, but holds {found[0].name} and no manifest; move it away"
         )

@@ -14,6 +14,7 @@ from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
 from openlm_pipeline.experiments import TokenizerSpec
 from openlm_pipeline.files import atomic_writer, read_json, set_aside, sha256_file, write_json
 from openlm_pipeline.lineage.fingerprint import differences
+from openlm_pipeline.tokenization.engine import load_reference
 from openlm_pipeline.tokenization.raw_hash import sha256_url
 
 TRAINING_VERSION = 1
@@ -152,10 +153,8 @@ def make_tokenizer(
 
 
 def _describe(spec: TokenizerSpec, path: Path, identity: dict[str, Any]) -> TokenizerInfo:
-    from tokenizers import Tokenizer
-
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = load_reference(path)
     except Exception as e:  # noqa: BLE001 - `tokenizers` raises bare Exception for a file it cannot read
         raise ConfigError(f"{spec.source or path} is not a tokenizer.json: {e}") from e
     eot_id = tokenizer.token_to_id(spec.eot)
