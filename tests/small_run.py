@@ -24,6 +24,7 @@ from openlm_pipeline.shards.dataset import DATASET, ShardEntry, write_manifest
 from openlm_pipeline.shards.format import SampleFormat, write_shard
 from train.distributed import leave_process_group
 from train.loop import Outcome, run_training
+from train.signals import STOP_SIGNALS
 
 REPOSITORY = Path(__file__).parents[1]
 BATCH = 256
@@ -58,7 +59,7 @@ def write_dataset(home: Home, name: str, num_samples: int, *, seed: int, vocab_s
 
 def train_here(experiment: Experiment, home: Home, *, supersede: bool = False) -> Outcome:
     """Train to the last milestone in this process, as a world of one thread, and leave no trace in it."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1)}
+    handlers = {s: signal.getsignal(s) for s in STOP_SIGNALS}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as torchrun sets it, so that sums are the same here and in its workers
     try:
@@ -92,11 +93,11 @@ class SmallRun:
         """Train to the last milestone in this process."""
         train_here(self.experiment(*overrides), self.home, supersede=supersede)
 
-    def torchrun(self, processes: int, *overrides: str) -> psutil.Popen:
-        """`torchrun -m train` on this run; what it prints goes to `torchrun.log`."""
+    def torchrun(self, processes: int, *overrides: str, flags: tuple[str, ...] = ()) -> psutil.Popen:
+        """`torchrun FLAGS -m train` on this run; what it prints goes to `torchrun.log`."""
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-            "-m", "train", str(self.recipe), *overrides,
+            *flags, "-m", "train", str(self.recipe), *overrides,
         ]  # fmt: skip
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENLM_HOME": str(self.home.root)}
         environment["PYTHONPATH"] = str(REPOSITORY)

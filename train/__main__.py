@@ -1,4 +1,7 @@
-"""`torchrun -m train RECIPE [key=value ...] [--until TOKENS]`: train a recipe's run on the shards that are there."""
+"""`torchrun -m train RECIPE [key=value ...] [--until TOKENS]`: train a recipe's run on the shards that are there.
+
+With OpenLM's flags (`torchrun -m train --model open_lm_1b --train-data ...`) the run is what they stand for.
+"""
 
 import argparse
 import sys
@@ -9,25 +12,58 @@ from openlm_pipeline.layout import Home
 from openlm_pipeline.units import parse_tokens
 from train.signals import die_with_parent
 
+_RECIPE_FLAGS = ("--until", "--supersede")
 
-def main() -> int:
-    die_with_parent()  # before torch is imported, which takes seconds in which torchrun could be killed
+
+def _recipe_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="torchrun -m train", description=__doc__)
     parser.add_argument("recipe", help="a recipe's name (`openlm recipes` lists them) or YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.lr=1e-3 or milestones=[1M]")
     parser.add_argument("--until", type=parse_tokens, help="stop after this many tokens; by default the last milestone")
     parser.add_argument("--supersede", action="store_true", help="set another run in the same folder aside")
-    arguments = parser.parse_intermixed_args()
-    try:
-        experiment = load_experiment(arguments.recipe, arguments.overrides)
-        from train.distributed import leave_process_group
-        from train.loop import run_training
+    return parser
 
-        until = arguments.until or experiment.milestones[-1]
+
+def _train_recipe(argv: list[str]) -> None:
+    arguments = _recipe_parser().parse_intermixed_args(argv)
+    experiment = load_experiment(arguments.recipe, arguments.overrides)
+    from train.loop import run_training
+
+    until = arguments.until or experiment.milestones[-1]
+    run_training(experiment, Home.from_env(), until, supersede=arguments.supersede)
+
+
+def _train_openlm(argv: list[str]) -> None:
+    from train.openlm_run import train_openlm
+
+    train_openlm(argv)
+
+
+def _print_help() -> None:
+    from train.openlm_parser import make_parser
+
+    _recipe_parser().print_help()
+    print()
+    make_parser().print_help()
+
+
+def main() -> int:
+    die_with_parent()  # before torch is imported, which takes seconds in which torchrun could be killed
+    argv = sys.argv[1:]
+    if argv[:1] == ["--"]:  # what keeps torchrun from taking our flags for its own
+        argv = argv[1:]
+    if argv in (["-h"], ["--help"]):
+        _print_help()
+        return 0
+    is_openlm = argv[:1] and argv[0].startswith("--") and argv[0].partition("=")[0] not in _RECIPE_FLAGS
+    try:
         try:
-            run_training(experiment, Home.from_env(), until, supersede=arguments.supersede)
+            (_train_openlm if is_openlm else _train_recipe)(argv)
         finally:
-            leave_process_group()
+            if "train.distributed" in sys.modules:
+                from train.distributed import leave_process_group
+
+                leave_process_group()
     except OpenLMError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.exit_code

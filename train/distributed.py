@@ -1,16 +1,10 @@
-"""The process group, the device of this rank, and the sharded model."""
+"""The process group, the device of this rank, and how ranks agree."""
 
 import os
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-from openlm_pipeline.experiments import Experiment
-from openlm_pipeline.models.init import initialize
-from openlm_pipeline.models.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -55,7 +49,11 @@ def start() -> World:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        store, rank, _ = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # Workers that one torchrun starts again find its store with the addresses of those that died.
+            store = dist.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
@@ -66,20 +64,3 @@ def leave_process_group() -> None:
     """The end of what `start` began; nothing where it did not get that far."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def build_model(experiment: Experiment, world: World) -> Transformer:
-    """The experiment's model, sharded over all ranks by block and initialised from its seed."""
-    mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    if experiment.training.precision == "bf16":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    config = experiment.model_config_resolved()
-    with torch.device("meta"):
-        model = Transformer(config)
-    for layer in model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    model.to_empty(device=world.device)
-    initialize(model, config, experiment.seed)
-    return model

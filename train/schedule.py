@@ -9,11 +9,16 @@ def learning_rate(training: Training, horizon: int | None, step: int) -> float:
     """Learning rate of optimizer step `step`, counted from 0.
 
     Warm-up is linear and reaches `lr` with its last step, then: `cosine` falls to `lr_min` at the horizon (OpenLM's
-    formula), `wsd` stays and falls linearly to `lr_min` over the last `decay` tokens, `constant` stays.
+    formula), `wsd` stays and falls to `lr_min` over the last `decay` tokens, as (steps left / decay steps) to the
+    `decay_power`, `constant` stays. After the warm-up there is never less than `lr_floor`.
     """
     warmup_steps = -(-training.warmup // training.global_batch)
     if step < warmup_steps:
         return training.lr * (step + 1) / warmup_steps
+    return max(training.lr_floor, _after_warmup(training, horizon, step, warmup_steps))
+
+
+def _after_warmup(training: Training, horizon: int | None, step: int, warmup_steps: int) -> float:
     if training.schedule == "constant":
         return training.lr
     total_steps = -(-horizon // training.global_batch)
@@ -24,4 +29,4 @@ def learning_rate(training: Training, horizon: int | None, step: int) -> float:
     left = max(0, total_steps - step)
     if left >= decay_steps:
         return training.lr
-    return training.lr_min + (training.lr - training.lr_min) * left / decay_steps
+    return training.lr_min + (training.lr - training.lr_min) * (left / decay_steps) ** training.decay_power

@@ -1,10 +1,12 @@
-"""Signals: SIGTERM and SIGUSR1 ask for a checkpoint and an end; a worker never outlives its torchrun."""
+"""Signals: SIGTERM, SIGUSR1 and Ctrl-C ask for a checkpoint and an end; a worker never outlives its torchrun."""
 
 import ctypes
 import os
 import signal
 import sys
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""A terminal sends SIGINT to torchrun and its workers at once, and torchrun passes it on besides."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -13,7 +15,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: object) -> None:

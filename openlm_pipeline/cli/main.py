@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from openlm_pipeline.cli.download import download
+from openlm_pipeline.cli.export import export
 from openlm_pipeline.cli.shards import shards_app
 from openlm_pipeline.errors import ConfigError, OpenLMError
 from openlm_pipeline.experiments import Experiment, load_experiment, recipe_names
@@ -32,6 +33,7 @@ app = typer.Typer(
 console = Console(highlight=False, soft_wrap=True)
 app.add_typer(shards_app, name="shards")
 app.command()(download)
+app.command()(export)
 NEOX = "EleutherAI/gpt-neox-20b"
 Recipe = Annotated[str, typer.Argument(help="Name of a recipe (`openlm recipes`) or path of a YAML file.")]
 Overrides = Annotated[
@@ -134,17 +136,34 @@ def train(
     overrides: Overrides = None,
     until: Annotated[str | None, typer.Option(help="Stop after this many tokens, such as 250B.")] = None,
     supersede: Annotated[bool, typer.Option(help="Set a different run in the same folder aside.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what it takes: memory, data, disk, time.")
+    ] = False,
+    gpu: Annotated[str | None, typer.Option(help="With --dry-run: a GPU such as H100, for the time.")] = None,
+    mfu: Annotated[
+        float, typer.Option(help="With --dry-run: the share of its peak that is reached.", min=0.01, max=1)
+    ] = 0.4,
 ) -> None:
     """Train a recipe's model through its milestones with torchrun, from the newest checkpoint on.
 
     Ctrl-C saves a checkpoint and stops. `torchrun -m train RECIPE` does the same without this command.
 
-    Example: openlm train demo training.lr=1e-3 --until 500K
+    Examples:
+
+    openlm train demo training.lr=1e-3 --until 500K
+
+    openlm train pretrain_1b --dry-run --gpu H100
     """
     from openlm_pipeline import stages
     from openlm_pipeline.runs.launch import MilestoneReached, Progress
 
     experiment, home = _load(recipe, overrides)
+    if dry_run:
+        from openlm_pipeline.runs.dry_run import describe
+
+        for line in describe(experiment, experiment.launcher.processes, gpu, mfu, home).lines():
+            say(line)
+        return
     limit = _tokens(until) if until else experiment.milestones[-1]
     for event in stages.train(experiment, home, limit, say, supersede=supersede):
         if isinstance(event, Progress):

@@ -49,7 +49,8 @@ class Source(Strict):
     files: tuple[str, ...] = ()
     """Globs: local paths (relative ones start at `OPENLM_HOME`) or any fsspec URL."""
     shards: str | None = None
-    """Folder or fsspec URL of ready-made shards: this project's, or OpenLM's with a `manifest.jsonl`."""
+    """Folder or fsspec URL of ready-made shards: this project's, or OpenLM's with a `manifest.jsonl`; also a manifest
+    file, a list of tars (`shard-{0000..0099}.tar`, `a.tar::b.tar`), or `synthetic://SAMPLES/SEED`."""
     origin: Literal["files", "embedded"] = "files"
     """`embedded`: the corpus that this project makes from the Python installation it runs in."""
     weight: float = Field(default=1.0, gt=0)
@@ -80,7 +81,7 @@ class Dataset(Strict):
     keep_local_shards: bool = True
     shard_cache_bytes: int | None = None
     engine: Literal["auto", "huggingface"] = "auto"
-    verify_every: int = 200
+    verify_every: int = 500
 
     @property
     def name(self) -> str:
@@ -95,6 +96,10 @@ class Validation(Strict):
     """Held-out text on which each milestone's loss is measured."""
 
     source: Source
+    every: Tokens | None = None
+    """Tokens between validations; by default only milestones are validated."""
+    intervals: bool = False
+    """Also give a 95% bootstrap interval over samples."""
     max_samples: int = Field(default=512, ge=1)
     """At most this many samples of `seq_len` tokens, the first ones in shard order."""
 
@@ -111,7 +116,11 @@ class Training(Strict):
     warmup: Tokens = 0
     """Tokens of linear warm-up from zero."""
     decay: Tokens = 0
-    """Tokens of the final linear decay of the `wsd` schedule."""
+    """Tokens of the final decay of the `wsd` schedule."""
+    decay_power: float = Field(default=1.0, gt=0)
+    """1 is a linear decay; OpenLM's cooldown is (steps left / decay steps) to this power."""
+    lr_floor: float = Field(default=0.0, ge=0)
+    """No step after the warm-up has less (OpenLM's `--force-min-lr`)."""
     horizon: Tokens | None = None
     """Tokens at which the schedule ends; by default the last milestone. `constant` has none."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -119,12 +128,35 @@ class Training(Strict):
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled; applied to every parameter, norms and embeddings included, as OpenLM does."""
+    no_decay: tuple[Literal["norms", "embeddings"], ...] = ()
+    """Parameters without weight decay: gains and biases of norms; the embedding and the output matrix."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon`: orthogonalised momentum for the matrices inside the blocks, AdamW for the rest."""
+    state_precision: Literal["fp32", "bf16"] = "fp32"
+    """Type of the weights between steps and of the optimizer's state; `bf16` halves memory, at a loss of precision."""
     grad_clip: float | None = Field(default=1.0, gt=0)
     """Largest global L2 norm of the gradient."""
     z_loss: float = Field(default=0.0, ge=0)
     """Coefficient of the mean squared log-partition."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: parameters are cast to bfloat16 for compute, gradients are reduced in fp32."""
+    float8: bool = False
+    """Matrix products of the blocks in float8 with one scale a tensor (torchao; H100 and later)."""
+    document_mask: bool = False
+    """Attention within a document only: tokens do not see what stands before the last end-of-text."""
+    mask_left: int | None = Field(default=None, ge=0)
+    """Token id: targets up to and including its last place in a sample count for nothing (`--target-mask-left`)."""
+    squash_mask_left: bool = False
+    """Also take the `mask_left` tokens out of the sample, and fill it up with `mask_token` (`--squash-mask-left`)."""
+    mask_token: int | None = Field(default=None, ge=0)
+    """Token id that is never a target, such as a padding token (`--target-mask-individual`)."""
+    averages: tuple[Annotated[str, StringConstraints(pattern=r"^(ema|poly)_\d*\.?\d+(_\d+)?$")], ...] = ()
+    """Averages of the weights that are kept and saved beside them: `ema_GAMMA_EVERY`, `poly_ETA_EVERY` (OpenLM's
+    `--averagers`), such as `ema_0.999_10`."""
+    max_skipped_steps: int = Field(default=0, ge=0)
+    """Steps whose loss or gradient is not finite, or spikes, that may be left out in a row before training stops."""
+    spike_factor: float | None = Field(default=None, gt=1)
+    """A gradient norm of so many times its running mean is a spike."""
     sampling: Literal["permutation", "windowed", "resampled", "manifest"] = "permutation"
     """Order of the samples. `permutation`: each once an epoch, shuffled over the whole source. `windowed`: each once an
     epoch, shuffled within `window_shards` shards at a time, for remote shards. `resampled` and `manifest`: OpenLM's."""
@@ -143,6 +175,28 @@ class Execution(Strict):
     """Tokens between rotating checkpoints; by default only milestones are saved."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Rotating checkpoints kept; milestones are always kept."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """`full`: keep each block's input only; `selective`: keep matrix products and attention, make the rest again."""
+    compile: bool = False
+    """Compile each block with torch.compile."""
+    loss_chunk: int = Field(default=2048, ge=1)
+    """Positions whose logits exist at one time in the loss."""
+    replicas: int = Field(default=1, ge=1)
+    """Groups of processes that each hold all weights (HSDP); 1 shards over all."""
+    reshard_after_forward: bool = True
+    """Give gathered weights back between the forward and backward pass: less memory, more communication."""
+    deterministic: bool = False
+    """Only operations that give the same bits each time, at some cost."""
+    async_save: bool = True
+    """Write checkpoints while training goes on."""
+    upload_to: str | None = None
+    """fsspec URL to which finished checkpoints and metrics are copied, such as `s3://bucket/runs`."""
+    report_to: tuple[Literal["wandb", "tensorboard"], ...] = ()
+    wandb_project: str = "openlm_pipeline"
+    profile_steps: tuple[int, int] | None = None
+    """First and last step of which a trace is written to the run's `profile/`."""
+    hang_seconds: float | None = Field(default=None, gt=0)
+    """A step of this length counts as a hang: stacks and NCCL's flight record are written, and the process ends."""
     prefetch_batches: int = Field(default=2, ge=1)
     """Batches read ahead of training."""
     log_every: int = Field(default=10, ge=1)
@@ -156,7 +210,7 @@ class Execution(Strict):
     """Most space a dataset's fetched shards may take in `OPENLM_HOME`; the longest unused goes first."""
     tokenizer_engine: Literal["auto", "huggingface"] = "auto"
     """`auto` takes the fast engine where it gives the ids of Hugging Face `tokenizers`, which it is checked against."""
-    verify_every: int = Field(default=200, ge=1)
+    verify_every: int = Field(default=500, ge=1)
     """One in so many documents is encoded by both engines; a difference fails the file."""
 
     @field_validator("shards_url", mode="before")
@@ -186,6 +240,8 @@ class Launcher(Strict):
     kind: Literal["local"] = "local"
     processes: int = Field(default=1, ge=1)
     """Processes of torchrun on this machine, one a GPU."""
+    max_restarts: int = Field(default=0, ge=0)
+    """Times that torchrun starts all processes again after one of them died."""
 
 
 class Experiment(Strict):

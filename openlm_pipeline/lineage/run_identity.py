@@ -14,7 +14,7 @@ def settings_identity(experiment: Experiment) -> Tree:
         unused.add("window_shards")
     if experiment.training.sampling not in ("resampled", "manifest"):
         unused.add("source_batch")
-    training = experiment.training.model_dump(exclude=unused)
+    training = experiment.training.model_dump(mode="json", exclude=unused)
     return {
         "model": experiment.model_config_resolved().model_dump(),
         "training": {**training, "horizon": experiment.schedule_horizon()},

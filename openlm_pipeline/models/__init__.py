@@ -1,72 +1,55 @@
-"""OpenLM's models: configs by name, the Transformer, and the way in for users of the library.
+"""OpenLM's models: configs by name, the Transformer, checkpoints of all kinds, and the way in for users of the library.
 
-Importing this package does not import torch; `create_model`, `Transformer` and `initialize` do when they are used.
+Importing this package does not import torch; what needs it is imported when it is used.
 """
 
+import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
-from openlm_pipeline.errors import ConfigError, DataError
-from openlm_pipeline.files import read_json
-from openlm_pipeline.models.config import ModelConfig, model_config, resolve_model
-from openlm_pipeline.strict import explain
+from openlm_pipeline.models.config import ModelConfig
+from openlm_pipeline.models.openlm_settings import find_config
 
 if TYPE_CHECKING:
     import torch
 
+    from openlm_pipeline.models.attention import KVCache
+    from openlm_pipeline.models.checkpoint import FoundModel, find_model_config, load_checkpoint
+    from openlm_pipeline.models.export import export_huggingface, export_openlm
     from openlm_pipeline.models.init import initialize
     from openlm_pipeline.models.transformer import Transformer
 
-__all__ = ["ModelConfig", "Transformer", "count_parameters", "create_model", "find_config", "initialize"]
+__all__ = [
+    "FoundModel",
+    "KVCache",
+    "ModelConfig",
+    "Transformer",
+    "count_parameters",
+    "create_model",
+    "export_huggingface",
+    "export_openlm",
+    "find_config",
+    "find_model_config",
+    "initialize",
+    "load_checkpoint",
+]
 
-_OPENLM_KEYS = {"model_norm": "norm", "positional_embedding_type": "positional_embedding", "ffn_type": "ffn"}
+_MODULES = {
+    "FoundModel": "checkpoint",
+    "KVCache": "attention",
+    "Transformer": "transformer",
+    "export_huggingface": "export",
+    "export_openlm": "export",
+    "find_model_config": "checkpoint",
+    "initialize": "init",
+    "load_checkpoint": "checkpoint",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Transformer":
-        from openlm_pipeline.models.transformer import Transformer
-
-        return Transformer
-    if name == "initialize":
-        from openlm_pipeline.models.init import initialize
-
-        return initialize
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def find_config(name_or_config: str | Path | ModelConfig, **overrides: Any) -> ModelConfig:
-    """The config of a model's name or alias, of an OpenLM JSON file (a path ending in `.json`), or given as it is.
-
-    Args:
-        overrides: fields of ModelConfig that replace those found.
-
-    Raises:
-        ConfigError: no such name (the nearest is suggested), an unknown field, or a value out of range.
-        MissingInputError: the JSON file does not exist.
-        DataError: the JSON file is not a JSON object.
-    """
-    if isinstance(name_or_config, ModelConfig):
-        config = name_or_config
-    elif str(name_or_config).endswith(".json"):
-        config = _read_openlm_json(Path(name_or_config))
-    else:
-        config = model_config(str(name_or_config))
-    return resolve_model({**config.model_dump(), **overrides}) if overrides else config
-
-
-def _read_openlm_json(path: Path) -> ModelConfig:
-    document = read_json(path)
-    if not isinstance(document, dict):
-        raise DataError(f"{path} holds a {type(document).__name__}, not the JSON object of a model config")
-    fields = {_OPENLM_KEYS.get(key, key): value for key, value in document.items()}
-    if len(fields) < len(document):
-        raise ConfigError(f"{path} gives one setting under two names: {', '.join(document)}")
-    try:
-        return ModelConfig(**fields)
-    except ValidationError as e:
-        raise explain(e, f"model config {path}") from e
 
 
 def create_model(
@@ -108,6 +91,8 @@ def count_parameters(config: ModelConfig) -> int:
     per_norm_unit = {"default_layer_norm": 2, "lp_layer_norm": 2, "no_wb_layer_norm": 0}.get(config.norm, 1)
     attention = 4 * width * inner_width + (2 * inner_width * per_norm_unit if config.qk_norm else 0)
     feed_forward = (2 if config.ffn == "gelu" else 3) * width * config.ffn_dim
+    if config.ffn == "gemma_geglu":
+        feed_forward += 2 * config.ffn_dim + width  # biases
     norms = width * per_norm_unit
     block = attention + feed_forward + 2 * norms
     embeddings = (1 if config.weight_tying else 2) * config.vocab_size * width

@@ -1,4 +1,4 @@
-"""Model configs: OpenLM's nine sizes, their aliases, and the variants that its flags select.
+"""Model configs: OpenLM's named models, their aliases, and the variants that its flags select.
 
 Sizes and aliases are those of open_lm's `model_configs/*.json`. Norm, qk-norm, position and FFN type stand in flags
 there; here they are fields, so that a checkpoint always says what it is.
@@ -36,7 +36,8 @@ class ModelConfig(Strict):
     qk_norm: bool = False
     positional_embedding: Literal["rotary", "llama_rotary", "head_rotary", "none"] = "rotary"
     """`head_rotary` is the rotation over heads of early OpenLM: the same angle for q and k, so no position at all."""
-    ffn: Literal["swiglu", "swiglu_torch", "gelu"] = "swiglu"
+    ffn: Literal["swiglu", "swiglu_torch", "gelu", "gemma_geglu"] = "swiglu"
+    """The two SwiGLUs are one; `gemma_geglu` has OpenLM's only biases outside norms."""
     rope_freq_dtype: Literal["float32", "bfloat16"] = "float32"
     """`bfloat16` rounds the rotary frequencies as OpenLM did under autocast; for weights that were trained so."""
 
@@ -53,7 +54,7 @@ class ModelConfig(Strict):
 
     @property
     def ffn_dim(self) -> int:
-        """Width inside the feed-forward network: SwiGLU 8/3 of hidden_dim up to a multiple of 256, GELU 4 times."""
+        """Width inside the feed-forward network: gated ones 8/3 of hidden_dim up to a multiple of 256, GELU 4 times."""
         if self.ffn == "gelu":
             return 4 * self.hidden_dim
         return 256 * -(-int(8 * self.hidden_dim / 3) // 256)
@@ -70,10 +71,27 @@ _SIZES = {  # name: (hidden_dim, n_layers, n_heads)
     "open_lm_1b": (2048, 24, 16),
     "open_lm_3b": (2560, 32, 32),
     "open_lm_7b": (4096, 32, 32),
+    "open_lm_11m_v2": (96, 8, 4),
+    "open_lm_79m_v2": (512, 8, 4),
+    "open_lm_154m_v2": (576, 24, 8),
+    "open_lm_411m_v2": (1024, 24, 8),
 }
+_1B = {"hidden_dim": 2048, "n_layers": 24, "n_heads": 16}
 MODELS = {
-    name: ModelConfig(hidden_dim=dim, n_layers=layers, n_heads=heads) for name, (dim, layers, heads) in _SIZES.items()
-}
+    **{name: ModelConfig(hidden_dim=d, n_layers=n, n_heads=h) for name, (d, n, h) in _SIZES.items()},
+    "open_lm_1b_old": ModelConfig(
+        **_1B, norm="default_layer_norm", qk_norm=False, positional_embedding="head_rotary", ffn="swiglu"
+    ),
+    "open_lm_1b_swiglutorch": ModelConfig(**_1B, ffn="swiglu_torch"),
+    "open_lm_1b_geglu": ModelConfig(**_1B, ffn="gemma_geglu"),
+    "m1b_tiktoken": ModelConfig(**_1B, vocab_size=50304),
+    "llama2_7b": ModelConfig(
+        hidden_dim=4096, n_layers=32, n_heads=32, seq_len=4096, vocab_size=32000,
+        norm="rms_norm", positional_embedding="llama_rotary", ffn="swiglu",
+    ),
+    "open_lm_test_tiny": ModelConfig(hidden_dim=16, n_layers=2, n_heads=2, seq_len=16, vocab_size=16),
+}  # fmt: skip
+"""Fields that OpenLM's JSON file of a model gives are set here too: there they win over flags."""
 ALIASES = {
     "open_lm_411m": "open_lm_410m",  # the name in OpenLM's README, which has no config file there
     "quark_neox": "open_lm_11m",
@@ -86,14 +104,21 @@ ALIASES = {
     "g3b_neox": "open_lm_3b",
     "l7b_neox": "open_lm_7b",
 }
+_NOT_TRANSFORMERS = {
+    "mamba": "is a state-space model (mamba_ssm), not a Transformer",
+    "moe": "has experts (megablocks), and only dense models are built here",
+}
 
 
 def model_config(name: str) -> ModelConfig:
     """The config of a known model or alias.
 
     Raises:
-        ConfigError: no such name; the message suggests the nearest.
+        ConfigError: no such name; the message suggests the nearest, or says why it is not here.
     """
+    for word in _NOT_TRANSFORMERS:
+        if word in name.lower().split("_"):
+            raise not_dense(f"model {name!r}", word)
     try:
         return MODELS[ALIASES.get(name, name)]
     except KeyError:
@@ -114,3 +139,8 @@ def resolve_model(settings: dict[str, Any]) -> ModelConfig:
         return ModelConfig(**{**base, **fields})
     except ValidationError as e:
         raise explain(e, "model") from e
+
+
+def not_dense(what: str, kind: str) -> ConfigError:
+    """The refusal of a `moe` or `mamba` model, with its reason."""
+    return ConfigError(f"{what} {_NOT_TRANSFORMERS[kind]}; use a dense model such as open_lm_1b, or OpenLM itself")

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from openlm_pipeline.models.config import ModelConfig
 from openlm_pipeline.models.transformer import Transformer
 
+_GEGLU = ("gate_proj", "up_proj", "down_proj")
 _WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
@@ -46,12 +47,19 @@ def _depth_scale(name: str) -> float:
 
 
 def initial_values(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
-    """The full fp32 value of a parameter, on the CPU: matrices a normal cut at 3 sigma, gains 1, biases 0."""
+    """The full fp32 value of a parameter, on the CPU: matrices a normal cut at 3 sigma, gains 1, biases 0.
+
+    OpenLM leaves its GeGLU as torch makes a Linear: weights and biases uniform within 1/sqrt(fan_in).
+    """
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{name}/{seed}".encode()))
+    module = name.rpartition(".")[0].rpartition(".")[2]
+    if module in _GEGLU:
+        bound = 1 / math.sqrt(config.ffn_dim if module == "down_proj" else config.hidden_dim)
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
     if name.endswith(".bias"):
         return torch.zeros(shape)
     if len(shape) == 1:
         return torch.ones(shape)
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{name}/{seed}".encode()))
     std = init_std(name, config)
     return nn.init.trunc_normal_(torch.empty(shape), std=std, a=-3 * std, b=3 * std, generator=generator)
 

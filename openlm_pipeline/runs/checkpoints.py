@@ -6,7 +6,8 @@ a folder only if `COMPLETE` is there, the run is its own and, before loading, ev
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from openlm_pipeline.lineage.fingerprint import fingerprint
 INFO = "checkpoint.json"
 COMPLETE = "COMPLETE"
 MODEL_CONFIG = "model_config.json"
+_UNFINISHED = ".tmp-"
 
 
 @dataclass(frozen=True)
@@ -44,23 +46,51 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def unfinished(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is written before it is one."""
+    return folder / f"{_UNFINISHED}{folder_name(step)}"
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what killed or failed writers left; for the one process that writes there."""
+    for left in folder.glob(f"{_UNFINISHED}step-*"):
+        shutil.rmtree(left)
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """`{"bytes", "sha256"}` of a file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
 def commit(
-    tmp: Path, run_fingerprint: str, step: int, tokens: int, milestone: str | None, metrics: dict[str, float]
+    tmp: Path,
+    run_fingerprint: str,
+    step: int,
+    tokens: int,
+    milestone: str | None,
+    metrics: dict[str, float],
+    hashed: dict[str, dict[str, Any]],
 ) -> Checkpoint:
-    """Turn the written folder `tmp` into a checkpoint beside it."""
-    files = {
-        p.relative_to(tmp).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256_file(p)}
-        for p in sorted(tmp.rglob("*"))
-        if p.is_file()
-    }
+    """Turn the written folder `tmp` into a checkpoint beside it.
+
+    Args:
+        hashed: `describe_file` of some of its files; the others are read here.
+    """
+    names = sorted(p.relative_to(tmp).as_posix() for p in tmp.rglob("*") if p.is_file())
+    files = {name: hashed.get(name) or describe_file(tmp / name) for name in names}
     path = tmp.parent / folder_name(step)
     checkpoint = Checkpoint(path, run_fingerprint, step, tokens, milestone, files, metrics)
     _write_info(tmp, checkpoint)
+    publish(tmp, path)
+    return checkpoint
+
+
+def publish(tmp: Path, path: Path) -> None:
+    """Put a folder that has all of a checkpoint but its mark in its place, and mark it."""
     if path.exists():
         _delete(path)
     tmp.rename(path)
     write_text(path / COMPLETE, "")
-    return checkpoint
 
 
 def _delete(path: Path) -> None:
@@ -91,14 +121,22 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     if not (path / COMPLETE).exists():
         raise MissingInputError(f"there is no complete checkpoint at {path}")
-    info = read_json(path / INFO)
+    return checked_info(read_json(path / INFO), path, str(path / INFO))
+
+
+def checked_info(info: Any, path: Path, name: str) -> Checkpoint:
+    """The checkpoint at `path` that the contents of its `checkpoint.json` describe; errors call that file `name`.
+
+    Raises:
+        DataError: they are damaged.
+    """
     try:
         recorded = info.pop("sha256", None)
         if recorded != fingerprint(info):
-            raise DataError(f"{path / INFO} does not have its recorded sha256: it is damaged")
+            raise DataError(f"{name} does not have its recorded sha256: it is damaged")
         return Checkpoint(path=path, **info)
     except (TypeError, AttributeError) as e:
-        raise DataError(f"{path / INFO} is not a checkpoint's description: {e}") from e
+        raise DataError(f"{name} is not a checkpoint's description: {e}") from e
 
 
 def list_checkpoints(folder: Path, run_fingerprint: str, warn: Callable[[str], None]) -> list[Checkpoint]:
@@ -128,12 +166,14 @@ def verify(checkpoint: Checkpoint) -> None:
     Raises:
         DataError: names the first file that is missing or differs.
     """
-    for name, recorded in checkpoint.files.items():
-        path = checkpoint.path / name
+    paths = {checkpoint.path / name: recorded for name, recorded in checkpoint.files.items()}
+    for path, recorded in paths.items():
         if not path.is_file() or path.stat().st_size != recorded["bytes"]:
             raise DataError(f"checkpoint file {path} is missing or has the wrong size")
-        if sha256_file(path) != recorded["sha256"]:
-            raise DataError(f"checkpoint file {path} does not have its recorded sha256: it is damaged")
+    with ThreadPoolExecutor() as pool:  # hashing gives the interpreter's lock back
+        for path, found in zip(paths, pool.map(sha256_file, paths)):
+            if found != paths[path]["sha256"]:
+                raise DataError(f"checkpoint file {path} does not have its recorded sha256: it is damaged")
 
 
 def newest_intact(checkpoints: list[Checkpoint], max_step: int, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -153,7 +193,17 @@ def newest_intact(checkpoints: list[Checkpoint], max_step: int, warn: Callable[[
     return None
 
 
-def rotate(checkpoints: list[Checkpoint], keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints that are not milestones; the mark goes first."""
-    for checkpoint in [c for c in checkpoints if c.milestone is None][:-keep]:
-        _delete(checkpoint.path)
+def rotate(checkpoints: list[Checkpoint], keep: int, in_use: Collection[int] = ()) -> None:
+    """Delete all but the newest `keep` checkpoints that are not milestones; the mark goes first.
+
+    Args:
+        in_use: steps whose checkpoints stay for now, because they are being copied.
+    """
+    for checkpoint in outdated(checkpoints, keep):
+        if checkpoint.step not in in_use:
+            _delete(checkpoint.path)
+
+
+def outdated(checkpoints: list[Checkpoint], keep: int) -> list[Checkpoint]:
+    """Of checkpoints by step, those that are no milestones, without the newest `keep` of them."""
+    return [c for c in checkpoints if c.milestone is None][:-keep]

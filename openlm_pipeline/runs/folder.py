@@ -16,7 +16,7 @@ import yaml
 
 from openlm_pipeline.errors import IdentityError
 from openlm_pipeline.experiments import Experiment
-from openlm_pipeline.files import folder_lock, read_json, set_aside, write_json, write_text
+from openlm_pipeline.files import atomic_writer, folder_lock, read_json, set_aside, write_json, write_text
 from openlm_pipeline.lineage.fingerprint import Tree, differences, fingerprint
 
 
@@ -110,24 +110,40 @@ class RunFolder:
         return list(_json_records(whole)), offset + len(whole)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All records by step. A resumed run repeats steps; the last record of a step and kind stands."""
+        """Records of losses by step, those of training and of validation.
+
+        A resumed run repeats steps; the last record of a step and kind stands.
+        """
         records: dict[tuple[int, bool], dict[str, Any]] = {}
         for record in self.new_metrics(0)[0]:
-            records[record["step"], "validation_loss" in record] = record
+            if is_measurement(record):
+                records[record["step"], "validation_loss" in record] = record
         return [records[key] for key in sorted(records)]
+
+    def skipped_steps(self) -> list[dict[str, Any]]:
+        """A record of each time that a step was left out, in the order written."""
+        return [r for r in self.new_metrics(0)[0] if "skipped" in r]
 
     def write_outcome(
         self, status: Literal["completed", "preempted", "failed"], step: int, tokens: int, **why: str
     ) -> None:
-        """Record how a training process ended; launchers read this, not exit codes."""
-        write_json(self.path / "outcome.json", {"status": status, "step": step, "tokens": tokens, **why})
+        """Record how a training process ended; launchers read this, not exit codes. Any rank may do it."""
+        record = {"status": status, "step": step, "tokens": tokens, **why}
+        with atomic_writer(self.path / "outcome.json", shared=True) as f:
+            f.write(json.dumps(record, indent=2).encode() + b"\n")
 
     def read_outcome(self) -> dict[str, Any] | None:
         path = self.path / "outcome.json"
         return read_json(path) if path.exists() else None
 
     def clear_outcome(self) -> None:
-        (self.path / "outcome.json").unlink(missing_ok=True)
+        for path in self.path.glob("outcome.json*"):
+            path.unlink(missing_ok=True)
+
+
+def is_measurement(record: dict[str, Any]) -> bool:
+    """Whether a record of `metrics.jsonl` has a loss; others tell of a step that was left out."""
+    return "loss" in record or "validation_loss" in record
 
 
 def _json_records(lines: bytes) -> Iterator[dict[str, Any]]:

@@ -19,10 +19,13 @@ from openlm_pipeline.errors import TrainingError
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.layout import Home
 from openlm_pipeline.runs.checkpoints import Checkpoint, list_checkpoints
-from openlm_pipeline.runs.folder import RunFolder
+from openlm_pipeline.runs.folder import RunFolder, is_measurement
 
 _POLL_SECONDS = 0.5
-_GRACE_SECONDS = 30.0
+_GRACE_SECONDS = 300
+"""For the trainer to end its step and save; its caller may lose patience earlier."""
+_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+"""What torchrun passes on to its workers; by default SIGUSR1, with which SLURM warns, would kill it."""
 _LOG = "train.log"
 _MALLOC = {
     # On a CPU glibc gives each large tensor's memory back to the kernel and gets it zeroed again a moment later.
@@ -33,7 +36,14 @@ _MALLOC = {
 
 @dataclass(frozen=True)
 class Progress:
-    """A new record of `metrics.jsonl`."""
+    """A new record of `metrics.jsonl` with a loss."""
+
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StepSkipped:
+    """A record of `metrics.jsonl` of a step that was left out: `skipped` says why."""
 
     record: dict[str, Any]
 
@@ -51,7 +61,7 @@ class MilestoneReused(MilestoneReached):
     """A milestone that was there before training began."""
 
 
-Event = Progress | MilestoneReached
+Event = Progress | StepSkipped | MilestoneReached
 
 
 def milestone_checkpoints(experiment: Experiment, run: RunFolder) -> dict[str, Checkpoint]:
@@ -84,7 +94,8 @@ def train_locally(experiment: Experiment, home: Home, run: RunFolder, until: int
     """
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
-        f"--nproc-per-node={experiment.launcher.processes}", "-m", "train",
+        f"--nproc-per-node={experiment.launcher.processes}", f"--max-restarts={experiment.launcher.max_restarts}",
+        f"--signals-to-handle={_SIGNALS}", f"--shutdown-timeout={_GRACE_SECONDS}", "-m", "train",
         str(run.experiment_file), f"--until={until}",
     ]  # fmt: skip
     if setpriv := shutil.which("setpriv"):
@@ -95,14 +106,17 @@ def train_locally(experiment: Experiment, home: Home, run: RunFolder, until: int
     metrics_offset = run.metrics_file.stat().st_size if run.metrics_file.exists() else 0
     seen_milestones = set(milestone_checkpoints(experiment, run))
     with log_path.open("ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        # In a session of its own, so that Ctrl-C reaches this process only, which then stops the trainer in order.
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
         try:
             ended = False
             while not ended:
                 ended = process.poll() is not None  # read once more after the end, so that nothing is missed
                 records, metrics_offset = run.new_metrics(metrics_offset)
                 for record in records:
-                    yield Progress(record)
+                    yield Progress(record) if is_measurement(record) else StepSkipped(record)
                 for label, checkpoint in milestone_checkpoints(experiment, run).items():
                     if label not in seen_milestones:
                         seen_milestones.add(label)

@@ -78,8 +78,13 @@ class SafePlanner(DefaultLoadPlanner):
         super().load_bytes(read_item, value)
 
 
-def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Transformer:
+def load_model(
+    checkpoint: Checkpoint, device: torch.device | str = "cpu", *, average: str | None = None
+) -> Transformer:
     """The verified weights of a checkpoint, fp32, in evaluation mode.
+
+    Args:
+        average: one of the recipe's `training.averages`, to have it in place of the last weights.
 
     Raises:
         DataError: a file is damaged, or is not what a checkpoint of this model holds.
@@ -93,14 +98,18 @@ def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Tr
     model.to_empty(device=device)
     model.init_buffers()
     state = {"model": model.state_dict()}
-    for name, value in state["model"].items():
-        found = described.get(f"model.{name}")
-        if not isinstance(found, TensorStorageMetadata) or found.size != value.shape:
-            raise DataError(f"{checkpoint.path} has no tensor {name} of shape {list(value.shape)}")
+    if average is not None:
+        parameters = {name: p.detach() for name, p in model.named_parameters()}
+        state = {"model": dict(model.named_buffers()), average: parameters}
+    for part, tensors in state.items():
+        for name, value in tensors.items():
+            found = described.get(f"{part}.{name}")
+            if not isinstance(found, TensorStorageMetadata) or found.size != value.shape:
+                kind = "" if part == "model" else f" in the average {part}"
+                raise DataError(f"{checkpoint.path} has no tensor {name} of shape {list(value.shape)}{kind}")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is the intent
         dcp.load(state, storage_reader=reader, planner=SafePlanner(), no_dist=True)
-    model.load_state_dict(state["model"])
     return model.eval()
 
 

@@ -6,6 +6,7 @@ or text members; it may be local or any fsspec URL.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,31 +44,68 @@ def open_foreign(
     """
     where = str(folder_or_url)
     manifest = _read_manifest(where)
-    sample_format = SampleFormat.for_vocabulary(seq_len + 1, vocab_size)
-    entries = _entries(manifest, where, sample_format)
-    settings = {"seq_len": seq_len, "vocab_size": vocab_size, "eot_id": eot_id, "pad_id": pad_id}
-    identity = {"manifest_sha256": hashlib.sha256(manifest).hexdigest(), **settings}
+    counts = _parse_counts(manifest, join(where, MANIFEST))
+    return foreign_dataset(
+        public(where).rstrip("/").rsplit("/", 1)[-1],
+        {shard: join(where, f"{shard}.tar") for shard in counts},
+        list(counts.values()),
+        cache,
+        {"manifest_sha256": hashlib.sha256(manifest).hexdigest()},
+        seq_len=seq_len,
+        vocab_size=vocab_size,
+        eot_id=eot_id,
+        pad_id=pad_id,
+    )
+
+
+def foreign_dataset(
+    name: str,
+    sources: dict[str, str],
+    num_samples: Sequence[int],
+    cache: Path,
+    origin: dict[str, Any],
+    **settings: int | None,
+) -> ShardedDataset:
+    """A dataset over OpenLM's tars whose numbers of samples are known.
+
+    Args:
+        sources: path or URL of each tar, by the name of the shard that it becomes in `cache`.
+        num_samples: of each.
+        origin: what identifies the tars.
+        settings: `seq_len`, `vocab_size`, `eot_id` and `pad_id`, as for `open_foreign`.
+
+    Raises:
+        DataError: later, a shard is damaged or has another number of samples.
+        IdentityError: `cache` holds shards converted from something else.
+    """
+    sample_format = SampleFormat.for_vocabulary(settings["seq_len"] + 1, settings["vocab_size"])
+    entries = [
+        ShardEntry(shard, n, sample_format.shard_bytes(n), "", n * sample_format.sample_tokens, "openlm")
+        for shard, n in zip(sources, num_samples)
+    ]
+    urls = list(sources.values())
+    identity = {**origin, **settings}
     version = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     samples = sum(e.num_sequences for e in entries)
     info: dict[str, Any] = {
-        "name": public(where).rstrip("/").rsplit("/", 1)[-1],
-        "tokenizer": {"name": None, "sha256": None, "vocab_size": vocab_size},
-        "eot_id": eot_id,
-        "pad_id": pad_id,
-        "seq_len": seq_len,
+        "name": name,
+        "tokenizer": {"name": None, "sha256": None, "vocab_size": settings["vocab_size"]},
+        "eot_id": settings["eot_id"],
+        "pad_id": settings["pad_id"],
+        "seq_len": settings["seq_len"],
         "dtype": sample_format.dtype,
-        "totals": {"samples": samples, "tokens": samples * (seq_len + 1), "shards": len(entries)},
+        "totals": {"samples": samples, "tokens": samples * (settings["seq_len"] + 1), "shards": len(entries)},
         "identity": identity,
     }
     _claim(cache, info)
     first = np.concatenate([[0], np.cumsum([e.num_sequences for e in entries])])
 
     def bring(k: int, path: Path) -> None:
-        source, fetched = join(where, path.name), cache / FETCHED / f"{path.stem}.openlm.tar"
-        if is_remote(where):
+        source, fetched = urls[k], cache / FETCHED / f"{path.stem}.openlm.tar"
+        if is_remote(source):
             download(source, fetched)
         try:
-            local = fetched if is_remote(where) else Path(source)
+            local = fetched if is_remote(source) else Path(source)
             rows = read_shard(local, **settings, num_samples=entries[k].num_sequences)
         except DataError as e:
             raise DataError(f"shard {public(source)} can't be converted: {e}") from e
@@ -80,17 +118,30 @@ def open_foreign(
     return ShardedDataset.over(cache, entries, info, version, store)
 
 
+def manifest_counts(url: str) -> dict[str, int]:
+    """Shard -> number of samples, as a manifest of OpenLM's says, in its order.
+
+    Raises:
+        MissingInputError: there is no such file.
+        DataError: a line of it is no manifest entry, or a shard has two.
+    """
+    return _parse_counts(_read(url), url)
+
+
+def _read(url: str) -> bytes:
+    with open_remote(url) as file, storage_errors(public(url), "can't be read"):
+        return file.read()
+
+
 def _read_manifest(where: str) -> bytes:
-    url = join(where, MANIFEST)
     try:
-        with open_remote(url) as file, storage_errors(public(url), "can't be read"):
-            return file.read()
+        return _read(join(where, MANIFEST))
     except MissingInputError as e:
         raise MissingInputError(f"there are no shards of OpenLM in {public(where)}: it has no {MANIFEST}") from e
 
 
-def _entries(manifest: bytes, where: str, sample_format: SampleFormat) -> list[ShardEntry]:
-    entries = []
+def _parse_counts(manifest: bytes, url: str) -> dict[str, int]:
+    counts: dict[str, int] = {}
     for number, line in enumerate(manifest.splitlines(), 1):
         try:
             fields = json.loads(line)
@@ -98,11 +149,12 @@ def _entries(manifest: bytes, where: str, sample_format: SampleFormat) -> list[S
             shard = fields["shard"]
             if not (isinstance(shard, str) and isinstance(count, int) and count >= 0):
                 raise TypeError("`shard` is a string, and its number of samples a whole number")
+            if shard in counts:
+                raise ValueError(f"shard {shard} has a line before it")
         except (ValueError, TypeError, KeyError) as e:
-            raise DataError(f"{public(join(where, MANIFEST))}, line {number} is not a manifest entry: {e}") from e
-        nbytes = sample_format.shard_bytes(count)
-        entries.append(ShardEntry(shard, count, nbytes, "", count * sample_format.sample_tokens, "openlm"))
-    return entries
+            raise DataError(f"{public(url)}, line {number} is not a manifest entry: {e}") from e
+        counts[shard] = count
+    return counts
 
 
 def _claim(cache: Path, info: dict[str, Any]) -> None:

@@ -8,6 +8,8 @@ from openlm_pipeline.layout import Home
 from openlm_pipeline.remote import is_remote, join, remote_size
 from openlm_pipeline.shards.dataset import DATASET, ShardedDataset
 from openlm_pipeline.shards.foreign import open_foreign
+from openlm_pipeline.shards.openlm_lists import is_list, open_list
+from openlm_pipeline.shards.synthetic import SCHEME, SyntheticDataset
 from openlm_pipeline.tokenization.tokenizer import read_tokenizer_info
 
 
@@ -16,7 +18,7 @@ def published_url(dataset: Dataset) -> str | None:
     return join(join(dataset.shards_url, dataset.name), dataset.version) if dataset.shards_url else None
 
 
-def open_dataset(dataset: Dataset, home: Home) -> ShardedDataset:
+def open_dataset(dataset: Dataset, home: Home) -> ShardedDataset | SyntheticDataset:
     """The finished shards of a dataset.
 
     Raises:
@@ -27,13 +29,20 @@ def open_dataset(dataset: Dataset, home: Home) -> ShardedDataset:
     if dataset.source.shards is None:
         opened = ShardedDataset(folder, remote=published_url(dataset), cache_bytes=dataset.shard_cache_bytes)
     else:
-        opened = _open_ready_made(dataset, home.resolve(dataset.source.shards), folder, home)
+        opened = _open_ready_made(dataset, dataset.source.shards, folder, home)
     if opened.info["seq_len"] != dataset.seq_len:
         raise ConfigError(f"{opened.folder} has samples of seq_len {opened.info['seq_len']}, not {dataset.seq_len}")
     return opened
 
 
-def _open_ready_made(dataset: Dataset, where: str, folder: Path, home: Home) -> ShardedDataset:
+def _open_ready_made(dataset: Dataset, shards: str, folder: Path, home: Home) -> ShardedDataset | SyntheticDataset:
+    if shards.startswith(SCHEME):
+        return SyntheticDataset(shards, dataset.seq_len, dataset.vocab_size)
+    if is_list(shards):
+        return open_list(
+            shards, home, folder, seq_len=dataset.seq_len, vocab_size=dataset.vocab_size, pad_id=dataset.pad_id
+        )
+    where = home.resolve(shards)
     if _is_ours(where):
         if is_remote(where):
             return ShardedDataset(folder, remote=where, cache_bytes=dataset.shard_cache_bytes)

@@ -5,7 +5,6 @@ stands alone: documents with code points on which the two are known to differ go
 sample of the others is encoded by both.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import orjson
 
 from openlm_pipeline.errors import DataError
 
@@ -110,7 +110,7 @@ _ALWAYS, _MARK, _ENDS_IN_MARK = 1, 2, 4
 def _guarded_code_points() -> np.ndarray:
     """uint8[0x110000] of flags: where the engines' ideas of Unicode differ; see benchmarks/probe_fast_engine.py."""
     table = np.zeros(0x110000, dtype=np.uint8)
-    found = json.loads(Path(__file__).with_name("guard_codepoints.json").read_text())
+    found = orjson.loads(Path(__file__).with_name("guard_codepoints.json").read_bytes())
     for kind, flag in (("always", _ALWAYS), ("marks", _MARK), ("ends_in_mark", _ENDS_IN_MARK)):
         for first, last in found[kind]:
             table[first : last + 1] |= flag
@@ -182,7 +182,7 @@ class GigatokenEngine:
 
 def _why_not_fast(tokenizer_json: Path) -> str | None:
     """Why the fast engine must not be tried on a tokenizer: only byte-level BPE was compared with the reference."""
-    config = json.loads(tokenizer_json.read_text())
+    config = orjson.loads(tokenizer_json.read_bytes())
     if config["model"].get("type") != "BPE":
         return f"it is a {config['model'].get('type')} model, not BPE"
     if (config.get("pre_tokenizer") or {}).get("type") != "ByteLevel":

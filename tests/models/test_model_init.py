@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from openlm_pipeline.models import create_model, transformer
+from openlm_pipeline.models import create_model
 from openlm_pipeline.models.config import ModelConfig
 from openlm_pipeline.models.init import initialize, parameter_name
 
@@ -35,13 +35,13 @@ def sharded_model(config: ModelConfig, **policy) -> nn.Module:
 def worker(rank: int, world_size: int, folder: Path) -> None:
     """One process of the sharded run: saves what every rank sees of full weights, sums, gradients and types."""
     torch.set_num_threads(1)
-    transformer.LOSS_CHUNK = 10  # of 24 positions, so that chunks are made again in the backward pass
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     results = []
     for config in VARIANTS:
         model = sharded_model(config)
         assert all(isinstance(p, DTensor) for p in model.parameters())
         weights = {name: p.full_tensor() for name, p in model.state_dict().items() if isinstance(p, DTensor)}
+        model.loss_chunk = 10  # of 24 positions, so that chunks are made again in the backward pass
         sums = model(IDS, IDS)
         sum(sums).backward()
         gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}

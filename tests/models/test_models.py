@@ -35,7 +35,7 @@ def test_parameter_counts_are_openlms(name: str):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("ffn", ["swiglu", "gelu"])
+@pytest.mark.parametrize("ffn", ["swiglu", "gelu", "gemma_geglu"])
 @pytest.mark.parametrize("switch", [True, False])
 def test_counting_needs_no_model(norm: str, ffn: str, switch: bool):
     variant = {"norm": norm, "ffn": ffn, "qk_norm": switch, "weight_tying": switch, "post_embed_norm": switch}
@@ -129,7 +129,7 @@ def test_openlm_json_config(tmp_path: Path):
         ("[1]", DataError, "holds a list"),
         ("{", DataError, "not valid JSON"),
         ('{"hidden_dim": 96, "n_layers": 2, "n_heads": 4, "vocabsize": 9}', ConfigError, "did you mean 'vocab_size'"),
-        ('{"hidden_dim": 96, "n_layers": 2, "n_heads": 4, "ffn_type": "moe"}', ConfigError, "ffn"),
+        ('{"hidden_dim": 96, "n_layers": 2, "n_heads": 4, "ffn_type": "moe"}', ConfigError, "experts"),
         ('{"hidden_dim": 96, "n_layers": 2, "n_heads": 4, "ffn_type": "gelu", "ffn": "gelu"}', ConfigError, "two"),
         ('{"hidden_dim": 96, "n_layers": 0, "n_heads": 4}', ConfigError, "n_layers"),
     ],
@@ -140,6 +140,29 @@ def test_a_bad_json_config_is_named(tmp_path: Path, text: str, error: type, mess
     with pytest.raises(error, match=message) as caught:
         create_model(str(path))
     assert "mine.json" in str(caught.value)
+
+
+def test_openlms_later_models_are_here():
+    assert (find_config("open_lm_411m_v2").n_heads, find_config("open_lm_154m_v2").n_layers) == (8, 24)
+    assert find_config("open_lm_1b_old").positional_embedding == "head_rotary"
+    llama = find_config("llama2_7b")
+    assert (llama.seq_len, llama.vocab_size, llama.norm) == (4096, 32000, "rms_norm")
+    assert count_parameters(llama) == 6_738_415_616  # Llama 2 7B's own count
+
+
+@pytest.mark.parametrize(("name", "reason"), [("mamba_7b", "state-space"), ("ant_neox_moe", "experts")])
+def test_models_that_are_no_dense_transformers_are_refused_with_the_reason(name: str, reason: str):
+    with pytest.raises(ConfigError, match=reason):
+        create_model(name)
+
+
+def test_geglu_starts_as_torchs_linear_does():
+    model = create_model("open_lm_11m", n_layers=1, vocab_size=100, ffn="gemma_geglu")
+    f = model.layers[0].feed_forward
+    for linear, fan_in in ((f.gate_proj, 96), (f.up_proj, 96), (f.down_proj, 256)):
+        for value in (linear.weight, linear.bias):
+            assert value.std().item() == pytest.approx(fan_in**-0.5 / 3**0.5, rel=0.15)
+            assert value.abs().max().item() <= fan_in**-0.5
 
 
 def test_what_does_not_exist_is_refused_with_the_nearest():

@@ -1,11 +1,9 @@
 """The Transformer computes what OpenLM's does: checked against an independent float64 implementation."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from openlm_reference import reference_logits, reference_training
 
 from openlm_pipeline.models import create_model
 from openlm_pipeline.models.config import NORMS, ModelConfig
@@ -26,68 +24,13 @@ def randomized(config: ModelConfig, seed: int = 0) -> Transformer:
     return model
 
 
-def reference_logits(state: dict[str, Tensor], config: ModelConfig, ids: Tensor) -> Tensor:
-    """Logits of one sequence, [S] -> [S, V], by loops over layers, heads and positions, in float64."""
-    w = {name: value.double() for name, value in state.items()}
-    K = config.head_dim
-    inner = config.n_heads * K
-
-    def norm(name: str, x: Tensor) -> Tensor:
-        if config.norm == "rms_norm":
-            y = x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
-        else:
-            y = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
-        return y * w.get(f"{name}.weight", 1.0) + w.get(f"{name}.bias", 0.0)
-
-    def rotate(x: Tensor, angle_of: int) -> Tensor:
-        """One head of one token, [K], at position (or, for head_rotary, head) `angle_of`."""
-        if config.positional_embedding == "none":
-            return x
-        y = x.clone()
-        for j in range(K // 2):
-            interleaved = config.positional_embedding == "llama_rotary"
-            first, second = (2 * j, 2 * j + 1) if interleaved else (j, j + K // 2)
-            angle = angle_of * 10000 ** (-2 * j / K)
-            y[first] = x[first] * math.cos(angle) - x[second] * math.sin(angle)
-            y[second] = x[first] * math.sin(angle) + x[second] * math.cos(angle)
-        return y
-
-    x = w["tok_embeddings.weight"][ids]
-    if config.post_embed_norm:
-        x = norm("post_embed_norm", x)
-    for layer in range(config.n_layers):
-        p = f"layers.{layer}"
-        qkv = norm(f"{p}.attention_norm", x) @ w[f"{p}.attention.in_proj.weight"].T
-        q, k, v = qkv[:, :inner], qkv[:, inner : 2 * inner], qkv[:, 2 * inner :]
-        if config.qk_norm:
-            q, k = norm(f"{p}.attention.q_norm", q), norm(f"{p}.attention.k_norm", k)
-        out = torch.zeros_like(q)
-        for h in range(config.n_heads):
-            head = slice(h * K, (h + 1) * K)
-            by_head = config.positional_embedding == "head_rotary"
-            qh = [rotate(q[s, head], h if by_head else s) for s in range(len(ids))]
-            kh = [rotate(k[s, head], h if by_head else s) for s in range(len(ids))]
-            for s in range(len(ids)):
-                scores = torch.stack([qh[s] @ kh[t] / math.sqrt(K) for t in range(s + 1)])
-                weights = scores.exp() / scores.exp().sum()
-                out[s, head] = sum(weights[t] * v[t, head] for t in range(s + 1))
-        x = x + out @ w[f"{p}.attention.out_proj.weight"].T
-        y = norm(f"{p}.ffn_norm", x)
-        if config.ffn == "gelu":
-            y = y @ w[f"{p}._ff_w1.weight"].T
-            x = x + (y * 0.5 * (1 + torch.erf(y / math.sqrt(2)))) @ w[f"{p}.feed_forward.2.weight"].T
-        else:
-            gate, up = (y @ w[f"{p}.feed_forward.w12.weight"].T).split(config.ffn_dim, dim=1)
-            x = x + (gate / (1 + (-gate).exp()) * up) @ w[f"{p}.feed_forward.w3.weight"].T
-    return norm("norm", x) @ w["output.weight"].T
-
-
 VARIANTS = [
     *({"norm": norm} for norm in NORMS),
     *({"norm": norm, "qk_norm": True} for norm in ("default_layer_norm", "gain_only_lp_layer_norm", "rms_norm")),
     *({"positional_embedding": kind} for kind in ("llama_rotary", "head_rotary", "none")),
     {"ffn": "swiglu_torch"},
     {"ffn": "gelu", "post_embed_norm": True},
+    {"ffn": "gemma_geglu"},
     {"weight_tying": True},
 ]
 
@@ -98,7 +41,7 @@ def test_loss_and_logits_equal_the_reference(variant: dict):
     model = randomized(config)
     ids = torch.randint(0, config.vocab_size, (2, 13), generator=torch.Generator().manual_seed(1))
     inputs, targets = ids[:, :-1], ids[:, 1:]
-    expected = torch.stack([reference_logits(model.state_dict(), config, row) for row in inputs])
+    expected = reference_logits(model.state_dict(), config, inputs)
 
     with torch.no_grad():
         logits = model(inputs)
@@ -108,6 +51,48 @@ def test_loss_and_logits_equal_the_reference(variant: dict):
     loss = F.cross_entropy(expected.flatten(0, 1), targets.flatten())
     assert ce.item() / targets.numel() == pytest.approx(loss.item(), abs=1e-5)
     assert squared_log_partition.item() == pytest.approx(expected.logsumexp(-1).square().sum().item(), rel=1e-5)
+
+
+STEPS = {"lr": 3e-4, "decay": 0.1, "betas": (0.9, 0.95)}
+
+
+def losses_of_five_steps(model: Transformer, batches: torch.Tensor) -> list[float]:
+    """fp32 losses with torch's AdamW, each before its step."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=STEPS["lr"], weight_decay=STEPS["decay"], betas=STEPS["betas"], eps=1e-8, fused=True
+    )
+    losses = []
+    for batch in batches:
+        ce, _ = model(batch[:, :-1], batch[:, 1:])
+        loss = ce / batch[:, 1:].numel()
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def random_batches(config: ModelConfig, num_sequences: int, seq_len: int) -> torch.Tensor:
+    shape = (5, num_sequences, seq_len + 1)
+    return torch.randint(0, config.vocab_size, shape, generator=torch.Generator().manual_seed(4))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
+def test_first_five_training_losses_equal_the_reference(variant: dict):
+    model = randomized(TINY.model_copy(update=variant))
+    batches = random_batches(model.config, 2, 12)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}  # each weight once, as its optimizer
+    expected = reference_training(weights, model.config, batches, **STEPS)
+    assert losses_of_five_steps(model, batches) == pytest.approx(expected, abs=1e-5)
+    assert expected[0] != pytest.approx(expected[4], abs=1e-3)
+
+
+def test_first_five_training_losses_of_11m_equal_the_reference():
+    model = create_model("open_lm_11m")
+    batches = random_batches(model.config, 1, 24)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    expected = reference_training(weights, model.config, batches, **STEPS)
+    assert losses_of_five_steps(model, batches) == pytest.approx(expected, abs=1e-5)
 
 
 def test_positions_without_a_target_do_not_count():
@@ -176,7 +161,7 @@ def test_rotary_frequencies_survive_the_meta_device_and_a_cast_to_bfloat16():
         assert layer.attention.pos_embed.inv_freq.dtype == torch.float32
         torch.testing.assert_close(layer.attention.pos_embed.inv_freq, expected)
     angles = torch.outer(torch.arange(2048.0), expected)
-    torch.testing.assert_close(model.rotation(2048, torch.device("cpu")).cos, angles.cos(), rtol=0, atol=1e-3)
+    torch.testing.assert_close(model.rotation(torch.arange(2048)).cos, angles.cos(), rtol=0, atol=1e-3)
     exact = create_model(TINY)(torch.arange(8)[None])
     torch.testing.assert_close(model(torch.arange(8)[None]), exact, rtol=0, atol=0.1)
 
@@ -186,7 +171,7 @@ def test_a_checkpoint_brings_its_own_frequencies():
     state = model.state_dict()
     ours = torch.tensor([1.0, 0.5, 0.25])
     model.load_state_dict({k: ours if k.endswith("inv_freq") else v for k, v in state.items()})
-    assert torch.equal(model.rotation(4, torch.device("cpu")).cos[3], (3 * ours).cos())
+    assert torch.equal(model.rotation(torch.arange(4)).cos[3], (3 * ours).cos())
 
 
 @pytest.mark.parametrize("kind", ["rotary", "llama_rotary"])
@@ -194,9 +179,9 @@ def test_bfloat16_switch_rounds_the_frequencies_and_nothing_else(kind: str):
     exact = create_model(ModelConfig(hidden_dim=128, n_layers=1, n_heads=1, vocab_size=50, positional_embedding=kind))
     rounded = create_model(exact.config.model_copy(update={"rope_freq_dtype": "bfloat16"}))
     frequencies = torch.tensor([10000 ** (-2 * j / 128) for j in range(64)])
-    cos = rounded.rotation(2048, torch.device("cpu")).cos
+    cos = rounded.rotation(torch.arange(2048)).cos
     torch.testing.assert_close(cos[2047], (2047 * frequencies.bfloat16().float()).cos())
-    assert (cos - exact.rotation(2048, torch.device("cpu")).cos).abs().max() > 0.1
+    assert (cos - exact.rotation(torch.arange(2048)).cos).abs().max() > 0.1
     assert all(torch.equal(v, exact.state_dict()[k]) for k, v in rounded.state_dict().items())
 
 

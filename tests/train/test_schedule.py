@@ -50,6 +50,23 @@ def test_wsd_stays_then_falls_linearly_over_its_last_tokens():
     assert learning_rate(t, HORIZON, 100) == FLOOR
 
 
+def test_the_decay_of_wsd_takes_a_power_as_openlms_cooldown():
+    t = training("wsd", decay=2000, decay_power=2.0)
+    assert learning_rate(t, HORIZON, 80) == LR
+    assert learning_rate(t, HORIZON, 90) == pytest.approx(FLOOR + (LR - FLOOR) / 4)
+    assert learning_rate(t, HORIZON, 95) == pytest.approx(FLOOR + (LR - FLOOR) / 16)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_there_is_never_less_than_the_floor_after_the_warm_up(schedule: str):
+    t = training(schedule, decay=2000 if schedule == "wsd" else 0, lr_floor=1e-3)
+    free = training(schedule, decay=2000 if schedule == "wsd" else 0)
+    for step in range(110):
+        rate = learning_rate(free, HORIZON, step)
+        assert learning_rate(t, HORIZON, step) == (rate if step < 10 else max(rate, 1e-3))
+    assert learning_rate(t, HORIZON, 0) < 1e-3 == learning_rate(t, HORIZON, 100)
+
+
 def test_constant_has_no_end():
     assert learning_rate(training("constant"), None, 10**9) == LR
 

@@ -17,7 +17,8 @@ from openlm_pipeline.models import create_model
 from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.opening import open_dataset
 from train.data import Batches
-from train.distributed import World, build_model
+from train.distributed import World
+from train.parallel import build_model
 
 
 @pytest.fixture

@@ -1,0 +1,223 @@
+"""Training speed: tokens a second, MFU and memory of models on the device that is here, each optimisation as a switch.
+
+    python benchmarks/train.py [--models open_lm_11m ...] [--switches base compile ...] [--shards FOLDER]
+                               [--set key=value ...] [--runs 3] [--markdown OUT.md]
+
+Every measurement is a new process with the trainer itself: the real loop, optimizer and loader, on shards of real text
+(`--shards`, with samples of `--seq-len` tokens; by default made from the embedded corpus). A few steps warm up, then
+some are timed. A round measures every model with every switch once, so that what else the machine does touches all.
+`base` is fp32 on a CPU; on a GPU it is bf16 with compiled blocks, and the switches take parts away or add some.
+"""
+
+import sys
+from pathlib import Path
+
+# Beside this file is one with the name of the standard module `tokenize`, so this folder must not be searched.
+sys.path.pop(0)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from typing import Any
+
+from benchmarks.measure import machine, ratios, run, spread, table
+from openlm_pipeline.runs.launch import _MALLOC
+
+CPU_MODELS = ["open_lm_11m", "open_lm_41m", "open_lm_160m"]
+GPU_MODELS = {"open_lm_160m": 32, "open_lm_411m": 16, "open_lm_1b": 8, "open_lm_7b": 4}
+"""Sequences at a time that fit 80 GB."""
+MODEL_SETTINGS = {
+    # With fp32 weights and AdamW's state one GPU would need 110 GB.
+    "open_lm_7b": ["training.state_precision=bf16", "execution.activation_checkpointing=full"],
+}
+GPU_BASE = ["training.precision=bf16", "execution.compile=true"]
+SWITCHES = {
+    "base": [],
+    "compile": ["execution.compile=true"],
+    "no compile": ["execution.compile=false"],
+    "fp32": ["training.precision=fp32"],
+    "bf16": ["training.precision=bf16"],
+    "bf16 states": ["training.precision=bf16", "training.state_precision=bf16"],
+    "float8": ["training.precision=bf16", "training.float8=true"],
+    "selective checkpointing": ["execution.activation_checkpointing=selective"],
+    "full checkpointing": ["execution.activation_checkpointing=full"],
+    "loss chunk 512": ["execution.loss_chunk=512"],
+    "loss chunk 8192": ["execution.loss_chunk=8192"],
+    "no reshard": ["execution.reshard_after_forward=false"],
+    "document mask": ["training.document_mask=true"],
+    "muon": ["training.optimizer=muon"],
+}
+CPU_SWITCHES = ["base"]
+GPU_SWITCHES = [
+    "base", "no compile", "float8", "selective checkpointing", "full checkpointing", "loss chunk 512", "no reshard",
+]  # fmt: skip
+
+
+def make_shards(home: Path, seq_len: int) -> Path:
+    """Shards of the embedded corpus."""
+    recipe = home / "embedded.yaml"
+    settings = {
+        "name": "embedded", "seq_len": seq_len, "milestones": ["1M"],
+        "tokenizer": {"name": "embedded", "train": {"vocab_size": 8192}},
+        "sources": [{"name": "embedded", "files": ["raw/embedded/train/*.jsonl.zst"], "origin": "embedded"}],
+        "model": {"name": "open_lm_11m"}, "training": {"global_batch": seq_len, "lr": 1e-3},
+    }  # fmt: skip
+    recipe.write_text(json.dumps(settings))
+    run([sys.executable, "-m", "openlm_pipeline", "tokenize", str(recipe), "--workers", "1"], OPENLM_HOME=str(home))
+    return home / "shards" / "embedded" / "v1"
+
+
+def measure(job: dict[str, Any]) -> None:
+    """Child process, maybe one of torchrun's: train, and print the record of the timed steps."""
+    from openlm_pipeline.experiments import load_experiment
+    from openlm_pipeline.layout import Home
+    from openlm_pipeline.lineage.run_identity import run_identity
+    from openlm_pipeline.runs.folder import RunFolder
+    from openlm_pipeline.shards.opening import open_dataset
+    from train.distributed import leave_process_group, start
+    from train.loop import Trainer
+
+    experiment, home = load_experiment(job["recipe"], job["overrides"]), Home(Path(job["home"]))
+    world = start()
+    try:
+        datasets = [open_dataset(d, home) for d in experiment.training_datasets()]
+        versions = {d.name: opened.version for d, opened in zip(experiment.training_datasets(), datasets)}
+        run_folder = RunFolder(home.run(experiment.name, experiment.version))
+        identity = run_identity(experiment, versions)
+        world.from_rank0(lambda: run_folder.claim(experiment, identity, supersede=True))
+        trainer = Trainer(experiment, home, world, datasets)
+        trainer._train_to(job["warmup"])  # it ends with a log record, which waits for the device and starts anew
+        began = time.process_time()
+        trainer._train_to(job["warmup"] + job["steps"])
+        cpu_seconds = time.process_time() - began
+        if world.rank == 0:
+            record = run_folder.read_metrics()[-1]
+            tokens = job["steps"] * experiment.training.global_batch / world.size
+            print(json.dumps({**record, "tokens_per_cpu_second": tokens / cpu_seconds}))
+        trainer.close()
+    finally:
+        leave_process_group()
+
+
+def settings_of(model: str, switch: str, arguments: argparse.Namespace, cuda: bool) -> list[str]:
+    """Overrides of the recipe for one measurement; of two for one setting the later counts."""
+    micro_batch = arguments.micro_batch or (GPU_MODELS.get(model, 8) if cuda else 1)
+    sequences = micro_batch * arguments.accumulate * arguments.processes
+    return [
+        f"model={{name: {model}}}",
+        f"training.global_batch={sequences * arguments.seq_len}",
+        f"milestones=[{sequences * arguments.seq_len * (arguments.warmup + arguments.steps)}]",
+        f"execution.micro_batch={micro_batch}",
+        *(GPU_BASE if cuda else []),
+        *MODEL_SETTINGS.get(model, []),
+        *arguments.set,
+        *SWITCHES[switch],
+    ]
+
+
+def results_table(seen: dict[tuple[str, str], list[dict[str, Any]]], cuda: bool) -> str:
+    """One row a model and switch; times as fast as `base` are of the same round."""
+    rate = "tokens_per_second_per_gpu" if cuda else "tokens_per_cpu_second"
+    header = ["model", "switch", "tokens/s", "tokens/s a GPU" if cuda else "tokens per CPU-second", "times base"]
+    header += ["MFU"] if cuda else ["GFLOP per CPU-second"]
+    header += ["memory, GB", "data wait"]
+    rows = []
+    for (model, switch), records in seen.items():
+        rates = {s: [r[rate] for r in seen[model, s]] for m, s in seen if m == model}
+        times = spread(ratios(rates, "base")[switch]) if "base" in rates else ""
+        if cuda:
+            mfu = [r["mfu"] for r in records]
+            use = "unknown device" if None in mfu else spread([100 * m for m in mfu], 1) + " %"
+        else:
+            flops = [r["flops_per_second_per_gpu"] / r["tokens_per_second_per_gpu"] * r[rate] for r in records]
+            use = spread([f / 1e9 for f in flops], 1)
+        rows.append(
+            [
+                model,
+                switch,
+                f"{statistics.median(r['tokens_per_second'] for r in records):,.0f}",
+                spread([r[rate] for r in records], 0 if cuda else 1),
+                times,
+                use,
+                f"{max(r['memory_bytes'] for r in records) / 1e9:.2f}",
+                f"{statistics.median(r['data_wait_fraction'] for r in records):.2%}",
+            ]
+        )
+    return table(header, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--models", nargs="+", help=f"by default {', '.join(CPU_MODELS)}; on a GPU {', '.join(GPU_MODELS)}"
+    )
+    parser.add_argument("--switches", nargs="+", choices=SWITCHES, help="what to measure beside `base`")
+    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="settings of every measurement")
+    parser.add_argument("--shards", type=Path, help="a folder of ready-made shards")
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--micro-batch", type=int, help="sequences at a time; by default 1 on a CPU, a GPU's fill")
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches a step")
+    parser.add_argument("--processes", type=int, default=1, help="of torchrun, one a GPU")
+    parser.add_argument("--warmup", type=int, help="steps; by default 1, on a GPU 10")
+    parser.add_argument("--steps", type=int, help="timed ones; by default 2, on a GPU 20")
+    parser.add_argument("--runs", type=int, default=3, help="rounds")
+    parser.add_argument("--markdown", type=Path, help="write the results here too")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        return measure(json.loads(arguments.child))
+    probe = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
+    device = run([sys.executable, "-c", probe]).output.strip()
+    cuda = bool(device)
+    arguments.warmup = arguments.warmup or (10 if cuda else 1)
+    arguments.steps = arguments.steps or (20 if cuda else 2)
+    models = arguments.models or (list(GPU_MODELS) if cuda else CPU_MODELS)
+    switches = list(dict.fromkeys(["base", *(arguments.switches or (GPU_SWITCHES if cuda else CPU_SWITCHES))]))
+    launcher = [sys.executable]
+    if arguments.processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.processes}"]
+    seen: dict[tuple[str, str], list[dict[str, Any]]] = {(m, s): [] for m in models for s in switches}
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        shards = arguments.shards.resolve() if arguments.shards else make_shards(home, arguments.seq_len)
+        recipe = home / "benchmark.yaml"
+        settings = {
+            "name": "benchmark", "seq_len": arguments.seq_len, "tokenizer": {"name": "none", "source": "none"},
+            "sources": [{"name": "text", "shards": str(shards)}], "model": {"name": "open_lm_11m"},
+            "milestones": ["1M"], "training": {"global_batch": arguments.seq_len, "lr": 1e-4, "schedule": "constant"},
+            "execution": {"log_every": 1_000_000},
+        }  # fmt: skip
+        recipe.write_text(json.dumps(settings))
+        for n in range(arguments.runs):
+            for model, switch in list(seen):
+                overrides = settings_of(model, switch, arguments, cuda)
+                job = {"recipe": str(recipe), "home": folder, "overrides": overrides}
+                job |= {"warmup": arguments.warmup, "steps": arguments.steps}
+                try:
+                    output = run(
+                        [*launcher, __file__, "--child", json.dumps(job)], OMP_NUM_THREADS="1", **_MALLOC
+                    ).output
+                except SystemExit as e:  # such as float8 on a device that has none, or too little memory
+                    print(f"{model}, {switch} is left out: {str(e).splitlines()[-1]}", flush=True)
+                    del seen[model, switch]
+                    continue
+                record = json.loads(next(line for line in reversed(output.splitlines()) if line.startswith("{")))
+                seen[model, switch].append(record)
+                print(
+                    f"round {n + 1}, {model}, {switch}: {record['tokens_per_second']:,.1f} tokens/s, "
+                    f"{record['tokens_per_cpu_second']:,.1f} tokens per CPU-second",
+                    flush=True,
+                )
+    about = f"{device or 'CPU'}; {machine('torch')}; sequences of {arguments.seq_len} tokens, n = {arguments.runs}"
+    text = f"{about}\n\n{results_table(seen, cuda)}"
+    print(f"\n{text}")
+    if arguments.markdown:
+        arguments.markdown.write_text(text + "\n")
+    return None
+
+
+if __name__ == "__main__":
+    main()

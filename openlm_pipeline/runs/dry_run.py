@@ -1,0 +1,191 @@
+"""What training a recipe would take, before anything is trained: arithmetic on the recipe and a look at the shards.
+
+Neither a GPU nor any data has to be there. `describe` gives numbers; `Plan.lines` says them to people.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from openlm_pipeline.errors import ConfigError, MissingInputError
+from openlm_pipeline.experiments import Dataset, Experiment
+from openlm_pipeline.layout import Home
+from openlm_pipeline.models import count_parameters
+from openlm_pipeline.models.config import ModelConfig
+from openlm_pipeline.runs.flops import DEVICES, flops_per_token, peak_flops
+from openlm_pipeline.runs.memory import TOLERANCE, MemoryEstimate, estimate_memory
+from openlm_pipeline.shards.opening import open_dataset
+from openlm_pipeline.units import format_bytes, format_seconds, format_tokens
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """One source of the mixture."""
+
+    name: str
+    samples_needed: int
+    """Expected number drawn from it up to the last milestone."""
+    samples_there: int | None
+    """None where its shards are not made yet."""
+
+    def line(self, seq_len: int) -> str:
+        needed = f"{self.samples_needed:,} samples, {format_tokens(self.samples_needed * seq_len, 3)} tokens, needed"
+        if self.samples_there is None:
+            return f"{self.name}: {needed}; no shards there yet (`openlm tokenize` makes them)"
+        epochs = self.samples_needed / self.samples_there
+        return f"{self.name}: {needed}; {self.samples_there:,} there, so {epochs:.3g} epochs"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe asks for; bytes, seconds and operations are estimates, the rest is exact."""
+
+    name: str
+    model: ModelConfig
+    seq_len: int
+    parameters: int
+    flops_per_token: int
+    processes: int
+    micro_batch: int
+    sequences_per_step: int
+    steps: int
+    tokens: int
+    """Up to the last milestone, whole steps."""
+    samples: int
+    data: tuple[DataPlan, ...]
+    memory: MemoryEstimate
+    """Of one process."""
+    checkpoint_bytes: int
+    checkpoints: int
+    """Milestones, and rotating ones where the recipe has them; so many are kept at once, at the end of the run."""
+    device_name: str | None
+    mfu: float
+    seconds: float | None
+    """Training time at `mfu` on GPUs called `device_name`; None where no device is named."""
+
+    def lines(self) -> Iterator[str]:
+        """The plan for people, one fact a line."""
+        memory = self.memory
+        yield f"{self.name}: {size_line(self.model, self.seq_len)}"
+        yield (
+            f"{format_tokens(self.tokens, 4)} tokens: {self.steps:,} steps of {self.sequences_per_step:,} sequences of "
+            f"{self.seq_len:,} tokens, {self.samples:,} samples"
+        )
+        yield (
+            f"{self.processes} process{'es' if self.processes > 1 else ''}, {self.micro_batch} sequences at a time in "
+            f"each, {self.sequences_per_step // (self.processes * self.micro_batch)} micro-batches a step"
+        )
+        yield (
+            f"memory a GPU: {format_bytes(memory.total)} within a factor of {TOLERANCE} (weights "
+            f"{format_bytes(memory.weights)}, gradients {format_bytes(memory.gradients)}, optimizer "
+            f"{format_bytes(memory.optimizer)}, averages {format_bytes(memory.averages)}, gathered weights "
+            f"{format_bytes(memory.gathered)}, activations {format_bytes(memory.activations)}, logits "
+            f"{format_bytes(memory.logits)})"
+        )
+        for source in self.data:
+            yield source.line(self.seq_len)
+        yield (
+            f"{self.checkpoints} checkpoints of {format_bytes(self.checkpoint_bytes)}: "
+            f"{format_bytes(self.checkpoints * self.checkpoint_bytes)} on disk at the end"
+        )
+        total_flops = f"{self.tokens * self.flops_per_token:.3g} floating-point operations"
+        if self.seconds is None:
+            yield f"{total_flops}; name a device for the time they take"
+        else:
+            gpu_hours = self.seconds * self.processes / 3600
+            yield (
+                f"{total_flops}: {format_seconds(self.seconds)} at {self.mfu:.0%} MFU on {self.processes} x "
+                f"{self.device_name}, {gpu_hours:,.4g} GPU-hours, "
+                f"{self.tokens / self.seconds / self.processes:,.0f} tokens/s a GPU"
+            )
+
+
+def size_line(config: ModelConfig, seq_len: int) -> str:
+    """Size of a model in one line: what a trainer says at its start, too."""
+    parameters = count_parameters(config)
+    embedding = 0 if config.weight_tying else config.vocab_size * config.hidden_dim
+    return (
+        f"{parameters:,} parameters ({parameters - embedding:,} without the input embedding), "
+        f"{format_bytes(4 * parameters)} in fp32, {flops_per_token(config, seq_len) / 1e9:,.3g} GFLOP a token"
+    )
+
+
+def describe(
+    experiment: Experiment,
+    processes: int,
+    device_name: str | None = None,
+    mfu: float = 0.4,
+    home: Home | None = None,
+) -> Plan:
+    """What training up to the last milestone takes.
+
+    Args:
+        device_name: a GPU as torch or a person calls it (`H100`); only the time depends on it.
+        mfu: share of the device's peak that is reached, 0 to 1.
+        home: where shards are looked for; by default `OPENLM_HOME`.
+
+    Raises:
+        ConfigError: the device is not known, or the batch does not divide over the processes.
+    """
+    if not 0 < mfu <= 1:
+        raise ConfigError(f"MFU is a share of a device's peak, above 0 and up to 1, not {mfu}")
+    config, training, execution = experiment.model_config_resolved(), experiment.training, experiment.execution
+    sequences = training.global_batch // experiment.seq_len
+    micro_batch = execution.micro_batch or sequences // processes
+    if sequences % processes or not micro_batch or (sequences // processes) % micro_batch:
+        raise ConfigError(
+            f"a global batch of {sequences} sequences does not divide over {processes} processes and micro-batches of "
+            f"{micro_batch}"
+        )
+    if processes % execution.replicas:
+        raise ConfigError(f"{processes} processes do not divide into execution.replicas={execution.replicas} groups")
+    peak = None
+    if device_name is not None:
+        peak = peak_flops(device_name, training.precision)
+        if peak is None:
+            known = ", ".join(d.name for d in DEVICES if getattr(d, training.precision))
+            raise ConfigError(
+                f"no peak in {training.precision} is known for the device {device_name!r}; known: {known}"
+            )
+    steps = experiment.steps(experiment.milestones[-1])
+    tokens = steps * training.global_batch
+    parameters, flops = count_parameters(config), flops_per_token(config, experiment.seq_len)
+    memory = estimate_memory(experiment, processes)
+    shards = max(1, processes // execution.replicas)
+    rotating = execution.keep_checkpoints if execution.checkpoint_every else 0
+    datasets = experiment.training_datasets()
+    weight_sum = sum(d.source.weight for d in datasets)
+    return Plan(
+        name=experiment.name,
+        model=config,
+        seq_len=experiment.seq_len,
+        parameters=parameters,
+        flops_per_token=flops,
+        processes=processes,
+        micro_batch=micro_batch,
+        sequences_per_step=sequences,
+        steps=steps,
+        tokens=tokens,
+        samples=steps * sequences,
+        data=tuple(
+            DataPlan(d.name, round(steps * sequences * d.source.weight / weight_sum), samples_there(d, home))
+            for d in datasets
+        ),
+        memory=memory,
+        checkpoint_bytes=shards * (memory.weights + memory.optimizer + memory.averages),
+        checkpoints=len(experiment.milestones) + rotating,
+        device_name=device_name,
+        mfu=mfu,
+        seconds=tokens * flops / (processes * peak * mfu) if peak else None,
+    )
+
+
+def samples_there(dataset: Dataset, home: Home | None = None) -> int | None:
+    """Samples in the finished shards of a dataset, None where there are none yet.
+
+    Raises:
+        ConfigError: the shards there have another sequence length.
+    """
+    try:
+        return len(open_dataset(dataset, home or Home.from_env()))
+    except MissingInputError:
+        return None

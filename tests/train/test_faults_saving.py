@@ -1,0 +1,146 @@
+"""Saves that are killed at any point, and disks that are full: what was complete before is still there, and used."""
+
+import contextlib
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from small_run import REPOSITORY, SmallRun
+
+from openlm_pipeline.errors import TrainingError
+from openlm_pipeline.runs.checkpoints import list_checkpoints, read_checkpoint, verify
+from openlm_pipeline.runs.weights import load_model
+
+FIRST_ONLY = "milestones=[512]"
+MAX_CHANGES = 40
+
+
+def intact(small: SmallRun) -> list[int]:
+    """Steps of the complete checkpoints, each verified."""
+    found = list_checkpoints(small.run.checkpoints, small.run.fingerprint, warn=pytest.fail)
+    for checkpoint in found:
+        verify(checkpoint)
+    return [c.step for c in found]
+
+
+def weights(small: SmallRun, step: int) -> dict[str, torch.Tensor]:
+    return load_model(read_checkpoint(small.run.checkpoints / f"step-{step:08d}")).state_dict()
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
+    """A run that nobody disturbed: milestones at 2 and 4 steps."""
+    small = SmallRun(tmp_path_factory.mktemp("whole"), (2, 4))
+    small.train()
+    return small
+
+
+def test_a_save_that_is_killed_at_any_change_of_its_folder_loses_nothing(tmp_path: Path, whole: SmallRun):
+    """Each run is killed at another point of its second save and trained again; all end with the same weights."""
+    first = SmallRun(tmp_path / "first", (2, 4))
+    first.train(FIRST_ONLY)
+    roots = [tmp_path / f"killed-{n}" for n in range(MAX_CHANGES)]
+    for root in roots:
+        shutil.copytree(first.home.root, root)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    program = [sys.executable, str(Path(__file__).with_name("save_program.py")), str(first.recipe)]
+    done = subprocess.run(
+        [*program, *map(str, roots)], capture_output=True, text=True, env=environment, timeout=120, check=True
+    )
+    changes = [line for line in done.stdout.splitlines() if line.startswith(("os.", "open ", "done"))]
+    assert changes[-1] == "done", done.stdout + done.stderr
+    killed = roots[: len(changes) - 1]
+    assert len(killed) >= 8  # the folder, each of its files, its new name and its mark
+    assert sum("COMPLETE" in change for change in changes) >= 1
+    for root, change in zip(killed, changes):
+        hurt = SmallRun.__new__(SmallRun)
+        hurt.home, hurt.recipe = type(first.home)(root), first.recipe
+        assert 2 in intact(hurt), change
+        hurt.train()
+        assert intact(hurt) == [2, 4], change
+        assert not list(hurt.run.checkpoints.glob(".tmp-*")), change
+        assert_same(weights(hurt, 4), weights(whole, 4))
+
+
+@contextlib.contextmanager
+def small_files_only(small: SmallRun) -> Iterator[None]:
+    """No file of this process may grow beyond half of a checkpoint's data: writing fails as on a full disk."""
+    (data,) = (small.run.checkpoints / "step-00000002").glob("*.distcp")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (data.stat().st_size // 2, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextlib.contextmanager
+def full_disk(small: SmallRun) -> Iterator[None]:
+    """The checkpoints are on a file system that has room for one and a half of them; then it is made larger."""
+    folder, kept = small.run.checkpoints, small.run.path / "kept"
+    folder.rename(kept)
+    folder.mkdir()
+    size = sum(p.stat().st_size for p in kept.rglob("*") if p.is_file())
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size * 3 // 2}", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a file system of a given size can be mounted by root only")
+    try:
+        shutil.copytree(kept, folder, dirs_exist_ok=True)
+        yield
+        shutil.copytree(folder, kept, dirs_exist_ok=True)
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+        folder.rmdir()
+        kept.rename(folder)
+
+
+@pytest.mark.parametrize("full", [small_files_only, full_disk])
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(
+    full: object, asynchronous: str, tmp_path: Path, whole: SmallRun
+):
+    small = SmallRun(tmp_path, (2, 4))
+    small.train(FIRST_ONLY)
+    with full(small):
+        with pytest.raises(TrainingError, match=r"step 4 could not be written to .*\.tmp-step-00000004.*room"):
+            small.train(f"execution.async_save={asynchronous}")
+        assert intact(small) == [2]
+        assert not list(small.run.checkpoints.glob(".tmp-*"))  # half a checkpoint takes no room
+    outcome = small.run.read_outcome()
+    assert outcome["status"] == "failed" and "step 4 could not be written" in outcome["reason"]
+    small.train()
+    assert intact(small) == [2, 4]
+    assert_same(weights(small, 4), weights(whole, 4))
+
+
+def test_a_save_that_fails_while_training_goes_on_ends_it(tmp_path: Path):
+    """A rotating checkpoint is not waited for, yet its failure is raised before the run's last step."""
+    small = SmallRun(tmp_path, (2, 2000))
+    small.train(FIRST_ONLY)
+    with small_files_only(small), pytest.raises(TrainingError, match="step 4 could not be written"):
+        small.train("execution.checkpoint_every=1024", "execution.log_every=1000")
+    assert intact(small) == [2]
+    assert small.run.read_outcome()["step"] < 2000
+
+
+def test_checkpoints_written_beside_training_equal_those_that_stop_it(tmp_path: Path):
+    """While one is written the weights change; the copy that was taken does not."""
+    both = []
+    for name, asynchronous in (("beside", "true"), ("stopping", "false")):
+        small = SmallRun(tmp_path / name, (12,))
+        every = ("execution.checkpoint_every=512", "execution.keep_checkpoints=9")
+        small.train(f"execution.async_save={asynchronous}", *every)
+        both.append(small)
+    assert intact(both[0]) == intact(both[1]) == [2, 4, 6, 8, 10, 12]
+    for step in (2, 4, 6, 8, 10, 12):
+        assert_same(weights(both[0], step), weights(both[1], step))

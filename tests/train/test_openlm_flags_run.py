@@ -1,0 +1,161 @@
+"""OpenLM's README line under real torchrun: trained, validated, gone on with, and begun from other weights."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small_run import REPOSITORY, write_dataset
+
+from openlm_pipeline.errors import ConfigError, IdentityError
+from openlm_pipeline.layout import Home
+from openlm_pipeline.runs.checkpoints import list_checkpoints, read_checkpoint
+from openlm_pipeline.runs.folder import RunFolder
+from openlm_pipeline.runs.weights import load_model
+
+TORCHRUN = Path(sys.executable).with_name("torchrun")
+README = """
+ --model {model}
+ --train-data {tar}
+ --train-num-samples 1024
+ --workers 8
+ --dataset-resampled
+ --precision amp_bfloat16
+ --batch-size 4
+ --grad-checkpointing
+ --log-every-n-steps 2
+ --grad-clip-norm 1
+ --data-key json.gz
+ --lr 3e-4
+ --fsdp --fsdp-amp
+ --warmup 2
+ --wd 0.1
+ --beta2 0.95
+ --epochs 2
+ --report-to wandb
+ --wandb-project-name open_lm_example
+ --name open_lm_ex_123
+ --resume latest
+ --logs {logs}
+ --val-data {tar} --val-data-key json.gz
+"""
+
+
+class Flags:
+    """A folder with exported shards, and OpenLM's line on them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.home = root, Home(root / "home")
+        write_dataset(self.home, "text", 64, seed=0)
+        shards = str(self.home.shards("text", "v1"))
+        export = ["openlm_pipeline", "shards", "export", shards, "-o", str(root / "exported")]
+        assert self.run(sys.executable, "-m", *export).returncode == 0
+        (root / "tiny.json").write_text(
+            '{"hidden_dim": 32, "n_layers": 2, "n_heads": 2, "seq_len": 32, "vocab_size": 260}'
+        )
+        # What installing this project registers, where it is not installed.
+        info = root / "site" / "openlm_line-0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: openlm-line\nVersion: 0\n")
+        hook = "openlm = openlm_pipeline.torchrun_line:protect_script_flags"
+        (info / "entry_points.txt").write_text(f"[torch.backends]\n{hook}\n")
+
+    def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess:
+        usual = {"OMP_NUM_THREADS": "1", "OPENLM_HOME": str(self.home.root), "WANDB_MODE": "offline"}
+        path = f"{self.root / 'site'}:{REPOSITORY}"
+        return subprocess.run(
+            command, env={**os.environ, **usual, "PYTHONPATH": path, **environment}, text=True, capture_output=True,
+            cwd=self.root, timeout=150,
+        )  # fmt: skip
+
+    def line(self) -> list[str]:
+        tars = self.root / "exported" / "{00000000..00000001}.tar"
+        return README.format(model=self.root / "tiny.json", tar=tars, logs=self.root / "logs").split()
+
+    def torchrun(self, *more: str) -> subprocess.CompletedProcess:
+        return self.run(str(TORCHRUN), "--standalone", "--nproc-per-node", "2", "-m", "train", *self.line(), *more)
+
+    @property
+    def folder(self) -> RunFolder:
+        return RunFolder(self.root / "logs" / "open_lm_ex_123")
+
+    def checkpoints(self) -> dict[int, Path]:
+        found = list_checkpoints(self.folder.checkpoints, self.folder.fingerprint, warn=pytest.fail)
+        return {c.step: c.path for c in found}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Flags:
+    flags = Flags(tmp_path_factory.mktemp("openlm"))
+    done = flags.torchrun()
+    assert done.returncode == 0, done.stdout + done.stderr
+    return flags
+
+
+def test_the_readme_line_trains_and_validates(trained: Flags):
+    assert list(trained.checkpoints()) == [4, 8]  # two epochs of 1,024 tokens, 2 x 4 x 32 a step
+    assert trained.folder.read_outcome() == {"status": "completed", "step": 8, "tokens": 2048}
+    records = trained.folder.read_metrics()
+    assert [r["step"] for r in records if "validation_loss" in r] == [4, 8]
+    assert [r["step"] for r in records if "loss" in r] == [2, 4, 6, 8]
+    params = (trained.folder.path / "params.txt").read_text().splitlines()
+    assert "lr: 0.0003" in params
+    log = (trained.folder.path / "out.log").read_text()
+    assert "step       8" in log
+    assert list(trained.folder.path.glob("**/offline-run-*"))  # wandb's
+
+
+def test_the_same_line_goes_on_from_the_newest_checkpoint(trained: Flags):
+    losses = {r["step"]: r["loss"] for r in trained.folder.read_metrics() if "loss" in r}
+    shutil.rmtree(trained.checkpoints()[8])
+    done = trained.torchrun("--workers", "1", "--accum-freq", "2")  # how it is run may change
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resumed from step-00000004" in done.stdout
+    assert "resumed from step-00000004" in (trained.folder.path / "out.log").read_text()
+    assert list(trained.checkpoints()) == [4, 8]
+    again = {r["step"]: r["loss"] for r in trained.folder.read_metrics() if "loss" in r}
+    assert again == pytest.approx(losses, rel=1e-3)  # half the batch at a time, in bfloat16
+
+
+def test_another_run_is_refused_and_leaves_the_folder_as_it_was(trained: Flags):
+    before = {p: p.stat().st_mtime_ns for p in trained.folder.path.rglob("*") if p.is_file()}
+    one = trained.run(sys.executable, "-m", "train", *trained.line(), "--lr", "0.5", "--batch-size", "8")
+    assert one.returncode == IdentityError.exit_code
+    assert "training.lr" in one.stderr
+    assert {p: p.stat().st_mtime_ns for p in trained.folder.path.rglob("*") if p.is_file()} == before
+
+
+def test_a_refused_flag_ends_before_anything_is_made(trained: Flags):
+    done = trained.run(sys.executable, "-m", "train", *trained.line(), "--name", "other", "--moe-freq", "2")
+    assert done.returncode == ConfigError.exit_code
+    assert "mixture-of-experts" in done.stderr
+    assert not (trained.root / "logs" / "other").exists()
+
+
+def test_pretrained_weights_are_summed_and_part_of_the_run(trained: Flags):
+    first, last = trained.checkpoints().values()
+    line = [*trained.line(), "--batch-size", "8", "--epochs", "1", "--lr", "1e-30", "--warmup", "0", "--wd", "0"]
+    line = [word for word in line if word not in ("--report-to", "wandb")] + ["--name", "averaged"]
+    average = ("--average", str(first), str(last), "--average-coefficients", "0.75", "0.25")
+    done = trained.run(sys.executable, "-m", "train", "--", *line, *average)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = RunFolder(trained.root / "logs" / "averaged")
+    assert [w["coefficient"] for w in run.identity["initial_weights"]] == [0.75, 0.25]
+    (made,) = list_checkpoints(run.checkpoints, run.fingerprint, warn=pytest.fail)
+    of = (read_checkpoint(first), read_checkpoint(last), made)
+    states = [dict(load_model(checkpoint).named_parameters()) for checkpoint in of]
+    for name, value in states[2].items():
+        torch.testing.assert_close(value, 0.75 * states[0][name] + 0.25 * states[1][name], rtol=1e-6, atol=1e-7)
+    assert any(not torch.equal(states[0][n], states[1][n]) for n in states[0])
+
+
+def test_torchrun_refuses_its_own_ambiguities_without_the_hook(trained: Flags):
+    """Why the hook is there, without which the README line does not start; `--` before the flags does without it."""
+    line = [str(TORCHRUN), "--standalone", "-m", "train"]
+    flags = ["--logs", "x", "--log-local"]
+    without = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    assert "ambiguous option: --logs" in trained.run(*line, *flags, **without).stderr
+    assert "--log-local: the first process alone" in trained.run(*line, "--", *flags, **without).stderr

@@ -1,0 +1,103 @@
+"""Held-out loss: when it is measured, against a plain loop, at any world size, and how sure it is."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_run import SmallRun
+
+from openlm_pipeline.runs.checkpoints import list_checkpoints
+from openlm_pipeline.runs.weights import load_model
+from openlm_pipeline.shards.dataset import ShardedDataset
+from train.validation import bootstrap_interval
+
+INTERVALS = "validation.intervals=true"
+
+
+def validations(small: SmallRun) -> dict[int, dict]:
+    return {r["step"]: r for r in small.run.read_metrics() if "validation_loss" in r}
+
+
+def sample_losses(small: SmallRun) -> np.ndarray:
+    """Mean loss of each of the 21 validation samples with the last checkpoint, one at a time, by torch alone."""
+    checkpoint = list_checkpoints(small.run.checkpoints, small.run.fingerprint, warn=pytest.fail)[-1]
+    model = load_model(checkpoint)
+    dataset = ShardedDataset(small.home.shards("heldout", "v1"))
+    losses = []
+    for i in range(21):
+        sample = torch.from_numpy(dataset[i].astype(np.int64))
+        with torch.no_grad():
+            logits = model(sample[None, :-1])[0]
+        losses.append(torch.nn.functional.cross_entropy(logits, sample[1:]).item())
+    return np.array(losses)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
+    small = SmallRun(tmp_path_factory.mktemp("one"), (4,))
+    small.train(INTERVALS)
+    return small
+
+
+def test_the_loss_is_the_mean_over_the_first_samples(one_process: SmallRun):
+    assert validations(one_process)[4]["validation_loss"] == pytest.approx(sample_losses(one_process).mean(), rel=1e-6)
+
+
+def test_the_interval_is_the_bootstrap_over_samples(one_process: SmallRun):
+    """Against a bootstrap written out here, with other random numbers."""
+    record, losses = validations(one_process)[4], sample_losses(one_process)
+    draws = np.random.default_rng(7).integers(0, 21, (20_000, 21))
+    low, high = np.percentile(losses[draws].mean(1), [2.5, 97.5])
+    width = high - low
+    assert record["validation_loss_lower_95"] == pytest.approx(low, abs=0.05 * width)
+    assert record["validation_loss_upper_95"] == pytest.approx(high, abs=0.05 * width)
+
+
+def test_loss_and_interval_are_the_same_at_two_processes(one_process: SmallRun, tmp_path: Path):
+    """21 samples do not divide over them."""
+    two = SmallRun(tmp_path, (4,))
+    assert two.finish(two.torchrun(2, INTERVALS)) == 0, two.log()
+    here, there = validations(one_process)[4], validations(two)[4]
+    keys = {key for key in here if key.startswith("validation_")}
+    assert keys == {f"validation_{k}" for k in ("loss", "perplexity", "tokens", "loss_lower_95", "loss_upper_95")}
+    assert {k: there[k] for k in keys} == pytest.approx({k: here[k] for k in keys}, rel=1e-6)
+
+
+def test_batches_change_nothing_but_rounding(one_process: SmallRun, small: SmallRun):
+    small.train("milestones=[1024]", "execution.micro_batch=4")
+    expected = validations(one_process)[4]["validation_loss"]
+    assert small.validation_losses()[4] == pytest.approx(expected, rel=1e-6)
+
+
+def test_validation_comes_at_its_interval_and_at_milestones(small: SmallRun):
+    small.train("validation.every=768")
+    assert list(small.validation_losses()) == [3, 4, 6, 8]
+
+
+def test_validation_does_not_change_the_run(small: SmallRun, tmp_path: Path):
+    often = SmallRun(tmp_path / "often", (4, 8))
+    often.train("validation.every=256", INTERVALS)
+    small.train()
+    assert often.losses() == small.losses()
+
+
+def test_a_milestone_keeps_its_validation(one_process: SmallRun):
+    (checkpoint,) = list_checkpoints(one_process.run.checkpoints, one_process.run.fingerprint, warn=pytest.fail)
+    record = validations(one_process)[4]
+    assert checkpoint.metrics == {k: v for k, v in record.items() if k.startswith("validation_")}
+
+
+def test_masked_targets_do_not_count(small: SmallRun):
+    small.train("milestones=[1024]", "training.mask_token=7")
+    tokens = validations(small)[4]["validation_tokens"]
+    dataset = ShardedDataset(small.home.shards("heldout", "v1"))
+    assert tokens == sum(int((dataset[i][1:] != 7).sum()) for i in range(21)) < 21 * 32
+
+
+def test_an_interval_is_seeded_and_weighs_samples_by_their_tokens():
+    losses, tokens = np.array([10.0, 40.0, 0.0, 90.0]), np.array([10.0, 20.0, 0.0, 30.0])
+    low, high = bootstrap_interval(losses, tokens)
+    assert (low, high) == bootstrap_interval(losses, tokens)
+    assert (low, high) == (1.0, 3.0)  # all draws of the first, and all of the last, are likely enough: 1 in 27
+    assert bootstrap_interval(losses[:1], tokens[:1]) == (1.0, 1.0)

@@ -1,0 +1,45 @@
+"""A trace of some steps of rank 0, as a file for https://ui.perfetto.dev: `profile/steps-FIRST-LAST.json.gz`."""
+
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from openlm_pipeline.errors import ConfigError
+
+
+class StepProfiler:
+    """Watches steps `first` to `last`, counted from 1; with None it does nothing."""
+
+    def __init__(self, folder: Path, steps: tuple[int, int] | None, rank: int) -> None:
+        """
+        Raises:
+            ConfigError: the steps are not in order.
+        """
+        if steps and not 1 <= steps[0] <= steps[1]:
+            raise ConfigError(f"execution.profile_steps {list(steps)} should be the first and the last of some steps")
+        self.folder = folder
+        self.steps = steps if rank == 0 else None
+        self.profiler: profile | None = None
+        self.started_after = 0
+
+    def at(self, step: int) -> None:
+        """Start or stop between steps; `step` of them are done."""
+        if self.steps and not self.profiler and self.steps[0] - 1 <= step < self.steps[1]:
+            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+            self.profiler = profile(activities=activities, record_shapes=True, profile_memory=True)
+            self.profiler.start()
+            self.started_after = step
+        elif self.profiler and step >= self.steps[1]:
+            self.stop(step)
+
+    def stop(self, step: int) -> None:
+        """Write what was seen so far, if anything; `step` steps are done."""
+        if not self.profiler:
+            return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # so that kernels of the last step that still run are in the trace
+        profiler, self.profiler, self.steps = self.profiler, None, None
+        profiler.stop()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(self.folder / f"steps-{self.started_after + 1}-{step}.json.gz"))
