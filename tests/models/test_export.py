@@ -130,7 +130,7 @@ def test_the_folder_works_without_this_package(tmp_path: Path):
         "import sys, torch; from transformers import AutoModelForCausalLM\n"
         "m = AutoModelForCausalLM.from_pretrained('hf', trust_remote_code=True)\n"
         "torch.save(m(torch.load('ids.pt')).logits.detach(), 'logits.pt')\n"
-        "sys.exit('openlm_pipeline' in sys.modules)"
+        "sys.exit('openlm_pipeline.models' in sys.modules)"
     )
     environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment)
