@@ -20,7 +20,7 @@ from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.layout import Home
 from openlm_pipeline.lineage.run_identity import settings_identity
 from openlm_pipeline.runs.folder import RunFolder
-from openlm_pipeline.runs.launch import MilestoneReached, MilestoneReused, Progress
+from openlm_pipeline.runs.launch import MilestoneReached, MilestoneReused, Progress, StepSkipped
 from openlm_pipeline.units import format_tokens
 
 _OBSERVE_SECONDS = 5.0
@@ -71,6 +71,8 @@ def checkpoint_assets(experiment: Experiment) -> dg.AssetsDefinition:
             for event in stages.train(experiment, home, until, context.log.info, supersede=True):
                 if isinstance(event, MilestoneReached):
                     yield from _milestone(context, experiment, folder, event, event.label in selected)
+                elif isinstance(event, StepSkipped):
+                    context.log.warning(f"step {event.record['step']} left out: {event.record['skipped']}")
                 elif isinstance(event, Progress) and time.monotonic() - observed_at >= _OBSERVE_SECONDS:
                     observed_at = time.monotonic()
                     _observe(context, experiment, event.record)

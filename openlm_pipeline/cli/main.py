@@ -155,7 +155,7 @@ def train(
     openlm train pretrain_1b --dry-run --gpu H100
     """
     from openlm_pipeline import stages
-    from openlm_pipeline.runs.launch import MilestoneReached, Progress
+    from openlm_pipeline.runs.launch import MilestoneReached, Progress, StepSkipped
 
     experiment, home = _load(recipe, overrides)
     if dry_run:
@@ -168,6 +168,8 @@ def train(
     for event in stages.train(experiment, home, limit, say, supersede=supersede):
         if isinstance(event, Progress):
             say(progress_line(event.record))
+        elif isinstance(event, StepSkipped):
+            say(f"step {event.record['step']} left out: {event.record['skipped']}")
         elif isinstance(event, MilestoneReached):
             say(f"milestone {event.label}: {event.checkpoint.path}")
 
