@@ -40,6 +40,7 @@ def wandb_records(path: Path) -> Iterator[Record]:
 
 def wandb_histories(run_path: Path) -> list[tuple[str, list[dict]]]:
     """(run id, the rows that were logged) of each offline folder."""
+    wandb.teardown()  # as the end of a process: wandb's service writes its last rows
     found = []
     for path in sorted(run_path.glob("wandb/offline-run-*/*.wandb")):
         rows, run_id = [], ""
