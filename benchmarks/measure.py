@@ -97,3 +97,10 @@ def machine(*packages: str) -> str:
         except PackageNotFoundError:
             found.append(f"{package} not installed")
     return f"{cpu}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}; {', '.join(found)}"
+
+
+def show(text: str, path: Path | None) -> None:
+    """Print a benchmark's result, and write it to `path` if there is one."""
+    print(f"\n{text}")
+    if path:
+        path.write_text(text + "\n")

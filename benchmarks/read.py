@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 
-from benchmarks.measure import installed, machine, openlm_tokenize, ratios, run, spread, table
+from benchmarks.measure import installed, machine, openlm_tokenize, ratios, run, show, spread, table
 
 BATCHES = (16, 512)
 SAMPLES_PER_SHARD = 1024
@@ -147,9 +147,7 @@ def main() -> None:
             table(["reader", "batch", "M tokens per CPU-second, median (range)", "openlm is faster by, paired"], rows),
         ]
     )
-    print(f"\n{text}")
-    if arguments.markdown:
-        arguments.markdown.write_text(text + "\n")
+    show(text, arguments.markdown)
     return None
 
 

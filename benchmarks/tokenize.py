@@ -20,7 +20,7 @@ import json
 import tempfile
 from collections.abc import Callable
 
-from benchmarks.measure import Usage, installed, machine, openlm_tokenize, ratios, run, spread, table
+from benchmarks.measure import Usage, installed, machine, openlm_tokenize, ratios, run, show, spread, table
 
 EOT = "<|endoftext|>"
 BATCH_CHARACTERS = 1 << 20
@@ -150,9 +150,7 @@ def main() -> None:
             table(["engine", "CPU-seconds, median (range)", "times openlm's, paired", "peak MiB"], rows),
         ]
     )
-    print(f"\n{text}")
-    if arguments.markdown:
-        arguments.markdown.write_text(text + "\n")
+    show(text, arguments.markdown)
     return None
 
 

@@ -23,7 +23,7 @@ import tempfile
 import time
 from typing import Any
 
-from benchmarks.measure import machine, ratios, run, spread, table
+from benchmarks.measure import machine, ratios, run, show, spread, table
 from openlm_pipeline.runs.launch import _MALLOC
 
 CPU_MODELS = ["open_lm_11m", "open_lm_41m", "open_lm_160m"]
@@ -213,9 +213,7 @@ def main() -> None:
                 )
     about = f"{device or 'CPU'}; {machine('torch')}; sequences of {arguments.seq_len} tokens, n = {arguments.runs}"
     text = f"{about}\n\n{results_table(seen, cuda)}"
-    print(f"\n{text}")
-    if arguments.markdown:
-        arguments.markdown.write_text(text + "\n")
+    show(text, arguments.markdown)
     return None
 
 

@@ -20,6 +20,7 @@ from openlm_pipeline.shards.store import ShardStore, only_one
 
 MANIFEST = "manifest.jsonl"
 DATASET = "dataset.json"
+QUARANTINE = "quarantine.jsonl"
 
 
 @dataclass(frozen=True)

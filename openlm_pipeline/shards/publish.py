@@ -13,12 +13,11 @@ from openlm_pipeline.errors import DataError, IdentityError, MissingInputError
 from openlm_pipeline.files import sha256_file
 from openlm_pipeline.remote import download, holds, join, public, remote_size, upload
 from openlm_pipeline.result import Report
-from openlm_pipeline.shards.dataset import DATASET, MANIFEST, ShardEntry, read_manifest
+from openlm_pipeline.shards.dataset import DATASET, MANIFEST, QUARANTINE, ShardEntry, read_manifest
 from openlm_pipeline.shards.store import FETCHED
 
 _THREADS = 4
 _REPORT_SECONDS = 2.0
-_QUARANTINE = "quarantine.jsonl"
 
 
 def publish(folder: Path, url: str, report: Report, *, delete_local: bool = False) -> None:
@@ -38,7 +37,7 @@ def publish(folder: Path, url: str, report: Report, *, delete_local: bool = Fals
     _refuse_another(folder, url)
     shards: list[Path] = [folder / f"{e.shard}.tar" for e in entries]
     provenance = [p for e in entries if (p := folder / f"{e.shard}.provenance.parquet").exists()]
-    beside = [p for p in (folder / _QUARANTINE, folder / DATASET) if p.exists()]
+    beside = [p for p in (folder / QUARANTINE, folder / DATASET) if p.exists()]
     calls: list[tuple[Callable[..., bool], tuple[object, ...]]] = [
         *((_publish_shard, (path, url, entry)) for path, entry in zip(shards, entries)),
         *((_publish_file, (path, url)) for path in [*provenance, *beside]),

@@ -22,7 +22,7 @@ from openlm_pipeline.files import (
 )
 from openlm_pipeline.lineage.fingerprint import Tree, differences, fingerprint
 from openlm_pipeline.result import ProgressLine, Report
-from openlm_pipeline.shards.dataset import DATASET, MANIFEST, ShardEntry, write_manifest
+from openlm_pipeline.shards.dataset import DATASET, MANIFEST, QUARANTINE, ShardEntry, write_manifest
 from openlm_pipeline.shards.format import SampleFormat
 from openlm_pipeline.tokenization.cluster import Call, Facts, Pool, PoolFactory, Progress
 from openlm_pipeline.tokenization.documents import FileTokens, finished, join_parts, remove_parts, tokenize_part
@@ -34,7 +34,6 @@ _REPORT_SECONDS = 5.0
 _MIN_PART_BYTES = 32 << 20
 _BUILDING = ".building"
 _IDENTITY = "identity.json"
-_QUARANTINE = "quarantine.jsonl"
 
 
 class _Meter:
@@ -291,7 +290,7 @@ def _pack(
     tokens = sum(f.tokens for f in files)
     if in_shards + tail != tokens:
         raise DataError(f"dataset {dataset.name}: {tokens} tokens in, {in_shards} in shards and {tail} in the tail")
-    with atomic_writer(folder / _QUARANTINE) as out:
+    with atomic_writer(folder / QUARANTINE) as out:
         for f in files:
             out.write((tokenized / f"{f.name}.quarantine.jsonl").read_bytes())
     info = {
