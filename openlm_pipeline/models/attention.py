@@ -158,7 +158,9 @@ def attend(q_BHSK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask: Tensor | BlockM
         # Alone it would write out all scores; inside a compiled block it is compiled with it.
         flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
         return flex(q_BHSK, k_BHTK, v_BHTK, block_mask=mask)
-    is_causal = mask is None and q_BHSK.shape[2] > 1
+    is_causal = mask is None
+    if q_BHSK.shape[2] == 1:  # a branch, as a comparison is no bool in a graph that is compiled for any length
+        is_causal = False
     head_dim = q_BHSK.shape[-1]
     if q_BHSK.device.type == "cpu" and head_dim < _CPU_HEAD_DIM:
         q_BHSK, k_BHTK, v_BHTK = (F.pad(t, (0, _CPU_HEAD_DIM - head_dim)) for t in (q_BHSK, k_BHTK, v_BHTK))

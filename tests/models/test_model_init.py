@@ -130,6 +130,16 @@ def test_norms_start_as_identity():
             assert (value == (0 if name.endswith("bias") else 1)).all(), name
 
 
+@pytest.mark.parametrize("wrap", [lambda layer: layer, checkpoint_wrapper], ids=["plain", "checkpointed"])
+def test_blocks_compile_for_any_length(wrap):
+    model = create_model(TINY, seed=5)
+    expected = [model(IDS[:, :length], IDS[:, :length]) for length in (5, 3, 4)]
+    for i, layer in enumerate(model.layers):
+        model.layers[i] = torch.compile(wrap(layer), backend="aot_eager", fullgraph=True, dynamic=True)
+    for length, sums in zip((5, 3, 4), expected):
+        torch.testing.assert_close(model(IDS[:, :length], IDS[:, :length]), sums)
+
+
 def test_activation_checkpointing_and_compile_do_not_change_the_weights_or_the_loss():
     plain = create_model(TINY, seed=5)
     model = create_model(TINY, device="meta")
