@@ -24,7 +24,7 @@ import time
 from typing import Any
 
 from benchmarks.measure import machine, ratios, run, show, spread, table
-from openlm_pipeline.runs.launch import _MALLOC
+from openlm_pipeline.runs.launch import MALLOC_ENVIRONMENT
 
 CPU_MODELS = ["open_lm_11m", "open_lm_41m", "open_lm_160m"]
 GPU_MODELS = {"open_lm_160m": 32, "open_lm_411m": 16, "open_lm_1b": 8, "open_lm_7b": 4}
@@ -198,7 +198,7 @@ def main() -> None:
                 job |= {"warmup": arguments.warmup, "steps": arguments.steps}
                 try:
                     output = run(
-                        [*launcher, __file__, "--child", json.dumps(job)], OMP_NUM_THREADS="1", **_MALLOC
+                        [*launcher, __file__, "--child", json.dumps(job)], OMP_NUM_THREADS="1", **MALLOC_ENVIRONMENT
                     ).output
                 except SystemExit as e:  # such as float8 on a device that has none, or too little memory
                     print(f"{model}, {switch} is left out: {str(e).splitlines()[-1]}", flush=True)

@@ -253,7 +253,16 @@ def _parquet_rows(file: BinaryIO, url: str, text_key: str, part: Part) -> Iterat
 
 
 class RecordReader(Iterator[Record]):
-    """The records of one file or part, in order; after the last one its attributes describe all that was read."""
+    """The records of a local path or fsspec URL, or of a part of it, streamed in order; each bad one goes to `on_bad`.
+
+    After the last one the attributes describe all that was read.
+
+    Raises:
+        ConfigError: the suffix or the URL's protocol can't be read.
+        MissingInputError: there is no such file.
+        DataError: empty, truncated or corrupt, or more than `max_bad_fraction` of all records are bad (seen at the
+            end, or as soon as over 1000 and most are bad). What was read before an error is not the whole file.
+    """
 
     def __init__(
         self,
@@ -417,20 +426,6 @@ def check_bad_fraction(url: str, records: int, bad: int, max_bad_fraction: float
             f"max_bad_fraction {max_bad_fraction:.2%}). The first is line {first_bad.line}: "
             f"{first_bad.reason}. Repair the file, or raise max_bad_fraction of its source."
         )
-
-
-def read_records(
-    url: str, *, text_key: str = "text", max_bad_fraction: float = 0.001, on_bad: Callable[[BadRecord], None]
-) -> RecordReader:
-    """Stream the records of a local path or fsspec URL; each bad one goes to `on_bad` and is left out.
-
-    Raises:
-        ConfigError: the suffix or the URL's protocol can't be read.
-        MissingInputError: there is no such file.
-        DataError: empty, truncated or corrupt, or more than `max_bad_fraction` of all records are bad (seen at the
-            end, or as soon as over 1000 and most are bad). What was read before an error is not the whole file.
-    """
-    return RecordReader(url, text_key=text_key, max_bad_fraction=max_bad_fraction, on_bad=on_bad)
 
 
 class QuarantineWriter:

@@ -27,7 +27,7 @@ _GRACE_SECONDS = 300
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 """What torchrun passes on to its workers; by default SIGUSR1, with which SLURM warns, would kill it."""
 _LOG = "train.log"
-_MALLOC = {
+MALLOC_ENVIRONMENT = {
     # On a CPU glibc gives each large tensor's memory back to the kernel and gets it zeroed again a moment later.
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
@@ -100,7 +100,7 @@ def train_locally(experiment: Experiment, home: Home, run: RunFolder, until: int
     ]  # fmt: skip
     if setpriv := shutil.which("setpriv"):
         command = [setpriv, "--pdeathsig", "TERM", "--", *command]
-    environment = {"OMP_NUM_THREADS": "1", **_MALLOC, **os.environ, "OPENLM_HOME": str(home.root)}
+    environment = {"OMP_NUM_THREADS": "1", **MALLOC_ENVIRONMENT, **os.environ, "OPENLM_HOME": str(home.root)}
     run.clear_outcome()
     log_path = run.path / _LOG
     metrics_offset = run.metrics_file.stat().st_size if run.metrics_file.exists() else 0

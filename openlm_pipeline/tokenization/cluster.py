@@ -132,7 +132,7 @@ class DaskPool:
             self.client.cancel(list(futures), reason="the stage ended")
 
 
-async def _ask(address: str, wait_seconds: float) -> None:
+def _ask(address: str, wait_seconds: float) -> None:
     """Whether a scheduler answers; a client alone would wait for ever for a port that accepts and says nothing.
 
     Raises:
@@ -143,11 +143,14 @@ async def _ask(address: str, wait_seconds: float) -> None:
 
     from distributed.core import rpc
 
-    async with rpc(address) as scheduler:
-        try:
+    async def identity() -> None:
+        async with rpc(address) as scheduler:
             await asyncio.wait_for(scheduler.identity(), wait_seconds)
-        except asyncio.TimeoutError as e:
-            raise TimeoutError("no answer") from e
+
+    try:
+        asyncio.run(identity())
+    except asyncio.TimeoutError as e:
+        raise TimeoutError("no answer") from e
 
 
 class DaskSettings(Strict):
@@ -200,9 +203,7 @@ class DaskSettings(Strict):
         with contextlib.ExitStack() as stack:
             try:
                 if self.address:
-                    import asyncio
-
-                    asyncio.run(_ask(self.address, self.wait_seconds))
+                    _ask(self.address, self.wait_seconds)
                 where = self.address or stack.enter_context(self._start())
                 client = stack.enter_context(Client(where, timeout=self.wait_seconds))
             except (OSError, ValueError) as e:

@@ -95,16 +95,15 @@ def write_order(files: list[FileTokens], tokenized: Path, seed: int, folder: Pat
                     f"{file.name}.json beside it to tokenize the file again"
                 )
     counts = [f.documents for f in files]
-    write_json(folder / _TABLES, {"seed": seed, "documents": counts, "tokens": [f.tokens for f in files]})
-    (folder / "ends").touch()
-    order = DocumentOrder(folder)
+    all_begins = _mapped(folder / "begins")
     end = 0
     with atomic_writer(folder / "ends") as ends:
         for first in range(0, sum(counts), _CHUNK):
-            ids = order.ids(first, min(first + _CHUNK, sum(counts)))
-            chunk = end + np.cumsum(order.begins[ids + 1] - order.begins[ids])
+            ids = permute_array(np.arange(first, min(first + _CHUNK, sum(counts))), sum(counts), seed)
+            chunk = end + np.cumsum(all_begins[ids + 1] - all_begins[ids])
             ends.write(chunk.astype(INDEX_DTYPE).tobytes())
             end = int(chunk[-1])
+    write_json(folder / _TABLES, {"seed": seed, "documents": counts, "tokens": [f.tokens for f in files]})
     return DocumentOrder(folder)
 
 

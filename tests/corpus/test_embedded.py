@@ -14,7 +14,7 @@ import pytest
 from openlm_pipeline.corpus.embedded import build_embedded
 from openlm_pipeline.corpus.heldout_tasks import MAX_CONTEXT_CHARS
 from openlm_pipeline.corpus.python_text import KINDS, docstrings
-from openlm_pipeline.corpus.reader import read_records
+from openlm_pipeline.corpus.reader import RecordReader
 from openlm_pipeline.errors import BusyError
 from openlm_pipeline.files import folder_lock, sha256_file
 from openlm_pipeline.layout import Home
@@ -28,7 +28,7 @@ def fail(bad: object) -> None:
 
 
 def texts(folder: Path) -> list[str]:
-    return [r.text for path in sorted(folder.glob("*.zst")) for r in read_records(str(path), on_bad=fail)]
+    return [r.text for path in sorted(folder.glob("*.zst")) for r in RecordReader(str(path), on_bad=fail)]
 
 
 def rows(path: Path) -> list[dict]:

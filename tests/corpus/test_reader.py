@@ -11,7 +11,7 @@ import pytest
 import zstandard
 
 from openlm_pipeline.corpus import reader
-from openlm_pipeline.corpus.reader import BadRecord, QuarantineWriter, Record, read_records
+from openlm_pipeline.corpus.reader import BadRecord, QuarantineWriter, Record, RecordReader
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
 
 TEXTS = [
@@ -31,7 +31,7 @@ def zst(*frames: bytes) -> bytes:
 
 def read(path: Path | str, **settings: object) -> tuple[list[Record], list[BadRecord]]:
     bad: list[BadRecord] = []
-    return list(read_records(str(path), on_bad=bad.append, **settings)), bad  # type: ignore[arg-type]
+    return list(RecordReader(str(path), on_bad=bad.append, **settings)), bad  # type: ignore[arg-type]
 
 
 def write(path: Path, data: bytes) -> Path:
@@ -172,7 +172,7 @@ def test_an_endless_line_is_bad_and_the_next_is_read(tmp_path: Path, monkeypatch
 def test_the_threshold_is_exact_and_names_file_counts_and_first_line(tmp_path: Path) -> None:
     good, broken = jsonl(["x"] * 8), b"{}\n"
     path = write(tmp_path / "x.jsonl", good + broken * 2)
-    reading = read_records(str(path), max_bad_fraction=0.2, on_bad=lambda bad: None)
+    reading = RecordReader(str(path), max_bad_fraction=0.2, on_bad=lambda bad: None)
     assert len(list(reading)) == 8
     assert (reading.records, reading.bad, reading.bytes) == (8, 2, path.stat().st_size)
     with pytest.raises(DataError, match=r"x\.jsonl: 2 of 10 records.*line 9: no field 'text'"):
@@ -183,7 +183,7 @@ def test_a_hopeless_file_stops_early(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", b"{}\n" * 50_000)
     bad: list[BadRecord] = []
     with pytest.raises(DataError, match="1001 of 1001"):
-        list(read_records(str(path), on_bad=bad.append))
+        list(RecordReader(str(path), on_bad=bad.append))
     assert len(bad) == 1001
 
 
@@ -252,14 +252,14 @@ def test_absent_files_and_unknown_formats_are_named(tmp_path: Path) -> None:
 def test_the_quarantine_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", b'{"text": "a"}\n{}\n')
     with QuarantineWriter(tmp_path / "q" / "quarantine.jsonl") as quarantine:
-        assert len(list(read_records(str(path), max_bad_fraction=1, on_bad=quarantine))) == 1
+        assert len(list(RecordReader(str(path), max_bad_fraction=1, on_bad=quarantine))) == 1
         assert not quarantine.path.exists()
     assert quarantine.count == 1
     assert [json.loads(line) for line in quarantine.path.read_text().splitlines()] == [
         {"file": str(path), "line": 2, "offset": 14, "reason": "no field 'text'"}
     ]
     with pytest.raises(DataError), QuarantineWriter(tmp_path / "never.jsonl") as quarantine:
-        list(read_records(str(path), max_bad_fraction=0, on_bad=quarantine))
+        list(RecordReader(str(path), max_bad_fraction=0, on_bad=quarantine))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["q", "x.jsonl"]
 
 

@@ -12,7 +12,7 @@ from faulty_s3 import CUT, FLIP, SHORT, STALL, Bucket
 
 from openlm_pipeline import remote
 from openlm_pipeline.corpus.blocks import BLOCK_BYTES
-from openlm_pipeline.corpus.reader import Part, RecordReader, read_records
+from openlm_pipeline.corpus.reader import Part, RecordReader
 from openlm_pipeline.errors import DataError, MissingInputError
 
 TEXTS = [f"{n}: " + "text " * (n % 50) for n in range(3000)]
@@ -42,7 +42,7 @@ def small_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def texts(url: str, part: Part | None = None) -> list[str]:
     bad: list[object] = []
-    reader = RecordReader(url, on_bad=bad.append, part=part) if part else read_records(url, on_bad=bad.append)
+    reader = RecordReader(url, on_bad=bad.append, part=part) if part else RecordReader(url, on_bad=bad.append)
     found = [record.text for record in reader]
     assert bad == []
     return found
