@@ -30,6 +30,7 @@ from openlm_pipeline.tokenization.packing import PACKING_VERSION
 from openlm_pipeline.tokenization.tokenizer import TRAINING_VERSION
 
 GROUP = "data"
+_EVENTS_PER_QUERY = 1000
 
 
 def corpus_asset(experiment: Experiment) -> dg.AssetsDefinition:
@@ -102,9 +103,10 @@ def _observe(context: dg.OpExecutionContext, dataset: Dataset) -> None:
     context.instance.add_dynamic_partitions(partitions_name, [n for n in names if n not in known])
     for gone in set(known) - set(names):
         context.instance.delete_dynamic_partition(partitions_name, gone)
+    latest = _latest(context, raw_key(dataset), dg.DagsterEventType.ASSET_OBSERVATION)
     for raw in files:
-        latest = _latest_observation(context, dataset, raw.name)
-        if latest is None or (latest.asset_observation.tags or {}).get(DATA_VERSION_TAG) != raw.stamp:
+        _, tags = latest.get(raw.name, (None, {}))
+        if tags.get(DATA_VERSION_TAG) != raw.stamp:
             context.log_event(
                 dg.AssetObservation(
                     raw_key(dataset),
@@ -115,33 +117,44 @@ def _observe(context: dg.OpExecutionContext, dataset: Dataset) -> None:
             )
 
 
-def _latest_observation(context: dg.OpExecutionContext, dataset: Dataset, name: str) -> dg.EventLogRecord | None:
-    where = dg.AssetRecordsFilter(asset_key=raw_key(dataset), asset_partitions=[name])
-    records = context.instance.fetch_observations(where, limit=1).records
-    return records[0] if records else None
+def _latest(
+    context: dg.OpExecutionContext, key: dg.AssetKey, kind: dg.DagsterEventType
+) -> dict[str, tuple[int, dict[str, str]]]:
+    """Partition -> storage id and tags of its latest event, by a query for each thousand partitions."""
+    ids = list(context.instance.get_latest_storage_id_by_partition(key, kind).values())
+    fetch = (
+        context.instance.fetch_observations
+        if kind == dg.DagsterEventType.ASSET_OBSERVATION
+        else context.instance.fetch_materializations
+    )
+    found: dict[str, tuple[int, dict[str, str]]] = {}
+    for start in range(0, len(ids), _EVENTS_PER_QUERY):
+        some = ids[start : start + _EVENTS_PER_QUERY]
+        for record in fetch(dg.AssetRecordsFilter(asset_key=key, storage_ids=some), limit=len(some)).records:
+            event = record.asset_observation or record.asset_materialization
+            found[record.partition_key] = record.storage_id, event.tags or {}
+    return found
 
 
 def _report_files(
     context: dg.OpExecutionContext, dataset: Dataset, files: Sequence[FileTokens], done: set[str]
 ) -> None:
     """Log a materialization for each file that was tokenized, or that Dagster does not know in this version."""
-    where = dg.AssetRecordsFilter(asset_key=tokenized_key(dataset))
-    known = {
-        r.partition_key: r.asset_materialization.tags or {}
-        for r in reversed(context.instance.fetch_materializations(where, limit=5000).records)
-    }
+    known = _latest(context, tokenized_key(dataset), dg.DagsterEventType.ASSET_MATERIALIZATION)
+    observed = _latest(context, raw_key(dataset), dg.DagsterEventType.ASSET_OBSERVATION)
     raw = raw_key(dataset).to_user_string()
     for file in files:
-        seen = _latest_observation(context, dataset, file.name)
+        storage_id, seen = observed[file.name]
         tags = {
             DATA_VERSION_TAG: file.version,
             CODE_VERSION_TAG: _files_code_version(dataset),
             # The provenance that Dagster itself records for an asset's own step: without it a partition that is
             # logged from another step would show as stale, or never.
-            f"dagster/input_data_version/{raw}": seen.asset_observation.tags[DATA_VERSION_TAG],
-            f"dagster/input_event_pointer/{raw}": str(seen.storage_id),
+            f"dagster/input_data_version/{raw}": seen[DATA_VERSION_TAG],
+            f"dagster/input_event_pointer/{raw}": str(storage_id),
         }
-        if file.name not in done and all(known.get(file.name, {}).get(k) == v for k, v in tags.items()):
+        _, recorded = known.get(file.name, (None, {}))
+        if file.name not in done and all(recorded.get(k) == v for k, v in tags.items()):
             continue
         facts = {
             "documents": file.documents,

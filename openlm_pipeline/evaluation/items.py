@@ -30,16 +30,19 @@ SCHEMA = pa.schema(
         pa.field("item", pa.int64(), nullable=False),  # row of the task's file, from 0
         pa.field("item_hash", pa.string(), nullable=False),
         pa.field("prompt_hash", pa.string(), nullable=False),
-        pa.field("num_choices", pa.int32(), nullable=False),  # 1 in language_modeling
+        pa.field("num_choices", pa.int32(), nullable=False),  # 1 where there is nothing to choose from
         pa.field("gold", pa.int32(), nullable=False),
-        pa.field("choice_mean", pa.int32()),  # options picked by the three rules; null in language_modeling
+        pa.field("choice_logprobs", pa.list_(pa.float64())),  # of each option's continuation, nats; null in generation
+        pa.field("choice_tokens", pa.list_(pa.int32())),  # of each option's continuation
+        pa.field("choice_mean", pa.int32()),  # options picked by the three rules; null without a choice
         pa.field("choice_sum", pa.int32()),
         pa.field("choice_norm", pa.int32()),
         pa.field("correct", pa.bool_(), nullable=False),  # by the headline rule
         pa.field("correct_sum", pa.bool_()),
         pa.field("correct_norm", pa.bool_()),
-        pa.field("nll", pa.float64(), nullable=False),  # of the gold continuation, nats, summed over its tokens
-        pa.field("num_tokens", pa.int32(), nullable=False),  # of the gold continuation
+        pa.field("nll", pa.float64()),  # of the gold continuation, nats, summed over its tokens; null in generation
+        pa.field("num_tokens", pa.int32(), nullable=False),  # of the gold continuation, or generated
+        pa.field("generated", pa.string()),  # what the model wrote, in generation only
         pa.field("metric", pa.string(), nullable=False),
     ]
 )

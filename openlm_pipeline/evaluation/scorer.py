@@ -128,8 +128,7 @@ def item_row(task: IclTask, num_fewshot: int, item: Item, scores: Sequence[Reque
     """The table row of an item (without its context columns) from the scores of its requests, by all three rules.
 
     mean: largest mean token log-probability (LLM Foundry); sum: largest total (lm-evaluation-harness `acc`);
-    norm: largest total over the continuation's UTF-8 bytes (`acc_norm`, whose code counts characters: the same for
-    ASCII). Ties go to the first option.
+    norm: largest total over the continuation's characters (`acc_norm`). Ties go to the first option.
     """
     gold = scores[item.gold]
     row: dict[str, Any] = {
@@ -141,6 +140,8 @@ def item_row(task: IclTask, num_fewshot: int, item: Item, scores: Sequence[Reque
         "prompt_hash": item.prompt_hash,
         "num_choices": len(scores),
         "gold": item.gold,
+        "choice_logprobs": [s.sum_logprob for s in scores],
+        "choice_tokens": [s.num_tokens for s in scores],
         "nll": -gold.sum_logprob,
         "num_tokens": gold.num_tokens,
         "metric": task.metric,
@@ -149,7 +150,7 @@ def item_row(task: IclTask, num_fewshot: int, item: Item, scores: Sequence[Reque
         return row | {"correct": gold.all_argmax}
     mean = _first_largest([s.sum_logprob / s.num_tokens for s in scores])
     total = _first_largest([s.sum_logprob for s in scores])
-    norm = _first_largest([s.sum_logprob / n for s, n in zip(scores, item.continuation_bytes)])
+    norm = _first_largest([s.sum_logprob / n for s, n in zip(scores, item.continuation_chars)])
     return row | {
         "choice_mean": mean,
         "choice_sum": total,

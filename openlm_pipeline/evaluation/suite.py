@@ -16,7 +16,7 @@ from openlm_pipeline.lineage.fingerprint import fingerprint
 from openlm_pipeline.strict import Strict, explain
 from openlm_pipeline.yaml_files import expand_variables, read_mapping
 
-HARNESS_VERSION = "1"
+HARNESS_VERSION = "2"
 """Raised whenever prompts or scores change for the same checkpoint and files; tasks scored by another are redone."""
 SHIPPED = Path(__file__).parent / "suites"
 METRICS = {
@@ -108,6 +108,28 @@ class Suite(Strict):
     version: str = "v1"
     """Raise it when a change of the tasks makes scores incomparable with earlier ones."""
     icl_tasks: tuple[IclTask, ...] = Field(min_length=1)
+    averages: dict[Label, tuple[str, ...]] = Field(default_factory=dict)
+    """Name -> tasks (`copa/0-shot`) whose plain mean it is. The first is the headline; by default that of all tasks."""
+    categories: dict[Label, tuple[str, ...]] = Field(default_factory=dict)
+    """Name -> tasks whose centred accuracies it is the mean of, as in LLM Foundry's gauntlet."""
+    random_baselines: Label = "v1"
+    """Version of the accuracies of guessing that centred scores are measured from."""
+
+    @model_validator(mode="after")
+    def _known_tasks(self) -> "Suite":
+        known = [task_name(task.label, k) for task, k in self.runs()]
+        for kind in ("averages", "categories"):
+            for name, members in getattr(self, kind).items():
+                if not members or len(set(members)) < len(members):
+                    raise ValueError(f"{kind}.{name} is empty or names a task twice")
+                if unknown := [m for m in members if m not in known]:
+                    raise ValueError(f"{kind}.{name} names {unknown[0]!r}, which is not a task of the suite")
+        return self
+
+    @property
+    def headline(self) -> tuple[str, ...]:
+        """The tasks of the headline average."""
+        return next(iter(self.averages.values()), tuple(task_name(task.label, k) for task, k in self.runs()))
 
     @model_validator(mode="after")
     def _unique_labels(self) -> "Suite":

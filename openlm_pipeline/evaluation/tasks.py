@@ -95,19 +95,33 @@ class Request:
 
 
 @dataclass(frozen=True)
+class GenerationRequest:
+    """What the model is asked to write: greedily, after `context_ids`."""
+
+    context_ids: tuple[int, ...]
+    max_new_tokens: int
+    stop: tuple[str, ...]
+    """The text ends before the first of these."""
+
+
+@dataclass(frozen=True)
 class Item:
-    """One question with a request for each option."""
+    """One question: a request for each option, or a text to generate."""
 
     index: int
     """Position of the row in the file, from 0."""
     category: str | None
     gold: int
     requests: tuple[Request, ...]
-    continuation_bytes: tuple[int, ...]
-    """UTF-8 length of each option's continuation as the row has it, without the space put before it."""
+    """One an option; empty in generation."""
+    continuation_chars: tuple[int, ...]
+    """Characters of each option's continuation as the row has it, without the space put before it."""
     item_hash: str
     prompt_hash: str
     """sha256 of the token ids of all requests."""
+    generation: GenerationRequest | None = None
+    answers: tuple[str, ...] = ()
+    """What a generated text may start with to be right."""
 
 
 def _where_to_get(task: IclTask, home: Home) -> str:
@@ -289,7 +303,7 @@ def build_items(
     for i, row in enumerate(file.rows):
         preamble, contexts, continuations = prompts[i]
         requests = tuple(request(row, preambles[preamble] + ids[c], ids[t]) for c in contexts for t in continuations)
-        lengths = tuple(len(t.encode()) for _ in contexts for t in row.continuations)
+        lengths = tuple(len(t) for _ in contexts for t in row.continuations)
         prompt = json.dumps([[r.context_ids, r.continuation_ids] for r in requests], separators=(",", ":"))
         prompt_hash = hashlib.sha256(prompt.encode()).hexdigest()
         items.append(Item(i, row.category, row.gold, requests, lengths, row.item_hash, prompt_hash))
