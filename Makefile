@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test ui setup lint clean
+.PHONY: demo test ui setup foundry lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   run the whole pipeline on the embedded corpus (minutes on two CPU cores)"
 	@echo "make test   run all tests"
 	@echo "make ui     open the Dagster UI on http://127.0.0.1:3000"
+	@echo "make foundry  build LLM Foundry's own environment in .foundry, for --backend foundry"
 	@echo "make lint   ruff and the import-direction check"
 
 # The mark is made last, so that a broken install is done again.
@@ -26,6 +27,18 @@ demo: setup
 test: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+# LLM Foundry's requirements do not go together with ours, and its own metadata asks for CUDA: its packages come without
+# their dependencies, over the versions that work with them.
+FOUNDRY := .foundry
+FOUNDRY_REQUIREMENTS := $(wildcard openlm_pipeline/evaluation/foundry/requirements*.txt)
+$(FOUNDRY)/.ready: $(FOUNDRY_REQUIREMENTS)
+	$(PYTHON) -m venv $(FOUNDRY)
+	$(FOUNDRY)/bin/python -m pip install --quiet --disable-pip-version-check -r openlm_pipeline/evaluation/foundry/requirements.txt
+	$(FOUNDRY)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r openlm_pipeline/evaluation/foundry/requirements-no-deps.txt
+	@touch $@
+
+foundry: $(FOUNDRY)/.ready
+
 ui: setup
 	@DAGSTER_HOME="$(CURDIR)/.dagster" $(BIN)/dagster dev --host 127.0.0.1 --port $${PORT:-3000}
 
@@ -33,4 +46,4 @@ lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(FOUNDRY) build *.egg-info

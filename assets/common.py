@@ -55,8 +55,17 @@ def scorecard_key(run: str, label: str) -> dg.AssetKey:
     return dg.AssetKey(["scorecard", run, label])
 
 
+def baseline_key(name: str) -> dg.AssetKey:
+    return dg.AssetKey(["scorecard", "baseline", name])
+
+
 def report_key(run: str) -> dg.AssetKey:
     return dg.AssetKey(["report", run])
+
+
+def when_ready() -> dg.AutomationCondition:
+    """Make it when what it is made from is new and has passed its blocking checks; switched on in the UI."""
+    return dg.AutomationCondition.eager() & dg.AutomationCondition.all_deps_blocking_checks_passed()
 
 
 def code_version(tree: Tree) -> str:
@@ -66,7 +75,7 @@ def code_version(tree: Tree) -> str:
 
 def metadata(result: StageResult) -> dict[str, Any]:
     """A stage's facts as Dagster metadata; numbers stay numbers, so that the UI plots them."""
-    facts = {k: v for k, v in result.facts.items() if v not in (None, [], {})}
+    facts = {k: v for k, v in result.facts.items() if v is not None and v != [] and v != {}}
     shown = {k: v if isinstance(v, (int, float, str)) else dg.MetadataValue.json(v) for k, v in facts.items()}
     return {
         "path": dg.MetadataValue.path(str(result.path)),

@@ -2,8 +2,8 @@
 
 import dagster as dg
 
-from assets.common import checkpoint_key, metadata, report_key, scorecard_key, user_errors
-from openlm_pipeline import stages
+from assets.common import baseline_key, checkpoint_key, metadata, report_key, scorecard_key, user_errors, when_ready
+from openlm_pipeline import reporting
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.layout import Home
 
@@ -11,18 +11,23 @@ from openlm_pipeline.layout import Home
 def report_asset(experiment: Experiment) -> dg.AssetsDefinition:
     """The report of a run, over its scorecards, or over its checkpoints where it has no evaluation."""
     key_of = scorecard_key if experiment.evaluation else checkpoint_key
+    baselines = experiment.evaluation.baselines if experiment.evaluation else ()
 
     @dg.asset(
         key=report_key(experiment.name),
-        deps=[key_of(experiment.name, label) for label, _ in experiment.labelled_milestones()],
+        deps=[
+            *(key_of(experiment.name, label) for label, _ in experiment.labelled_milestones()),
+            *(baseline_key(b.name) for b in baselines),
+        ],
         group_name=experiment.name,
         kinds={"html", "report"},
         code_version="1",
+        automation_condition=when_ready(),
         description="Table of milestones, accuracy and loss against tokens, provenance: Markdown, HTML, CSV, Parquet.",
     )
     def report(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         with user_errors():
-            made = stages.make_report(experiment, Home.from_env(), context.log.info)
+            made = reporting.make_report(experiment, Home.from_env(), context.log.info)
         table = made.path.with_name("report.md").read_text()
         return dg.MaterializeResult(
             metadata=metadata(made) | {"report": dg.MetadataValue.md(table)}, data_version=dg.DataVersion(made.version)

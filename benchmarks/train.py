@@ -24,7 +24,7 @@ import time
 from typing import Any
 
 from benchmarks.measure import machine, ratios, run, show, spread, table
-from openlm_pipeline.runs.launch import MALLOC_ENVIRONMENT
+from openlm_pipeline.runs.launchers.job import MALLOC_ENVIRONMENT
 
 CPU_MODELS = ["open_lm_11m", "open_lm_41m", "open_lm_160m"]
 GPU_MODELS = {"open_lm_160m": 32, "open_lm_411m": 16, "open_lm_1b": 8, "open_lm_7b": 4}

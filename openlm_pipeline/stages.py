@@ -1,4 +1,5 @@
-"""The pipeline as plain functions, one a stage: what both the `openlm` command and the Dagster assets call.
+"""The pipeline up to checkpoints as plain functions, one a stage: what both the `openlm` command and the Dagster assets
+call. Evaluation is in `scoring`.
 
 Each stage looks at what is on disk, does only what is missing or no longer matches, and says whether it reused what
 was there. `version` is the content hash that the next stage depends on. No stage needs Dagster.
@@ -8,18 +9,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from openlm_pipeline import __version__
 from openlm_pipeline.corpus.discovery import RawFile, discover
-from openlm_pipeline.errors import ConfigError, DataError, IdentityError, MissingInputError
+from openlm_pipeline.errors import BusyError, DataError, IdentityError
 from openlm_pipeline.experiments import Dataset, Experiment, TokenizerSpec
-from openlm_pipeline.files import folder_lock, set_aside, sha256_file
+from openlm_pipeline.files import set_aside
 from openlm_pipeline.layout import Home
-from openlm_pipeline.lineage.fingerprint import fingerprint
 from openlm_pipeline.lineage.run_identity import run_identity
 from openlm_pipeline.result import Report, StageResult
 from openlm_pipeline.runs.checkpoints import Checkpoint, verify
 from openlm_pipeline.runs.folder import RunFolder
-from openlm_pipeline.runs.launch import Event, MilestoneReused, milestone_checkpoints, train_locally
+from openlm_pipeline.runs.launch import Event, MilestoneReused, find_job, milestone_checkpoints, train_run
 from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.opening import open_dataset, published_url
 from openlm_pipeline.shards.publish import publish
@@ -161,8 +160,13 @@ def train(
     """
     run = RunFolder(home.run(experiment.name, experiment.version))
     identity = run_identity(experiment, dataset_versions(experiment, home))
-    with run.lock():  # so that the folder of a run that is training is not set aside under it
-        changed = run.claim(experiment, identity, supersede=supersede)
+    changed: list[str] = []
+    if find_job(experiment, home, run, lambda _: None) is None:
+        with run.lock():  # so that the folder of a run that is training is not set aside under it
+            changed = run.claim(experiment, identity, supersede=supersede)
+    elif not run.belongs_to(identity):
+        differing = "\n  ".join(run.differences(identity))
+        raise BusyError(f"a job on the cluster trains {run.path} from something else:\n  {differing}\nCancel it first.")
     if changed:
         report(f"the run that was in {run.path} is set aside. What changed: {'; '.join(changed)}")
     wanted = {label for label, tokens in experiment.labelled_milestones() if tokens <= until}
@@ -175,98 +179,4 @@ def train(
         report(f"milestone {label} reused")
         yield MilestoneReused(label, checkpoint)
     if wanted - set(there):
-        yield from train_locally(experiment, home, run, until)
-
-
-def score(experiment: Experiment, home: Home, label: str, report: Report) -> StageResult:
-    """Score one milestone with the experiment's suite; tasks that are scored already are not scored again.
-
-    Raises:
-        ConfigError: the experiment has no evaluation, or no such milestone.
-        MissingInputError: the milestone is not trained, or a task's file is missing.
-    """
-    from openlm_pipeline.evaluation.items import read_items
-    from openlm_pipeline.evaluation.scorecard import Provenance, load_scorecard, make_scorecard, save_scorecard
-    from openlm_pipeline.evaluation.scorer import score_suite
-    from openlm_pipeline.evaluation.suite import load_suite
-    from openlm_pipeline.runs.weights import LazyModel
-
-    labels = [name for name, _ in experiment.labelled_milestones()]
-    if experiment.evaluation is None:
-        raise ConfigError(f"recipe {experiment.name} has no `evaluation.suite`")
-    if label not in labels:
-        raise ConfigError(f"recipe {experiment.name} has no milestone {label}; it has {', '.join(labels)}")
-    run = open_run(experiment, home)
-    checkpoint = milestone_checkpoints(experiment, run).get(label)
-    if checkpoint is None:
-        raise MissingInputError(
-            f"milestone {label} is not in {run.checkpoints}; `openlm train {experiment.name}` makes it"
-        )
-    info = read_tokenizer_info(home.tokenizer(experiment.tokenizer.name))
-    made_with = open_dataset(experiment.training_datasets()[0], home).info["tokenizer"]["sha256"]
-    if made_with not in (None, info.sha256):  # OpenLM's shards don't say
-        raise DataError(f"tokenizer {info.name} is not the one this run's shards were made with; tokenize again")
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(tokenizer_file(home.tokenizer(info.name))))
-    suite = load_suite(experiment.evaluation.suite)
-    out = home.scorecard(experiment.name, experiment.version, label)
-    context = {
-        "run": experiment.name,
-        "run_version": experiment.version,
-        "milestone": label,
-        "step": checkpoint.step,
-        "tokens": checkpoint.tokens,
-    }
-    with folder_lock(out, "scoring"):
-        result = score_suite(
-            LazyModel(checkpoint), tokenizer, suite, home, out, context,
-            checkpoint_digest=checkpoint.digest,
-            max_seq_len=experiment.model_config_resolved().seq_len,
-            batch_tokens=experiment.evaluation.batch_tokens,
-            report=report,
-        )  # fmt: skip
-        before = labels[labels.index(label) - 1] if labels[0] != label else None
-        earlier = home.scorecard(experiment.name, experiment.version, before) / "items.parquet" if before else None
-        card = make_scorecard(
-            result.items,
-            read_items(earlier)[0] if earlier and earlier.exists() else None,
-            suite=suite,
-            provenance=Provenance(
-                **context,
-                checkpoint_digest=checkpoint.digest,
-                data_fingerprint=fingerprint({"data": run.identity["data"]}),
-                tokenizer=info.name,
-                validation_loss=checkpoint.metrics.get("validation_loss"),
-            ),
-            task_files=result.task_files,
-        )
-        there = out / "scorecard.json"
-        reused = not result.scored and there.exists() and load_scorecard(there) == card
-        if not reused:
-            save_scorecard(out, card)
-    report(f"scorecard {experiment.name} {label} {'reused' if reused else 'made'}: average accuracy {card.average:.3f}")
-    accuracies = {f"accuracy_{t.task}": t.accuracy for t in card.tasks if t.category is None}
-    facts = {"average": card.average, **accuracies, "validation_loss": card.validation_loss}
-    facts |= {"scored_tasks": list(result.scored), "reused_tasks": list(result.reused)}
-    return StageResult(out, fingerprint({"scorecard": card.model_dump(mode="json")}), reused, facts)
-
-
-def make_report(experiment: Experiment, home: Home, report: Report) -> StageResult:
-    """Write the report of a run over all its scorecards that are there; made anew each time, as it takes seconds."""
-    from openlm_pipeline.evaluation.scorecard import load_scorecard
-    from openlm_pipeline.reports import write_report
-
-    run = open_run(experiment, home)
-    cards = [
-        load_scorecard(path)
-        for label, _ in experiment.labelled_milestones()
-        if (path := home.scorecard(experiment.name, experiment.version, label) / "scorecard.json").exists()
-    ]
-    out = home.report(experiment.name, experiment.version)
-    provenance = {"run fingerprint": run.fingerprint, "openlm_pipeline": __version__}
-    paths = write_report(out, experiment, cards, run.read_metrics(), provenance)
-    page = paths["report.html"]
-    report(f"report: {page}")
-    facts = {"scorecards": len(cards), "milestones": len(experiment.milestones)}
-    return StageResult(page, sha256_file(paths["table.csv"]), False, facts)
+        yield from train_run(experiment, home, run, until, report, told=there)

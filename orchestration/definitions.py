@@ -4,12 +4,13 @@ import dagster as dg
 
 from assets.common import DaskResource
 from assets.data import corpus_asset, dataset_assets, tokenizer_asset
-from assets.evaluation import scorecard_asset
+from assets.evaluation import baseline_asset, scorecard_asset
 from assets.reports import report_asset
 from assets.training import checkpoint_assets
 from openlm_pipeline.errors import ConfigError
-from openlm_pipeline.experiments import Dataset, Experiment, load_experiment, recipe_names
-from orchestration.jobs import dataset_job, evaluation_job, recipe_job
+from openlm_pipeline.experiments import Baseline, Dataset, Experiment, load_experiment, recipe_names
+from orchestration.automation import alert_sensors, checkpoint_sensor, gap_schedule
+from orchestration.jobs import dataset_job, evaluation_job, recipe_job, training_job
 from orchestration.live import live_logger
 
 
@@ -40,6 +41,24 @@ def _shared(experiments: list[Experiment]) -> tuple[dict[str, Dataset], dict[str
     return {name: dataset for name, (dataset, _) in datasets.items()}, tokenizers
 
 
+def _baselines(experiments: list[Experiment]) -> dict[str, tuple[Experiment, Baseline]]:
+    """Baselines by name, each with a recipe that has it.
+
+    Raises:
+        ConfigError: two recipes use one name for different models, or score it differently.
+    """
+    found: dict[str, tuple[Experiment, Baseline]] = {}
+    for experiment in experiments:
+        for baseline in experiment.evaluation.baselines if experiment.evaluation else ():
+            other, known = found.setdefault(baseline.name, (experiment, baseline))
+            how = [e.evaluation.model_dump(include={"suite", "backend", "precision"}) for e in (other, experiment)]
+            if known != baseline or how[0] != how[1]:
+                raise ConfigError(
+                    f"recipes {other.name} and {experiment.name} describe the baseline {baseline.name} differently"
+                )
+    return found
+
+
 def build_definitions(experiments: list[Experiment]) -> dg.Definitions:
     """Assets, checks and jobs of the given experiments."""
     datasets, tokenizers = _shared(experiments)
@@ -51,19 +70,24 @@ def build_definitions(experiments: list[Experiment]) -> dg.Definitions:
         *made, check = dataset_assets(dataset)
         assets += made
         checks.append(check)
+    assets += [baseline_asset(*owned) for owned in _baselines(experiments).values()]
     for experiment in experiments:
         assets += [checkpoint_assets(experiment), report_asset(experiment)]
         if experiment.evaluation:
             assets += [scorecard_asset(experiment, label) for label, _ in experiment.labelled_milestones()]
     jobs = [
         *(recipe_job(e) for e in experiments),
+        *(training_job(e) for e in experiments),
         *(evaluation_job(e) for e in experiments if e.evaluation),
         *(dataset_job(d) for d in datasets.values()),
     ]
+    scored = [e for e in experiments if e.evaluation]
     return dg.Definitions(
         assets=assets,
         asset_checks=checks,
         jobs=jobs,
+        sensors=[*([checkpoint_sensor(scored)] if scored else []), *alert_sensors()],
+        schedules=[gap_schedule(scored)] if scored else [],
         resources={"dask": DaskResource()},
         executor=dg.in_process_executor,
         loggers={"live": live_logger, "console": dg.colored_console_logger},

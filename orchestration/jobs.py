@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from assets.common import CORPUS_KEY, checkpoint_key, report_key, scorecard_key, shards_key, tokenizer_key
+from assets.common import CORPUS_KEY, baseline_key, checkpoint_key, report_key, scorecard_key, shards_key, tokenizer_key
 from openlm_pipeline.experiments import Dataset, Experiment
 
 
@@ -12,8 +12,23 @@ def _data_keys(datasets: list[Dataset]) -> list[dg.AssetKey]:
 
 
 def _score_keys(experiment: Experiment) -> list[dg.AssetKey]:
-    labels = [label for label, _ in experiment.labelled_milestones()]
-    return [scorecard_key(experiment.name, label) for label in labels] if experiment.evaluation else []
+    if experiment.evaluation is None:
+        return []
+    baselines = [baseline_key(b.name) for b in experiment.evaluation.baselines]
+    return [*baselines, *(scorecard_key(experiment.name, label) for label, _ in experiment.labelled_milestones())]
+
+
+def training_job(experiment: Experiment) -> dg.JobDefinition:
+    """Data and checkpoints of a recipe without their scores: `automation` can score each while training goes on."""
+    keys = [
+        *_data_keys(experiment.datasets()),
+        *(checkpoint_key(experiment.name, label) for label, _ in experiment.labelled_milestones()),
+    ]
+    return dg.define_asset_job(
+        f"{experiment.name}_checkpoints",
+        selection=dg.AssetSelection.assets(*keys),
+        description=f"{experiment.name} without scores, which the automation can make while it trains.",
+    )
 
 
 def recipe_job(experiment: Experiment) -> dg.JobDefinition:

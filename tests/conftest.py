@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ["tiny_pipeline"]
+pytest_plugins = ["tiny_pipeline", "pretrained"]
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from openlm_pipeline.cli.download import download
+from openlm_pipeline.cli.evaluate import evaluate
 from openlm_pipeline.cli.export import export
+from openlm_pipeline.cli.gc import gc
+from openlm_pipeline.cli.report import baselines, report
 from openlm_pipeline.cli.shards import shards_app
 from openlm_pipeline.errors import ConfigError, OpenLMError
 from openlm_pipeline.experiments import Experiment, load_experiment, recipe_names
@@ -32,8 +35,8 @@ app = typer.Typer(
 )
 console = Console(highlight=False, soft_wrap=True)
 app.add_typer(shards_app, name="shards")
-app.command()(download)
-app.command()(export)
+for command in (download, evaluate, report, baselines, export, gc):
+    app.command()(command)
 NEOX = "EleutherAI/gpt-neox-20b"
 Recipe = Annotated[str, typer.Argument(help="Name of a recipe (`openlm recipes`) or path of a YAML file.")]
 Overrides = Annotated[
@@ -161,7 +164,7 @@ def train(
     if dry_run:
         from openlm_pipeline.runs.dry_run import describe
 
-        for line in describe(experiment, experiment.launcher.processes, gpu, mfu, home).lines():
+        for line in describe(experiment, experiment.launcher.world_size, gpu, mfu, home).lines():
             say(line)
         return
     limit = _tokens(until) if until else experiment.milestones[-1]
@@ -187,44 +190,6 @@ def progress_line(record: dict[str, float]) -> str:
     if "validation_loss" in record:
         return start + f"validation loss {record['validation_loss']:.4f}"
     return start + f"loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s"
-
-
-@app.command()
-def evaluate(
-    recipe: Recipe,
-    overrides: Overrides = None,
-    milestone: Annotated[list[str] | None, typer.Option(help="Only this one, such as t0250B or 250B.")] = None,
-) -> None:
-    """Score a run's milestones with the recipe's suite; what is scored already is reused.
-
-    Example: openlm evaluate demo --milestone 500K
-    """
-    from openlm_pipeline import stages
-    from openlm_pipeline.runs.launch import milestone_checkpoints
-
-    experiment, home = _load(recipe, overrides)
-    names = {
-        name: label for label, tokens in experiment.labelled_milestones() for name in (label, format_tokens(tokens))
-    }
-    if unknown := [m for m in milestone or [] if m not in names]:
-        raise ConfigError(f"recipe {experiment.name} has no milestone {unknown[0]}; it has {', '.join(names)}")
-    labels = [names[m] for m in milestone or []]
-    if not labels:
-        labels = list(milestone_checkpoints(experiment, stages.open_run(experiment, home))) or [next(iter(names))]
-    for label in labels:
-        say(f"scorecard: {stages.score(experiment, home, label, say).path}")
-
-
-@app.command()
-def report(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Write the report of a run: Markdown, one self-contained HTML page, CSV and Parquet.
-
-    Example: openlm report demo
-    """
-    from openlm_pipeline import stages
-
-    experiment, home = _load(recipe, overrides)
-    stages.make_report(experiment, home, say)
 
 
 @app.command()

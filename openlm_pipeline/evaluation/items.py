@@ -18,10 +18,10 @@ from openlm_pipeline.files import atomic_writer
 SCHEMA = pa.schema(
     [
         pa.field("run", pa.string(), nullable=False),
-        pa.field("run_version", pa.string(), nullable=False),
-        pa.field("milestone", pa.string(), nullable=False),
-        pa.field("step", pa.int64(), nullable=False),
-        pa.field("tokens", pa.int64(), nullable=False),  # trained at this milestone
+        pa.field("run_version", pa.string()),
+        pa.field("milestone", pa.string()),  # null, as the next two, for a model that is no milestone of a run
+        pa.field("step", pa.int64()),
+        pa.field("tokens", pa.int64()),  # trained at this milestone
         pa.field("suite", pa.string(), nullable=False),
         pa.field("suite_version", pa.string(), nullable=False),
         pa.field("task", pa.string(), nullable=False),

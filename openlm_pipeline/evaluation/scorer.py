@@ -1,220 +1,199 @@
-"""The scorer: log-probabilities of continuations under a causal model, and from them the per-item table of a suite.
+"""The native scorer: log-probabilities of continuations and greedy texts of any `ScoringModel`, over a suite.
 
-Requests are batched by length and padded on the right to the longest of their batch, which a causal model does not
-see; only the hidden states that predict a continuation go through the head. Results do not depend on the batching
-beyond rounding. Finished tasks are kept on disk, so an evaluation that was killed goes on where it stopped.
+Rows are batched by length and padded on the right to the longest of their batch, which a causal model does not see;
+what the options of a question share is computed once; only the positions that predict a continuation go through the
+head. Results do not depend on the batching beyond rounding.
+
+Nothing stops early at a token that is not the argmax: a continuation is scored in the one pass that reads it, so the
+later tokens cost no pass of their own, and their log-probabilities are wanted for the item's `nll`.
 """
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
-import pyarrow as pa
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import nn
 
-from openlm_pipeline.errors import DataError, MissingInputError
-from openlm_pipeline.evaluation.items import concat_items, items_table, read_items, with_context, write_items
-from openlm_pipeline.evaluation.suite import HARNESS_VERSION, IclTask, Suite, task_name
-from openlm_pipeline.evaluation.tasks import Item, Request, TaskFile, build_items, read_task_file
+from openlm_pipeline.errors import DataError
+from openlm_pipeline.evaluation.batches import Row, batch_tensors, make_batches, question_rows
+from openlm_pipeline.evaluation.generation import generate, generation_batches
+from openlm_pipeline.evaluation.model import ScoringModel
+from openlm_pipeline.evaluation.parallel import Processes, scoring_processes
+from openlm_pipeline.evaluation.prepare import PreparedTask, prepare_suite
+from openlm_pipeline.evaluation.results import (
+    Generated,
+    RequestScore,
+    Rows,
+    SuiteResult,
+    collect_results,
+    generation_row,
+    item_row,
+)
+from openlm_pipeline.evaluation.suite import Suite
+from openlm_pipeline.evaluation.tasks import GenerationRequest, Request
 from openlm_pipeline.layout import Home
-from openlm_pipeline.lineage.fingerprint import Tree, differences, fingerprint
-from openlm_pipeline.result import Report
+from openlm_pipeline.result import ProgressLine, Report
+from openlm_pipeline.units import format_seconds
 
-_HEAD_POSITIONS = 1024
-"""Positions whose logits are computed at once, so that a large vocabulary does not multiply the memory of a batch."""
+CPU_BATCH_TOKENS = 512
+"""A CPU is no faster with more, and the longest and shortest row of a batch differ by more: padding."""
+CPU_GENERATION_TOKENS = 4096
+"""A step reads all weights, whatever the number of texts: 16 at once take half the time of batches of one."""
+GPU_BATCH_TOKENS = 16384
+_MIN_SCORED = 1024
+_PROGRESS_SECONDS = 5.0
+_END_OF_TEXT = "<|endoftext|>"
 
-
-class CausalModel(Protocol):
-    """What is asked of a model: hidden states and a head; position i sees positions 0..i only."""
-
-    output: nn.Module
-
-    def hidden(self, ids: Tensor) -> Tensor:
-        """Token ids [B, S] int64 -> hidden states [B, S, D], the final norm applied."""
-        ...
-
-
-@dataclass(frozen=True)
-class RequestScore:
-    """The continuation of one request under the model."""
-
-    sum_logprob: float
-    """Natural logarithm of its probability."""
-    num_tokens: int
-    all_argmax: bool
-    """Every token is the most likely one, given the true tokens before it."""
+T = TypeVar("T")
+R = TypeVar("R")
+Progress = Callable[[int, int], None]
+"""Called after each batch with questions done and questions in all."""
 
 
-def _batches(rows: Sequence[tuple[int, ...]], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of rows, longest first, cut so that rows times longest row stays within `batch_tokens`."""
-    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
-    start = 0
-    while start < len(order):
-        size = max(1, batch_tokens // len(rows[order[start]]))
-        yield order[start : start + size]
-        start += size
+def default_batch_tokens(device: torch.device, *, generation: bool = False) -> int:
+    """Tokens of a batch, padding included; in generation those of its prompts and of all that may be written."""
+    if device.type == "cpu":
+        return CPU_GENERATION_TOKENS if generation else CPU_BATCH_TOKENS
+    return GPU_BATCH_TOKENS
 
 
-def _continuation_logprobs(model: CausalModel, hidden_PD: Tensor, targets_P: Tensor) -> tuple[Tensor, Tensor]:
-    """Per position: log-probability of the target in fp32, and whether it is the argmax."""
-    logprobs, hits = [], []
-    for hidden, targets in zip(hidden_PD.split(_HEAD_POSITIONS), targets_P.split(_HEAD_POSITIONS)):
-        logits = model.output(hidden).float()
-        logprobs.append(-nn.functional.cross_entropy(logits, targets, reduction="none"))
-        hits.append(logits.argmax(dim=-1) == targets)
-    return torch.cat(logprobs), torch.cat(hits)
+def _in_turn(
+    batches: Sequence[T],
+    work: Callable[[T], R],
+    weight: Callable[[T], int],
+    processes: Processes,
+    progress: Progress | None,
+) -> list[tuple[T, R]]:
+    """Each batch with its result; processes take turns, and progress is that of the first one's turns."""
+    total, done = sum(map(weight, batches)), 0
+    mine: list[R] = []
+
+    def share() -> list[R]:
+        nonlocal done
+        for start in range(0, len(batches), processes.size):
+            turn = batches[start : start + processes.size]
+            if processes.rank < len(turn):
+                mine.append(work(turn[processes.rank]))
+            done += sum(map(weight, turn))
+            if progress:
+                progress(done, total)
+        return mine
+
+    shares = processes.gather(share)
+    return [(batch, shares[i % processes.size][i // processes.size]) for i, batch in enumerate(batches)]
 
 
-@torch.no_grad()
-def score_requests(
-    model: CausalModel,
-    requests: Sequence[Request],
+def score_questions(
+    model: ScoringModel,
+    questions: Sequence[Sequence[Request]],
     *,
-    batch_tokens: int,
-    device: torch.device | str = "cpu",
-    progress: Callable[[int, int], None] | None = None,
-) -> list[RequestScore]:
-    """Score each continuation after its context, in the order given.
-
-    Requests whose model input is the same (single-token options of one question, say) share a forward pass.
+    batch_tokens: int | None = None,
+    processes: Processes | None = None,
+    progress: Progress | None = None,
+) -> list[list[RequestScore]]:
+    """Score the continuation of each request; the requests of one question share what they have in common.
 
     Args:
-        batch_tokens: tokens in one forward pass, padding included; a longer request gets a pass of its own.
-        progress: called after each batch with requests done and requests in all.
+        batch_tokens: tokens in one forward pass, padding included; a longer row gets a pass of its own. By default what
+            suits the device.
+        processes: share the work with these, all of whom call this with the same questions.
 
     Raises:
         DataError: the model gives NaN or an infinity.
     """
-    sharing: dict[tuple[int, ...], list[int]] = {}
-    for i, r in enumerate(requests):
-        sharing.setdefault(r.context_ids + r.continuation_ids[:-1], []).append(i)
-    rows = list(sharing)
-    scores: list[RequestScore | None] = [None] * len(requests)
-    done = 0
-    for batch in _batches(rows, batch_tokens):
-        length = len(rows[batch[0]])
-        ids_BS = torch.tensor([rows[b] + (0,) * (length - len(rows[b])) for b in batch], device=device)
-        hidden_BSD = model.hidden(ids_BS)
-        members = [(b, i) for b, row in enumerate(batch) for i in sharing[rows[row]]]
-        where_B, where_S, targets = [], [], []
-        for b, i in members:
-            first = len(requests[i].context_ids) - 1  # the state of the last context token predicts the first token
-            n = len(requests[i].continuation_ids)
-            where_B += [b] * n
-            where_S += range(first, first + n)
-            targets += requests[i].continuation_ids
-        hidden_PD = hidden_BSD[torch.tensor(where_B, device=device), torch.tensor(where_S, device=device)]
-        logprobs, hits = _continuation_logprobs(model, hidden_PD, torch.tensor(targets, device=device))
-        sizes = [len(requests[i].continuation_ids) for _, i in members]
-        for (_, i), lp, hit in zip(members, logprobs.double().cpu().split(sizes), hits.cpu().split(sizes)):
-            if not lp.isfinite().all():  # NaN compares as false, so that the first option would win
-                raise DataError("the model gives a log-probability that is not finite; its weights are not usable")
-            scores[i] = RequestScore(float(lp.sum()), len(lp), bool(hit.all()))
-        done += len(members)
-        if progress:
-            progress(done, len(requests))
-    return [s for s in scores if s is not None]
+    processes = processes or Processes(0, 1)
+    batch_tokens = batch_tokens or default_batch_tokens(model.device)
+    max_branched_len = processes.from_first(lambda: model.max_branched_len)
+    flat = [request for question in questions for request in question]
+    rows, number = [], 0
+    for question in questions:
+        rows += question_rows(list(enumerate(question, start=number)), max_branched_len)
+        number += len(question)
+
+    def score(batch: Sequence[Row]) -> list[RequestScore]:
+        tensors = batch_tensors(batch, model.device)
+        members = [i for row in batch for i in row.requests]
+        targets = torch.tensor([t for i in members for t in flat[i].continuation_ids], device=model.device)
+        logits_PV = model.logits(
+            tensors.ids_BS,
+            tensors.rows_P,
+            tensors.columns_P,
+            segments_BS=tensors.segments_BS,
+            positions_BS=tensors.positions_BS,
+        )
+        logprobs = -nn.functional.cross_entropy(logits_PV, targets, reduction="none")
+        hits = logits_PV.argmax(dim=-1) == targets
+        if not logprobs.isfinite().all():  # NaN compares as false, so that the first option would win
+            raise DataError("the model gives a log-probability that is not finite; its weights are not usable")
+        sizes = [len(flat[i].continuation_ids) for i in members]
+        parts = zip(sizes, logprobs.cpu().double().split(sizes), hits.cpu().split(sizes))
+        return [RequestScore(float(lp.sum()), n, bool(hit.all())) for n, lp, hit in parts]
+
+    max_scored = max(_MIN_SCORED, batch_tokens // 4)
+    batches = list(make_batches(rows, batch_tokens, max_scored))
+    scores: dict[int, RequestScore] = {}
+    done = _in_turn(batches, score, _num_requests, processes, progress)
+    for batch, found in done:
+        scores |= zip((i for row in batch for i in row.requests), found)
+    numbers = iter(range(len(flat)))
+    return [[scores[next(numbers)] for _ in question] for question in questions]
 
 
-def _first_largest(values: Sequence[float]) -> int:
-    return max(range(len(values)), key=lambda i: values[i])  # max keeps the first of equals
+def _num_requests(batch: Sequence[Row]) -> int:
+    return sum(len(row.requests) for row in batch)
 
 
-def item_row(task: IclTask, num_fewshot: int, item: Item, scores: Sequence[RequestScore]) -> dict[str, Any]:
-    """The table row of an item (without its context columns) from the scores of its requests, by all three rules.
+def generate_texts(
+    model: ScoringModel,
+    requests: Sequence[GenerationRequest],
+    tokenizer: Tokenizer,
+    *,
+    batch_tokens: int | None = None,
+    processes: Processes | None = None,
+    progress: Progress | None = None,
+) -> list[Generated]:
+    """What the model writes after each prompt, greedily; arguments as for `score_questions`.
 
-    mean: largest mean token log-probability (LLM Foundry); sum: largest total (lm-evaluation-harness `acc`);
-    norm: largest total over the continuation's characters (`acc_norm`). Ties go to the first option.
+    A model that does not say how a text ends, ends it by `<|endoftext|>`, or id 0 where there is no such token.
     """
-    gold = scores[item.gold]
-    row: dict[str, Any] = {
-        "task": task.label,
-        "num_fewshot": num_fewshot,
-        "category": item.category,
-        "item": item.index,
-        "item_hash": item.item_hash,
-        "prompt_hash": item.prompt_hash,
-        "num_choices": len(scores),
-        "gold": item.gold,
-        "choice_logprobs": [s.sum_logprob for s in scores],
-        "choice_tokens": [s.num_tokens for s in scores],
-        "nll": -gold.sum_logprob,
-        "num_tokens": gold.num_tokens,
-        "metric": task.metric,
-    }
-    if task.rule == "argmax":
-        return row | {"correct": gold.all_argmax}
-    mean = _first_largest([s.sum_logprob / s.num_tokens for s in scores])
-    total = _first_largest([s.sum_logprob for s in scores])
-    norm = _first_largest([s.sum_logprob / n for s, n in zip(scores, item.continuation_chars)])
-    return row | {
-        "choice_mean": mean,
-        "choice_sum": total,
-        "choice_norm": norm,
-        "correct": mean == item.gold,
-        "correct_sum": total == item.gold,
-        "correct_norm": norm == item.gold,
-    }
+    processes = processes or Processes(0, 1)
+    end_ids = processes.from_first(lambda: model.end_ids) or (tokenizer.token_to_id(_END_OF_TEXT) or 0,)
+    batches = list(generation_batches(requests, batch_tokens or default_batch_tokens(model.device, generation=True)))
+
+    def write(batch: Sequence[int]) -> list[Generated]:
+        return generate(model, [requests[i] for i in batch], tokenizer, end_ids)
+
+    written: dict[int, Generated] = {}
+    for batch, texts in _in_turn(batches, write, len, processes, progress):
+        written |= zip(batch, texts)
+    return [written[i] for i in range(len(requests))]
 
 
-@dataclass(frozen=True)
-class SuiteResult:
-    """A scored suite. Tasks are named `label/k-shot`."""
-
-    items: pa.Table
-    path: Path
-    task_files: dict[str, str]
-    """Task -> sha256 of its file."""
-    scored: tuple[str, ...]
-    reused: tuple[str, ...]
-    """Tasks taken from an earlier evaluation of the same checkpoint with the same files and settings."""
-    not_run: dict[str, str]
-    """Task -> why, where its file is missing; only with `tolerant`."""
-    failed: dict[str, str]
-    """Task -> why, where its file is broken; only with `tolerant`."""
-
-
-def _read_cached(path: Path, identity: Tree, name: str, report: Report) -> pa.Table | None:
-    """The stored items of a task if they are of this very identity."""
-    if not path.exists():
-        return None
-    try:
-        table, recorded = read_items(path)
-    except DataError as e:
-        report(f"{name}: made again: {e}")
-        return None
-    if fingerprint(recorded) == fingerprint(identity):
-        return table
-    report(f"{name}: made again, as it differs: {'; '.join(differences(recorded, identity))}")
-    return None
-
-
-def _score_task(
-    model: CausalModel,
-    task: IclTask,
-    num_fewshot: int,
-    items: Sequence[Item],
-    batch_tokens: int,
-    device: torch.device | str,
-    report: Report,
-) -> list[dict[str, Any]]:
-    name, start = task_name(task.label, num_fewshot), time.monotonic()
-    requests = [r for item in items for r in item.requests]
+def _progress_of(name: str, noun: str, report: Report) -> Progress:
+    """Reports the first and the last call, and between them one in some seconds."""
+    start = time.monotonic()
+    told = -_PROGRESS_SECONDS
 
     def progress(done: int, total: int) -> None:
-        rate = done / max(time.monotonic() - start, 1e-9)
-        report(f"{name}: {done} of {total} requests, {rate:.0f} a second")
+        nonlocal told
+        took = time.monotonic() - start
+        if done < total and took - told < _PROGRESS_SECONDS:
+            return
+        told = took
+        rate = done / max(took, 1e-9)
+        text = f"{name}: {done} of {total} {noun}, {rate:.3g} a second"
+        left = (total - done) / rate
+        facts = {"done": done, "total": total, "per_second": rate, "seconds_left": left}
+        report(ProgressLine(text if done == total else f"{text}, {format_seconds(left)} left", facts))
 
-    scores = iter(score_requests(model, requests, batch_tokens=batch_tokens, device=device, progress=progress))
-    return [item_row(task, num_fewshot, item, [next(scores) for _ in item.requests]) for item in items]
+    return progress
 
 
 def score_suite(
-    model: CausalModel,
+    model: ScoringModel,
     tokenizer: Tokenizer,
     suite: Suite,
     home: Home,
@@ -223,82 +202,52 @@ def score_suite(
     *,
     checkpoint_digest: str,
     max_seq_len: int,
-    batch_tokens: int = 16384,
-    device: torch.device | str = "cpu",
+    batch_tokens: int | None = None,
     report: Report = lambda line: None,
     tolerant: bool = False,
 ) -> SuiteResult:
-    """Score every task of a suite into `out_dir/items.parquet`.
+    """Score every task of a suite into `out_dir/items.parquet`; see `results` for what is kept and taken again.
 
-    All files are read and checked and all prompts built before the first forward pass. Each task's items are written
-    to `out_dir/tasks/` as soon as it is done; they are taken again if their recorded identity (checkpoint, file,
-    settings, tokenizer, length, harness version) is the same. A `scorecard.json` made from other items is removed.
+    All files are read and checked and all prompts built before the first forward pass. Under torchrun the processes
+    share the work; each gets the result, and the first reports and writes.
 
     Args:
-        model: on `device`, in evaluation mode.
         context: run, run_version, milestone, step (int), tokens (int): the columns that say what was scored.
         checkpoint_digest: identifies the weights.
         max_seq_len: longest sequence in tokens, where a task does not say.
+        batch_tokens: tokens in one forward pass, padding included; by default what suits the device.
         tolerant: leave out a task whose file is missing or broken, and say so in the result, instead of raising.
 
     Raises:
         MissingInputError: a task's file is missing.
         DataError: a row is malformed, or cannot be scored within the length, or the model gives NaN.
+        ScoringError: another process failed.
     """
-    context = {**context, "suite": suite.name, "suite_version": suite.version}
-    with_context(items_table([]), context)  # a wrong context is found before the work, not after
-    tokenizer_digest = fingerprint({"tokenizer": tokenizer.to_str()})
-    not_run: dict[str, str] = {}
-    failed: dict[str, str] = {}
-    prepared: list[tuple[IclTask, int, TaskFile, list[Item]]] = []
-    for task in suite.icl_tasks:
-        try:
-            file = read_task_file(task, home)
-            built = [(task, k, file, build_items(task, file, k, tokenizer, max_seq_len)) for k in task.num_fewshot]
-        except (MissingInputError, DataError) as e:
-            if not tolerant:
-                raise
-            problems = not_run if isinstance(e, MissingInputError) else failed
-            problems.update({task_name(task.label, k): str(e) for k in task.num_fewshot})
-            report(str(e))
-            continue
-        prepared += built
+    processes = scoring_processes()
+    if processes.rank:
+        report = _silent
+    mine = []
+    processes.gather(lambda: mine.append(prepare_suite(suite, home, tokenizer, max_seq_len, tolerant, report)))
 
-    tables, scored, reused, task_files = [], [], [], {}
-    for task, k, file, items in prepared:
-        name = task_name(task.label, k)
-        identity: Tree = {
-            "harness_version": HARNESS_VERSION,
-            "checkpoint": checkpoint_digest,
-            "tokenizer": tokenizer_digest,
-            "task_file_sha256": file.sha256,
-            "task": task.settings(),
-            "num_fewshot": k,
-            "max_seq_len": task.max_seq_len or max_seq_len,
-        }
-        path = out_dir / "tasks" / f"{task.label}-{k}shot.parquet"
-        table = _read_cached(path, identity, name, report)
-        if table is None:
-            rows = _score_task(model, task, k, items, batch_tokens, device, report)
-            table = items_table([{**context, **row} for row in rows])
-            write_items(path, table, identity)
-            scored.append(name)
-        else:
-            report(f"{name}: {table.num_rows} items already scored")
-            reused.append(name)
-        task_files[name] = file.sha256
-        tables.append(with_context(table, context))
-    recorded = {
-        "harness_version": HARNESS_VERSION,
-        "checkpoint": checkpoint_digest,
-        "context": context,
-        "suite_digest": suite.digest,
-        "task_files": task_files,
-        "not_run": not_run,
-        "failed": failed,
-    }
-    path, result = out_dir / "items.parquet", concat_items(tables)
-    if scored or _read_cached(path, recorded, "all items", report) is None:
-        (out_dir / "scorecard.json").unlink(missing_ok=True)  # it sums up other items; written again last
-        write_items(path, result, recorded)
-    return SuiteResult(result, path, task_files, tuple(scored), tuple(reused), not_run, failed)
+    def score(tasks: Sequence[PreparedTask]) -> Iterator[Rows]:
+        for t in tasks:
+            noun = "texts" if t.task.rule == "prefix" else "requests"
+            shared = {
+                "batch_tokens": batch_tokens,
+                "processes": processes,
+                "progress": _progress_of(t.name, noun, report),
+            }
+            if t.task.rule == "prefix":
+                asked = [item.generation for item in t.items if item.generation]
+                texts = generate_texts(model, asked, tokenizer, **shared)
+                yield [generation_row(t.task, t.num_fewshot, i, text) for i, text in zip(t.items, texts, strict=True)]
+            else:
+                scores = score_questions(model, [item.requests for item in t.items], **shared)
+                yield [item_row(t.task, t.num_fewshot, i, found) for i, found in zip(t.items, scores, strict=True)]
+
+    subject = {"checkpoint": checkpoint_digest, "precision": model.precision}
+    return collect_results(mine[0], suite, out_dir, context, subject, score, processes, report)
+
+
+def _silent(line: str) -> None:
+    """A report nobody reads: only the first process speaks."""

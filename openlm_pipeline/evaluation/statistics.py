@@ -59,22 +59,44 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def minimum_detectable_effect(num_items: int, discordance: float, *, power: float = 0.8, alpha: float = 0.05) -> float:
-    """Smallest true difference of accuracy that a two-sided paired test finds with probability `power`.
+def paired_standard_error(only_first: int, only_second: int, num_items: int) -> float:
+    """Standard error of the difference of two accuracies over the same items, from the items only one gets right.
 
-    Normal approximation (z_{1-alpha/2} + z_{power}) sqrt(discordance / n), after Miettinen (1968).
+    One item is added to each of the two counts and two to all (Bonett and Price 2012, Statistical Methods in Medical
+    Research 21:441), so that two models which agree on all of a few items don't seem to differ by exactly nothing.
+    """
+    first, second, n = only_first + 1, only_second + 1, num_items + 2
+    return math.sqrt(((first + second) / n - ((first - second) / n) ** 2) / n)
+
+
+def paired_interval(only_first: int, only_second: int, num_items: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Adjusted Wald interval of accuracy of the first minus the second (Bonett and Price 2012)."""
+    centre = (only_first - only_second) / (num_items + 2)
+    half = half_width(paired_standard_error(only_first, only_second, num_items), confidence)
+    return max(-1.0, centre - half), min(1.0, centre + half)
+
+
+def half_width(standard_error: float, confidence: float = 0.95) -> float:
+    """Half of a normal confidence interval."""
+    return _z((1 + confidence) / 2) * standard_error
+
+
+def normal_p_value(estimate: float, standard_error: float) -> float:
+    """Two-sided p-value of `estimate` being 0, by the normal approximation."""
+    return math.erfc(abs(estimate) / standard_error / math.sqrt(2))
+
+
+def minimum_detectable_effect(standard_error: float, *, power: float = 0.8, alpha: float = 0.05) -> float:
+    """Smallest true difference that a two-sided test finds with probability `power`: (z_{1-alpha/2} + z_{power}) s.e.
 
     Args:
-        discordance: share of items that exactly one of the two models gets right. Two models of accuracy p that err
-            independently have 2 p (1 - p), which gives the unpaired formula; similar models have less.
+        standard_error: of the difference. For two accuracies over the same n items it is sqrt(discordance / n), where
+            discordance is the share of items that exactly one model gets right (Miettinen 1968); two models of
+            accuracy p that err independently have 2 p (1 - p), the unpaired formula, and similar models have less.
     """
-    return (_z(1 - alpha / 2) + _z(power)) * math.sqrt(discordance / num_items)
+    return (_z(1 - alpha / 2) + _z(power)) * standard_error
 
 
-def mean_interval(
-    values: Sequence[float], standard_errors: Sequence[float], confidence: float = 0.95
-) -> tuple[float, float, float]:
-    """(mean, low, high) of independent values: their errors add in quadrature; NaN errors give a NaN interval."""
-    mean = math.fsum(values) / len(values)
-    half = _z((1 + confidence) / 2) * math.sqrt(math.fsum(se * se for se in standard_errors)) / len(values)
-    return mean, mean - half, mean + half
+def quadrature(errors: Sequence[float], weights: Sequence[float]) -> float:
+    """Standard error of a weighted sum of independent estimates; NaN if one of theirs is."""
+    return math.sqrt(math.fsum((w * e) ** 2 for w, e in zip(weights, errors, strict=True)))

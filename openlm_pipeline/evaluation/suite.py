@@ -1,30 +1,37 @@
 """Suites: which tasks score a model, in LLM Foundry's `icl_tasks` YAML format.
 
 Keys and defaults are those of llm-foundry 0.22; `name` and `version` at the top are ours. A setting that this harness
-would not follow is refused, never ignored (`batch_size` alone is read and unused: it changes no result).
+would not follow is refused, never ignored (`batch_size` alone is read and unused: it changes no result). Whole
+configuration files of OpenLM's and LLM Foundry's evaluation scripts load too: their keys that only say how to run are
+left out and named in `Suite.ignored`.
 """
 
-import difflib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
-from openlm_pipeline.errors import ConfigError
+from openlm_pipeline.evaluation.suite_files import read_suite_file, suite_path
 from openlm_pipeline.lineage.fingerprint import fingerprint
 from openlm_pipeline.strict import Strict, explain
-from openlm_pipeline.yaml_files import expand_variables, read_mapping
 
 HARNESS_VERSION = "2"
 """Raised whenever prompts or scores change for the same checkpoint and files; tasks scored by another are redone."""
-SHIPPED = Path(__file__).parent / "suites"
 METRICS = {
     "multiple_choice": "InContextLearningMultipleChoiceAccuracy",
     "schema": "InContextLearningMultipleChoiceAccuracy",
     "language_modeling": "InContextLearningLMAccuracy",
+    "generation_task_with_answers": "InContextLearningGenerationExactMatchAccuracy",
 }
 """Task type -> LLM Foundry's accuracy metric, the one computed here."""
+
+
+_OLD_NAMES = {
+    "question_answering": "generation_task_with_answers",
+    "InContextLearningQAAccuracy": METRICS["generation_task_with_answers"],
+}
 
 
 def task_name(label: str, num_fewshot: int) -> str:
@@ -32,8 +39,24 @@ def task_name(label: str, num_fewshot: int) -> str:
     return f"{label}/{num_fewshot}-shot"
 
 
+Rule = Literal["mean", "argmax", "prefix"]
 Label = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]*$")]
 """A task's name; used in file names."""
+
+
+class GenerationSettings(Strict):
+    """LLM Foundry's `generation_kwargs`, as far as the text stays the greedy one."""
+
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    """Tokens written at most; by default those of the file's longest answer."""
+    do_sample: Literal[False] = False
+    num_beams: Literal[1] = 1
+    num_return_sequences: Literal[1] = 1
+    use_cache: bool = True
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+    """These four are read and not used: without sampling they change no text."""
 
 
 class IclTask(Strict):
@@ -41,10 +64,11 @@ class IclTask(Strict):
 
     label: Label
     dataset_uri: str = Field(min_length=1)
-    """JSONL file: any fsspec URL, an absolute path, or a path below `OPENLM_HOME`."""
+    """JSONL file: any fsspec URL, an absolute path, or one below `OPENLM_HOME`, else below the working folder."""
     num_fewshot: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
     """The task is scored once for each entry, with that many solved rows before the question."""
-    icl_task_type: Literal["multiple_choice", "schema", "language_modeling"]
+    icl_task_type: Literal["multiple_choice", "schema", "language_modeling", "generation_task_with_answers"]
+    """`question_answering` is the last one's old name."""
     continuation_delimiter: str = " "
     """Between a question and its answer."""
     example_delimiter: str = "\n"
@@ -52,11 +76,22 @@ class IclTask(Strict):
     prompt_string: str = ""
     """Text at the very start of each prompt."""
     question_prelimiter: str = ""
-    """Text before each question, those of the solved rows included."""
+    """Text before each question, those of the solved rows included; also called `prelimiter`."""
     metric_names: tuple[str, ...] = ()
     """Empty, or the accuracy metric of the task type."""
     has_categories: bool = False
     """Rows carry `category`: each is a task of its own, whose few-shot rows come from the same category."""
+    category_names: tuple[str, ...] = ()
+    """The categories that the file must have; by default whatever it has."""
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    """Of the file, to refuse any other."""
+    cot_delimiter: str = ""
+    """In generation: between a chain of thought and the answer."""
+    early_stopping_criteria: tuple[str, ...] = ()
+    """In generation: texts that end the answer."""
+    do_normalization: bool = True
+    """In generation: compare without case, punctuation and articles."""
+    generation_kwargs: GenerationSettings = GenerationSettings()
     fewshot_random_seed: int = 1234
     strip_dataset: bool = True
     """Strip white space around the string fields of a row and at the end of a context."""
@@ -70,13 +105,24 @@ class IclTask(Strict):
         """Runs before unknown keys are refused, so that a task type with keys of its own is what gets reported."""
         if not isinstance(data, dict):
             return data
-        kind = data.get("icl_task_type")
+        data = {key: value for key, value in data.items() if value is not None}  # `prompt_string:` means the default
+        if "prelimiter" in data:
+            if "question_prelimiter" in data:
+                raise ValueError(
+                    f"task {data.get('label')!r} has both question_prelimiter and prelimiter, its other name"
+                )
+            data["question_prelimiter"] = data.pop("prelimiter")
+        kind = _OLD_NAMES.get(data.get("icl_task_type"), data.get("icl_task_type"))
         if kind is not None and kind not in METRICS:
             raise ValueError(
                 f"task {data.get('label')!r} has icl_task_type {kind!r}, which this harness does not score; "
                 f"it scores {', '.join(METRICS)}. Leave the task out"
             )
-        return {key: value for key, value in data.items() if value is not None}  # `prompt_string:` means the default
+        if kind is not None:
+            data["icl_task_type"] = kind
+        if isinstance(metrics := data.get("metric_names"), (list, tuple)):
+            data["metric_names"] = [_OLD_NAMES.get(m, m) for m in metrics]
+        return data
 
     @model_validator(mode="after")
     def _known_metrics(self) -> "IclTask":
@@ -84,6 +130,16 @@ class IclTask(Strict):
             raise ValueError(f"task {self.label!r} asks for {', '.join(other)}; {self.icl_task_type} has {self.metric}")
         if len(set(self.num_fewshot)) != len(self.num_fewshot):
             raise ValueError(f"task {self.label!r} repeats an entry of num_fewshot")
+        generation = {"cot_delimiter", "early_stopping_criteria", "do_normalization", "generation_kwargs"}
+        if self.rule != "prefix" and (unused := sorted(generation & self.model_fields_set)):
+            raise ValueError(f"task {self.label!r}: {unused[0]} goes with generation_task_with_answers only")
+        if odd := [c for c in self.early_stopping_criteria if not _matches_itself(c)]:
+            raise ValueError(
+                f"task {self.label!r}: LLM Foundry reads early_stopping_criteria {odd[0]!r} as a regular expression "
+                "in one place and as plain text in another; give one that is the same in both"
+            )
+        if self.category_names and not self.has_categories:
+            raise ValueError(f"task {self.label!r} has category_names without has_categories")
         return self
 
     @property
@@ -91,14 +147,26 @@ class IclTask(Strict):
         return METRICS[self.icl_task_type]
 
     @property
-    def rule(self) -> Literal["mean", "argmax"]:
-        """What makes an item correct: lowest mean cross-entropy, or every token the argmax."""
-        return "argmax" if self.icl_task_type == "language_modeling" else "mean"
+    def rule(self) -> Rule:
+        """What makes an item correct: lowest mean cross-entropy, every token the argmax, or how the text begins."""
+        rules: dict[str, Rule] = {"language_modeling": "argmax", "generation_task_with_answers": "prefix"}
+        return rules.get(self.icl_task_type, "mean")
 
     def settings(self) -> dict[str, Any]:
         """The fields that change results: all but where the file is and how many rows go into a batch."""
-        exclude = {"dataset_uri", "num_fewshot", "metric_names", "batch_size"}
-        return self.model_dump(mode="json", exclude=exclude)
+        exclude = {"dataset_uri", "num_fewshot", "metric_names", "batch_size", "sha256", "category_names"}
+        if self.rule != "prefix":
+            exclude |= {"cot_delimiter", "early_stopping_criteria", "do_normalization"}
+        generation = {"generation_kwargs": self.generation_kwargs.max_new_tokens} if self.rule == "prefix" else {}
+        return self.model_dump(mode="json", exclude=exclude | {"generation_kwargs"}) | generation
+
+
+def _matches_itself(text: str) -> bool:
+    """Whether a text, taken as a regular expression, is found where the text is."""
+    try:
+        return bool(text) and re.fullmatch(text, text) is not None
+    except re.error:
+        return False
 
 
 class Suite(Strict):
@@ -114,6 +182,8 @@ class Suite(Strict):
     """Name -> tasks whose centred accuracies it is the mean of, as in LLM Foundry's gauntlet."""
     random_baselines: Label = "v1"
     """Version of the accuracies of guessing that centred scores are measured from."""
+    ignored: tuple[str, ...] = Field(default=(), exclude=True)
+    """Keys of the file that only said how to run."""
 
     @model_validator(mode="after")
     def _known_tasks(self) -> "Suite":
@@ -149,30 +219,18 @@ class Suite(Strict):
         return ((task, k) for task in self.icl_tasks for k in task.num_fewshot)
 
 
-def suite_names() -> list[str]:
-    """Names of the shipped suites."""
-    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
-
-
 def load_suite(name_or_path: str | Path) -> Suite:
     """The suite of a shipped name or of a YAML file; a file without `name` is named after itself.
 
+    What a file may have beside a suite's own fields: `suite_files.read_suite_file`.
+
     Raises:
-        ConfigError: no such suite, bad YAML, an unknown key or task type, a bad value.
+        ConfigError: no such suite, bad YAML, an unknown key or task type, a bad value, or a key that would change
+            scores and is not followed.
     """
-    text = str(name_or_path)
-    if text.endswith((".yaml", ".yml")):
-        path = Path(text)
-        if not path.is_file():
-            raise ConfigError(f"there is no suite file {path}")
-    else:
-        path = SHIPPED / f"{text}.yaml"
-        if text not in suite_names():
-            near = difflib.get_close_matches(text, suite_names(), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(suite_names())}"
-            raise ConfigError(f"there is no suite {text!r}; {hint} A suite of your own is given by its .yaml path")
-    document = expand_variables(read_mapping(path), path)
+    path = suite_path(str(name_or_path))
+    document, ignored = read_suite_file(path)
     try:
-        return Suite(**{"name": path.stem, **document})
+        return Suite(**{"name": path.stem, **document, "ignored": ignored})
     except ValidationError as e:
         raise explain(e, f"suite {path}") from e

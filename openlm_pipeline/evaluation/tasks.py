@@ -1,89 +1,24 @@
-"""From a task's JSONL file to token ids: rows are checked, then prompts are built exactly as llm-foundry 0.22 does.
+"""From checked rows to token ids: prompts are built exactly as llm-foundry 0.22 does.
 
-Nothing here needs a model: every row of a suite is read, checked and tokenized before the first forward pass. The
-prompt rules, their oddities included, are those of llm-foundry's `eval/datasets/in_context_learning_evaluation.py`.
+Nothing here needs a model: all prompts of a suite are built before the first forward pass. The prompt rules, their
+oddities included, are those of llm-foundry's `eval/datasets/in_context_learning_evaluation.py`.
 """
 
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated
 
-import fsspec
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
-from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
+from openlm_pipeline.errors import DataError
 from openlm_pipeline.evaluation.suite import IclTask
-from openlm_pipeline.layout import Home
-from openlm_pipeline.lineage.fingerprint import fingerprint
+from openlm_pipeline.evaluation.task_files import Row, TaskFile
 
-Text = Annotated[str, StringConstraints(min_length=1)]
-
-
-class _Fields(BaseModel):
-    """Fields of a row that a task uses; others are let be."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
-    category: Text | None = None
-
-
-class _MultipleChoice(_Fields):
-    query: str
-    choices: Annotated[list[Text], Field(min_length=2)]
-    gold: Annotated[int, Field(ge=0)]
-
-
-class _Schema(_Fields):
-    context_options: Annotated[list[Text], Field(min_length=2)]
-    continuation: Text
-    gold: Annotated[int, Field(ge=0)]
-
-
-class _LanguageModeling(_Fields):
-    context: str
-    continuation: Text
-
-
-_FIELDS: dict[str, type[_Fields]] = {
-    "multiple_choice": _MultipleChoice,
-    "schema": _Schema,
-    "language_modeling": _LanguageModeling,
-}
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row as contexts and continuations, one of which is a single text. Options are all pairs of the two."""
-
-    line: int
-    """Line of the file, from 1."""
-    contexts: tuple[str, ...]
-    continuations: tuple[str, ...]
-    gold: int
-    """Index of the right option; 0 where there is only one."""
-    category: str | None
-    item_hash: str
-    """sha256 of the fields that the task uses, as they stand in the file."""
-
-    @property
-    def gold_context(self) -> str:
-        return self.contexts[self.gold] if len(self.contexts) > 1 else self.contexts[0]
-
-    @property
-    def gold_continuation(self) -> str:
-        return self.continuations[self.gold] if len(self.continuations) > 1 else self.continuations[0]
-
-
-@dataclass(frozen=True)
-class TaskFile:
-    """The checked rows of a task's file."""
-
-    path: str
-    sha256: str
-    rows: tuple[Row, ...]
+_COT_EXTRA_TOKENS = 10
+"""Added by LLM Foundry to the length of the longest answer where a task has a `cot_delimiter`."""
+_TEXTS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -122,70 +57,6 @@ class Item:
     generation: GenerationRequest | None = None
     answers: tuple[str, ...] = ()
     """What a generated text may start with to be right."""
-
-
-def _where_to_get(task: IclTask, home: Home) -> str:
-    if "://" not in task.dataset_uri and task.dataset_uri.startswith("raw/embedded/"):
-        return f"It is made with the embedded corpus: `openlm demo` makes it below OPENLM_HOME, here {home.root}."
-    return (
-        "LLM Foundry's task files are in https://github.com/mosaicml/llm-foundry under scripts/eval/local_data. "
-        f"A relative dataset_uri starts at OPENLM_HOME, here {home.root}."
-    )
-
-
-def _parse(task: IclTask, path: str, line: int, data: bytes) -> Row:
-    where = f"{path}, line {line}"
-    try:
-        fields = _FIELDS[task.icl_task_type].model_validate_json(data)
-    except ValidationError as e:
-        wrong = "; ".join(f"{'.'.join(map(str, i['loc']))}: {i['msg']}".removeprefix(": ") for i in e.errors())
-        raise DataError(f"{where} is not a row of {task.icl_task_type} (task {task.label}): {wrong}") from e
-    if task.has_categories and fields.category is None:
-        raise DataError(f"{where} has no category, which task {task.label} needs (has_categories)")
-
-    def strip(text: str) -> str:
-        return text.strip() if task.strip_dataset else text
-
-    # LLM Foundry strips the string fields of a row; texts inside lists stay as they are.
-    gold = 0
-    if isinstance(fields, _MultipleChoice):
-        contexts, continuations, gold = (strip(fields.query),), tuple(fields.choices), fields.gold
-    elif isinstance(fields, _Schema):
-        contexts, continuations, gold = tuple(fields.context_options), (strip(fields.continuation),), fields.gold
-    else:
-        assert isinstance(fields, _LanguageModeling)
-        contexts, continuations = (strip(fields.context),), (strip(fields.continuation),)
-    if gold >= max(len(contexts), len(continuations)):
-        raise DataError(f"{where}: gold is {gold}, but there are {max(len(contexts), len(continuations))} options")
-    if not all(text.strip() for text in continuations):
-        raise DataError(f"{where}: a continuation is blank (task {task.label})")
-    category = fields.category if task.has_categories else None
-    return Row(line, contexts, continuations, gold, category, fingerprint(fields.model_dump(mode="json")))
-
-
-def read_task_file(task: IclTask, home: Home) -> TaskFile:
-    """Read and check every row of a task's file; blank lines are skipped.
-
-    Raises:
-        MissingInputError: there is no such file; the message says where it comes from.
-        DataError: a malformed row (file and line are named), or no rows at all.
-        ConfigError: the URL's protocol is unknown or its package is not installed.
-    """
-    path = home.resolve(task.dataset_uri)
-    try:
-        with fsspec.open(path, "rb") as f:
-            data = f.read()
-    except (FileNotFoundError, IsADirectoryError):
-        raise MissingInputError(
-            f"task {task.label} needs {path}, which does not exist. {_where_to_get(task, home)}"
-        ) from None
-    except (ValueError, ImportError) as e:
-        raise ConfigError(f"task {task.label}: cannot open {path}: {e}") from e
-    lines = enumerate(data.split(b"\n"), start=1)
-    rows = tuple(_parse(task, path, number, line) for number, line in lines if line.strip())
-    if not rows:
-        raise DataError(f"{path} (task {task.label}) has no rows")
-    return TaskFile(path, hashlib.sha256(data).hexdigest(), rows)
 
 
 def fewshot_indices(num_rows: int, num_fewshot: int, index: int, rng: random.Random) -> list[int]:
@@ -242,16 +113,32 @@ def plain_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
     return copy
 
 
-def _encode(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, list[int]]:
+def _encodings(tokenizer: Tokenizer, texts: Iterable[str], special: bool) -> Iterator[tuple[str, Encoding]]:
+    """Each different text with its encoding, a few at a time: encodings take many times the memory of their ids."""
     unique = list(dict.fromkeys(texts))
-    return {t: e.ids for t, e in zip(unique, tokenizer.encode_batch(unique, add_special_tokens=False))}
+    for start in range(0, len(unique), _TEXTS_AT_ONCE):
+        some = unique[start : start + _TEXTS_AT_ONCE]
+        yield from zip(some, tokenizer.encode_batch(some, add_special_tokens=special))
 
 
-def _encode_preamble(tokenizer: Tokenizer, text: str) -> list[int]:
+def _encode(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    return {text: tuple(e.ids) for text, e in _encodings(tokenizer, texts, special=False)}
+
+
+def _encode_preambles(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """With special tokens, so that a tokenizer's BOS starts the prompt; a closing special token is dropped."""
-    encoding = tokenizer.encode(text, add_special_tokens=True)
-    ids = encoding.ids
-    return ids[:-1] if len(ids) > 1 and encoding.special_tokens_mask[-1] else ids
+    found = {}
+    for text, encoding in _encodings(tokenizer, texts, special=True):
+        ids = tuple(encoding.ids)
+        found[text] = ids[:-1] if len(ids) > 1 and encoding.special_tokens_mask[-1] else ids
+    return found
+
+
+def _longest_answer(tokenizer: Tokenizer, task: IclTask, rows: Sequence[Row]) -> int:
+    """Tokens that a generation may take: those of the longest answer of the file, special tokens included."""
+    texts = (text for row in rows for text in row.responses)
+    longest = max(len(encoding.ids) for _, encoding in _encodings(tokenizer, texts, special=True))
+    return longest + (_COT_EXTRA_TOKENS if task.cot_delimiter else 0)
 
 
 def build_items(
@@ -277,19 +164,24 @@ def build_items(
     for i, row in enumerate(file.rows):
         groups.setdefault(row.category, []).append(i)
 
+    generates = task.rule == "prefix"
     prompts: dict[int, tuple[str, tuple[str, ...], tuple[str, ...]]] = {}
-    for members in groups.values():
+    longest: dict[str | None, int] = {}
+    for category, members in groups.items():
         rows = [file.rows[i] for i in members]
         rng = random.Random(task.fewshot_random_seed)
+        if generates:
+            longest[category] = _longest_answer(tokenizer, task, rows)
         for position, i in enumerate(members):
             preamble = _preamble(task, rows, position, num_fewshot, rng)
-            continuations = tuple(t if t.startswith(" ") else space + t for t in file.rows[i].continuations)
+            texts = () if generates else file.rows[i].continuations
+            continuations = tuple(t if t.startswith(" ") else space + t for t in texts)
             prompts[i] = preamble, _contexts(task, file.rows[i], preceded=bool(preamble)), continuations
 
     ids = _encode(tokenizer, (text for _, c, t in prompts.values() for text in (*c, *t)))
-    preambles = {text: _encode_preamble(tokenizer, text) for text in {p for p, _, _ in prompts.values()}}
+    preambles = _encode_preambles(tokenizer, (preamble for preamble, _, _ in prompts.values()))
 
-    def request(row: Row, context_ids: list[int], continuation_ids: list[int]) -> Request:
+    def request(row: Row, context_ids: tuple[int, ...], continuation_ids: tuple[int, ...]) -> Request:
         room = max_seq_len - len(continuation_ids)
         if room < 1 or not context_ids or not continuation_ids:
             raise DataError(
@@ -297,14 +189,31 @@ def build_items(
                 f"continuation of {len(continuation_ids)} cannot be scored within {max_seq_len} tokens; "
                 "each needs at least one"
             )
-        return Request(tuple(context_ids[-room:]), tuple(continuation_ids))
+        return Request(context_ids[-room:], continuation_ids)
+
+    def generation(row: Row, context_ids: tuple[int, ...]) -> GenerationRequest:
+        room = max_seq_len - longest[row.category]
+        if room < 1 or not context_ids:
+            raise DataError(
+                f"{file.path}, line {row.line} (task {task.label}): a context of {len(context_ids)} tokens and an "
+                f"answer of up to {longest[row.category]} do not fit into {max_seq_len} tokens; each needs at least one"
+            )
+        new = task.generation_kwargs.max_new_tokens or longest[row.category]
+        return GenerationRequest(context_ids[-room:], new, task.early_stopping_criteria)
 
     items = []
     for i, row in enumerate(file.rows):
         preamble, contexts, continuations = prompts[i]
-        requests = tuple(request(row, preambles[preamble] + ids[c], ids[t]) for c in contexts for t in continuations)
-        lengths = tuple(len(t) for _ in contexts for t in row.continuations)
-        prompt = json.dumps([[r.context_ids, r.continuation_ids] for r in requests], separators=(",", ":"))
+        if generates:
+            asked = generation(row, preambles[preamble] + ids[contexts[0]])
+            prompt = json.dumps([asked.context_ids, asked.max_new_tokens, asked.stop], separators=(",", ":"))
+            requests, lengths = (), ()
+        else:
+            asked = None
+            whole = [preambles[preamble] + ids[c] for c in contexts]  # one object for all options of a question
+            requests = tuple(request(row, context, ids[t]) for context in whole for t in continuations)
+            lengths = tuple(len(t) for _ in contexts for t in row.continuations)
+            prompt = json.dumps([[r.context_ids, r.continuation_ids] for r in requests], separators=(",", ":"))
         prompt_hash = hashlib.sha256(prompt.encode()).hexdigest()
-        items.append(Item(i, row.category, row.gold, requests, lengths, row.item_hash, prompt_hash))
+        items.append(Item(i, row.category, row.gold, requests, lengths, row.item_hash, prompt_hash, asked, row.answers))
     return items

@@ -225,23 +225,123 @@ class Execution(Strict):
         return self
 
 
+class Baseline(Strict):
+    """A model that is scored with the same suite, to compare a run with."""
+
+    name: Name
+    model: str = Field(min_length=1)
+    """A Hugging Face folder or hub name, an OpenLM `.pt` file, or a checkpoint folder of a run."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub name."""
+    tokenizer: str | None = None
+    """`tokenizer.json`, its folder, or a hub name; by default a Hugging Face model's own, else GPT-NeoX-20B's."""
+
+
 class Evaluation(Strict):
-    """Which tasks score a milestone."""
+    """Which tasks score a milestone, and what it is compared with."""
 
     suite: str
     """Name of a shipped suite or path of a YAML file in LLM Foundry's `icl_tasks` format."""
-    batch_tokens: int = Field(default=16384, ge=1)
-    """Tokens in one forward pass of the scorer, padding included. Execution only."""
+    backend: Literal["native", "foundry"] = "native"
+    """`foundry`: LLM Foundry itself, in the environment that `make foundry` builds."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    average: str | None = None
+    """One of `training.averages`: score it in place of the last weights."""
+    baselines: tuple[Baseline, ...] = ()
+    """Models to score too."""
+    quoted: tuple[str, ...] = ()
+    """Published scores to show beside, such as `pythia_1b`; `openlm baselines` lists them."""
+    batch_tokens: int | None = Field(default=None, ge=1)
+    """Tokens in one forward pass of the scorer, padding included; by default what suits the device. Execution only."""
+    processes: int = Field(default=1, ge=1)
+    """Processes that score, one a GPU. Execution only."""
+
+    @model_validator(mode="after")
+    def _one_name_each(self) -> "Evaluation":
+        names = [b.name for b in self.baselines]
+        if len(set(names)) < len(names):
+            raise ValueError("two baselines have one name")
+        if self.backend == "foundry" and (self.processes > 1 or self.precision != "fp32"):
+            raise ValueError("the foundry backend scores in one process and fp32")
+        return self
+
+
+class SlurmSettings(Strict):
+    """The `sbatch` options of `launcher.kind: slurm`; what is left out is the cluster's default."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    time_limit: str | None = None
+    """As Slurm writes it, such as `24:00:00` or `2-00:00:00`."""
+    gpus_per_node: int | None = Field(default=None, ge=1)
+    cpus_per_task: int | None = Field(default=None, ge=1)
+    """CPU cores a node, as one task, torchrun, runs on each."""
+    memory: str | None = None
+    """Memory a node, such as `512G`."""
+    options: dict[str, str | int | bool] = {}
+    """Any other long option of sbatch by its name: `{reservation: training, exclusive: true}`. It stands above the
+    options written here; false leaves one out."""
+    setup: tuple[str, ...] = ()
+    """Shell lines that the job runs first on its first node, such as `module load cuda`."""
+    environment: tuple[str, ...] = ()
+    """Names of environment variables that the job gets from the launching process, besides those that the trainer
+    and its libraries are known to read."""
+    max_requeues: int = Field(default=100, ge=0)
+    """Times that a run which the time limit or a preemption stopped goes into the queue again."""
+
+
+class KubernetesSettings(Strict):
+    """The pods of `launcher.kind: kubernetes`."""
+
+    image: str = Field(min_length=1)
+    """With this project installed for its `python`."""
+    volume_claim: str = Field(min_length=1)
+    """PersistentVolumeClaim with `OPENLM_HOME`, which this machine sees as well."""
+    mount_path: str | None = None
+    """Where the claim is mounted in a pod; by default at this machine's path of `OPENLM_HOME`."""
+    namespace: str = "default"
+    gpus: int | None = Field(default=None, ge=1)
+    """NVIDIA GPUs a pod."""
+    cpu: str | None = None
+    """Cores a pod, such as `16` or `500m`."""
+    memory: str | None = None
+    """Memory a pod, such as `256Gi`."""
+    service_account: str | None = None
+    env_from_secrets: tuple[str, ...] = ()
+    """Secrets whose keys become environment variables of the trainer."""
+    max_requeues: int = Field(default=100, ge=0)
+    """Times that a run whose pods the cluster took away is started again."""
 
 
 class Launcher(Strict):
     """Where training runs."""
 
-    kind: Literal["local"] = "local"
+    kind: Literal["local", "slurm", "kubernetes"] = "local"
+    nodes: int = Field(default=1, ge=1)
+    """Machines; each runs `processes`."""
     processes: int = Field(default=1, ge=1)
-    """Processes of torchrun on this machine, one a GPU."""
+    """Processes of torchrun on a machine, one a GPU."""
     max_restarts: int = Field(default=0, ge=0)
     """Times that torchrun starts all processes again after one of them died."""
+    grace_seconds: int = Field(default=300, ge=1)
+    """That the trainer has to end its step and save once it is asked to stop: by a cancel, or ahead of a time limit."""
+    slurm: SlurmSettings = SlurmSettings()
+    kubernetes: KubernetesSettings | None = None
+
+    @property
+    def world_size(self) -> int:
+        """Processes in all."""
+        return self.nodes * self.processes
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> "Launcher":
+        if self.kind == "local" and self.nodes > 1:
+            raise ValueError("kind 'local' is this machine: nodes must be 1; 'slurm' and 'kubernetes' have several")
+        if self.kind == "kubernetes" and self.kubernetes is None:
+            raise ValueError("kind 'kubernetes' needs 'kubernetes: {image: ..., volume_claim: ...}'")
+        return self
 
 
 class Experiment(Strict):
@@ -287,6 +387,9 @@ class Experiment(Strict):
             raise ValueError("every source, the validation source included, needs its own name")
         if self.tokenizer.train and not self.sources[0].files:
             raise ValueError("the tokenizer is trained on the first source, which needs 'files'")
+        average = self.evaluation.average if self.evaluation else None
+        if average is not None and average not in self.training.averages:
+            raise ValueError(f"evaluation.average {average!r} is not one of training.averages")
         if self.model_config_resolved().seq_len < self.seq_len:
             raise ValueError(f"seq_len {self.seq_len} is more than the model's {self.model_config_resolved().seq_len}")
         horizon = self.schedule_horizon()

@@ -105,6 +105,10 @@ class KVCache:
         self.values[layer, :, :, self.length : end] = v_BHSK
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch only, int64."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+
 
 def document_mask(documents_BS: Tensor, head_dim: int) -> Tensor | BlockMask:
     """The mask of attention within documents: causal, and only where the document's number is the same.

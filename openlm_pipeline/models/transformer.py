@@ -128,6 +128,7 @@ class Transformer(nn.Module):
         positions_BS: Tensor | None = None,
         valid_BT: Tensor | None = None,
         cache: KVCache | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Token ids -> hidden states [B, S, D] after the final norm; `output` makes logits of them.
 
@@ -140,9 +141,12 @@ class Transformer(nn.Module):
                 padding on the left, that place minus the padding.
             valid_BT: bool, False where there is padding, over the cache's positions and these; no token sees those.
             cache: keys and values of the tokens before these; these are added to it.
+            mask: bool [B, 1, S, S], True where a query sees a key, in place of what the other arguments would give.
         """
         seq_len, start = ids_BS.shape[1], 0 if cache is None else cache.length
-        if documents_BS is None:
+        if mask is not None:
+            assert documents_BS is None and valid_BT is None and cache is None
+        elif documents_BS is None:
             mask = cache_mask(seq_len, start, valid_BT, ids_BS.device)
         else:
             assert cache is None and valid_BT is None

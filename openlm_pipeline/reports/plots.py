@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from openlm_pipeline.reports.svg import ACCENT, INK, MUTED, SECOND, drawing_style, inline_svg
-from openlm_pipeline.reports.table import AVERAGE, Column, Table
+from openlm_pipeline.reports.svg import ACCENT, INK, MUTED, RULE, SECOND, drawing_style, inline_svg
+from openlm_pipeline.reports.table import Column, Row, Table
 from openlm_pipeline.units import format_tokens
 
 Records = Sequence[Mapping[str, Any]]
@@ -79,33 +79,38 @@ def pace_chart(records: Records) -> str | None:
 
 
 def average_chart(table: Table) -> str | None:
-    """The average against tokens on a log axis, with its 95% band and chance; None if no milestone has one."""
-    column = next(c for c in table.columns if c.key == AVERAGE)
+    """The headline average against tokens on a log axis: 95% band, chance, baselines; None if no milestone has one.
+
+    A baseline is a line across; published milestones of a run that lie near those of the table are points joined.
+    """
+    column = table.headline
     if not _points(table, column):
         return None
     with drawing_style():
-        figure = Figure(figsize=(_WIDTH_INCHES, 2.9), layout="constrained")
+        lines = _baseline_values(table, column)
+        figure = Figure(figsize=(_WIDTH_INCHES, 3.1 + 0.08 * len(lines)), layout="constrained")
         ax = figure.subplots()
         _accuracy_panel(ax, table, column)
         labelled = _spaced([tokens for tokens, _ in _points(table, column)], 0.05)
         for tokens, cell in _points(table, column):
             if tokens in labelled:
                 _label(ax, cell.number, tokens, cell.value if cell.high is None else cell.high, INK)
-        if column.chance is not None:
-            end = ax.get_xlim()[1]
-            ax.annotate(
-                f"chance {column.chance:.3f}",
-                (end, column.chance),
-                (-2, 4),
-                textcoords="offset points",
-                ha="right",
-                color=SECOND,
-                fontsize=8.5,
-            )
-        ax.margins(y=0.12)
-        ax.set_ylabel("average accuracy")
-        ax.set_xlabel("training tokens, log scale; band: 95% interval; dashed: chance")
-        return inline_svg(figure, "average", "Average accuracy against training tokens, with 95% band and chance")
+        ends = [] if column.chance is None else [(column.chance, f"chance {column.chance:.3f}", SECOND)]
+        for family in _published_curves(table, column):
+            xs, ys = zip(*((row.tokens, table.cell(row, column.key).value) for row in family))
+            ax.plot(xs, ys, ":", marker=".", color=MUTED, linewidth=1.1)
+            ends.append((ys[-1], f"{family[-1].title.rsplit(' ', 1)[0]} {ys[-1]:.2f} (quoted)", MUTED))
+        ends += [(value, f"{row.title} {row.cells[0].number} ({row.kind})", MUTED) for row, value in lines]
+        ax.margins(y=0.1)
+        ax.autoscale_view(scalex=False)
+        _name_ends(ax, ends)
+        ax.set_ylabel(
+            "average accuracy"
+            if column.title == "average"
+            else f"average accuracy, {column.title.removeprefix('average ')}"
+        )
+        ax.set_xlabel("training tokens, log scale; band: 95% interval")
+        return inline_svg(figure, "average", "Average accuracy against training tokens, with 95% band and baselines")
 
 
 def task_charts(table: Table) -> str | None:
@@ -122,7 +127,7 @@ def task_charts(table: Table) -> str | None:
         axes = figure.subplots(rows, per_row, squeeze=False).ravel()
         for ax, column in zip(axes, columns):
             _accuracy_panel(ax, table, column)
-            ax.set_title(column.heading if titles.count(column.title) > 1 else column.title)
+            ax.set_title(column.heading if titles.count(column.title) > 1 else column.title + "*" * column.small)
             ax.yaxis.set_major_locator(_ticks(4))
         for ax in axes[len(columns) :]:
             ax.set_axis_off()
@@ -130,28 +135,89 @@ def task_charts(table: Table) -> str | None:
 
 
 def _points(table: Table, column: Column) -> list[tuple[int, Any]]:
-    cells = ((row.tokens, table.cell(row, column.key)) for row in table.rows)
+    cells = ((row.tokens, table.cell(row, column.key)) for row in table.milestones)
     return [(tokens, cell) for tokens, cell in cells if cell.value is not None]
 
 
+def _near(table: Table, row: Row) -> bool:
+    """Trained on about as many tokens as the table's milestones."""
+    ends = [r.tokens for r in table.milestones]
+    return row.tokens is not None and min(ends) / 2 <= row.tokens <= max(ends) * 2
+
+
+def _published_curves(table: Table, column: Column) -> list[list[Row]]:
+    """Quoted milestones of one run each, in order of tokens."""
+    families: dict[str, list[Row]] = {}
+    for row in table.baselines:
+        if row.kind == "quoted" and _near(table, row) and table.cell(row, column.key).value is not None:
+            families.setdefault(row.title.rsplit(" ", 1)[0], []).append(row)
+    return [sorted(rows, key=lambda row: row.tokens) for rows in families.values() if len(rows) > 1]
+
+
+def _baseline_values(table: Table, column: Column) -> list[tuple[Row, float]]:
+    """What is drawn as a line across: the baselines that are not points of a curve, one of a run's milestones."""
+    on_curves = {row.title.rsplit(" ", 1)[0] for rows in _published_curves(table, column) for row in rows}
+    lines: dict[str, tuple[Row, float]] = {}
+    for row in table.baselines:
+        family = row.title if row.tokens is None or row.kind != "quoted" else row.title.rsplit(" ", 1)[0]
+        value = table.cell(row, column.key).value
+        if value is not None and family not in on_curves:
+            lines[f"{row.kind} {family}"] = (row, value)
+    return list(lines.values())
+
+
 def _accuracy_panel(ax: Axes, table: Table, column: Column) -> None:
-    every = [row.tokens for row in table.rows]
-    cells = [table.cell(row, column.key) for row in table.rows]
+    every = [row.tokens for row in table.milestones]
+    cells = [table.cell(row, column.key) for row in table.milestones]
     value, low, high = (
         np.array([math.nan if v is None else v for v in ends])  # a gap where a milestone has no score
         for ends in zip(*((c.value, c.low, c.high) for c in cells))
     )
+    for row, level in _baseline_values(table, column):
+        style = "-" if row.kind == "re-run" else (0, (1, 2))
+        ax.axhline(level, color=MUTED, linewidth=0.8, linestyle=style, zorder=1)
     ax.fill_between(every, low, high, color=ACCENT, alpha=0.16, linewidth=0)
     ax.vlines(every, low, high, color=ACCENT, linewidth=1, alpha=0.7)
-    ax.plot(every, value, "o-", color=ACCENT, markersize=4, linewidth=1.5)
+    ax.plot(every, value, "o-", color=ACCENT, markersize=4, linewidth=1.5, zorder=3)
     if column.chance is not None:
-        ax.axhline(column.chance, color=SECOND, linewidth=1.1, linestyle=(0, (5, 3)))
+        ax.axhline(column.chance, color=SECOND, linewidth=1.1, linestyle=(0, (5, 3)), zorder=1)
     ax.set_xscale("log")
     pad = (max(every) / min(every)) ** 0.06 if len(every) > 1 else 2.0
     ax.set_xlim(min(every) / pad, max(every) * pad)
     ax.set_xticks(_spaced(every, 0.2), minor=False)
     ax.minorticks_off()
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: format_tokens(round(x))))
+
+
+def _name_ends(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Names beside the right end of lines at these heights, moved apart where they would overlap."""
+    bottom, top = ax.get_ylim()
+    line = 0.19 / ax.figure.get_size_inches()[1]  # a line of text, as a share of the axes
+    ordered = sorted(ends)
+    heights = _apart([(value - bottom) / (top - bottom) for value, _, _ in ordered], line)
+    for height, (value, text, colour) in zip(heights, ordered):
+        ax.annotate(
+            text,
+            (1.0, value),
+            (1.02, height),
+            xycoords=ax.get_yaxis_transform(),
+            textcoords="axes fraction",
+            va="center",
+            color=colour,
+            fontsize=8,
+            arrowprops={"arrowstyle": "-", "color": RULE, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0},
+        )
+
+
+def _apart(wanted: Sequence[float], gap: float) -> list[float]:
+    """Ascending positions moved as little as makes them at least `gap` apart: neighbours that touch share a centre."""
+    groups: list[tuple[float, int]] = []  # centre, members
+    for position in wanted:
+        groups.append((position, 1))
+        while len(groups) > 1 and groups[-1][0] - groups[-2][0] < gap * (groups[-1][1] + groups[-2][1]) / 2:
+            (low, n), (high, m) = groups[-2:]
+            groups[-2:] = [((low * n + high * m) / (n + m), n + m)]
+    return [centre + gap * (i - (n - 1) / 2) for centre, n in groups for i in range(n)]
 
 
 def _label(ax: Axes, text: str, x: float, y: float, colour: str) -> None:

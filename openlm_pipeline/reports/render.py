@@ -10,22 +10,26 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from openlm_pipeline.evaluation.baselines import QuotedBaseline
 from openlm_pipeline.evaluation.scorecard import Scorecard
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.files import write_text
+from openlm_pipeline.reports.headline import Headline, headline, signed
 from openlm_pipeline.reports.plots import average_chart, loss_chart, pace_chart, task_charts
+from openlm_pipeline.reports.rows import milestones_table
 from openlm_pipeline.reports.summary import (
     Facts,
-    Headline,
+    categories,
     checkpoints,
     evaluation_facts,
-    headline,
     made_from,
     notes,
+    origin,
+    problems,
+    sources,
     task_files,
 )
-from openlm_pipeline.reports.table import Table, escape_markdown, milestones_table
-from openlm_pipeline.units import format_tokens
+from openlm_pipeline.reports.table import Table, escape_markdown
 
 
 def write_report(
@@ -34,39 +38,53 @@ def write_report(
     scorecards: Sequence[Scorecard],
     training_metrics: Sequence[Mapping[str, Any]],
     provenance: Mapping[str, Any] | None = None,
+    *,
+    baselines: Sequence[Scorecard] = (),
+    quoted: Sequence[QuotedBaseline] = (),
 ) -> dict[str, Path]:
     """Write `report.md`, `report.html`, `table.csv` and `table.parquet` into `out_dir`; return them by those names.
 
-    `training_metrics` are the records of `metrics.jsonl`. `provenance` is added to the footer as it is: names and
-    values worth keeping that the scorecards do not hold, such as the code version.
+    Args:
+        training_metrics: the records of `metrics.jsonl`.
+        provenance: added to the footer as it is: names and values worth keeping that the scorecards do not hold,
+            such as the code version.
+        baselines: scorecards of other models on the same suite.
+        quoted: published scores.
 
     Raises:
         DataError: the scorecards are of another run or cannot be compared with each other.
     """
-    table = milestones_table(experiment.name, experiment.version, scorecards, experiment.milestones)
-    cards = sorted(scorecards, key=lambda card: card.tokens)
-    facts = [*evaluation_facts(cards), *((name, str(value)) for name, value in (provenance or {}).items())]
+    milestones = sorted(scorecards, key=lambda card: card.tokens or 0)
+    cards = [*milestones, *baselines]
+    table = milestones_table(
+        experiment.name, experiment.version, scorecards, experiment.milestones, baselines=baselines, quoted=quoted
+    )
+    facts = [*evaluation_facts(milestones), *((name, str(value)) for name, value in (provenance or {}).items())]
     page = {
         "experiment": experiment,
-        "headline": headline(table),
+        "headline": headline(table, cards),
+        "origin": origin(table, cards),
         "table": table,
+        "problems": problems(table, cards),
         "notes": notes(table, cards),
         "made_from": made_from(experiment),
         "facts": facts,
+        "sources": sources(table),
         "checkpoints": checkpoints(table, cards),
         "files": task_files(cards),
     }
     charts = [
-        ("Average accuracy", average_chart(table)),
         ("Accuracy by task", task_charts(table)),
         ("Loss", loss_chart(training_metrics, experiment.milestones)),
         ("Optimisation", pace_chart(training_metrics)),
     ]
     paths = {name: out_dir / name for name in ("report.md", "report.html", "table.csv", "table.parquet")}
     write_text(paths["report.md"], _markdown(**page))
+    charts = [(title, Markup(svg)) for title, svg in charts if svg]
+    average = Markup(average_chart(table) or "")
     write_text(
         paths["report.html"],
-        _html(charts=[(title, Markup(svg)) for title, svg in charts if svg], best=table.best(), **page),
+        _html(average=average, categories=categories(table, cards), charts=charts, best=table.best(), **page),
     )
     write_text(paths["table.csv"], table.to_csv())
     table.write_parquet(paths["table.parquet"])
@@ -82,8 +100,8 @@ def _html(**page: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["tokens"] = format_tokens
     environment.filters["zip"] = zip
+    environment.filters["signed"] = signed
     environment.filters["breakable"] = lambda text: Markup("_<wbr>").join(text.split("_"))
     return environment.get_template("page.html").render(page)
 
@@ -91,23 +109,33 @@ def _html(**page: Any) -> str:
 def _markdown(
     experiment: Experiment,
     headline: Headline,
+    origin: str,
     table: Table,
-    notes: list[str],
+    problems: list[str],
+    notes: Facts,
     made_from: Facts,
     facts: Facts,
+    sources: Facts,
     checkpoints: list[tuple[str, str, str]],
     files: Facts,
 ) -> str:
     parts = [f"# {experiment.name} {escape_markdown(experiment.version)}"]
     if experiment.description:
         parts.append(escape_markdown(experiment.description))
-    parts.append(" ".join([f"**{escape_markdown(headline.main)}**", *map(escape_markdown, headline.details)]))
+    parts.append(f"**{escape_markdown(headline.main)}**")
+    if headline.figures:
+        parts.append(_facts([(f.title, f"{f.value}; {f.detail}") for f in headline.figures]))
+    parts += [escape_markdown(text) for text in (*headline.details, origin) if text]
     parts += ["## Scores", table.to_markdown().rstrip()]
-    parts += [escape_markdown(note) for note in notes]
+    if problems:
+        parts.append("\n".join(f"- {escape_markdown(problem)}" for problem in problems))
+    parts.append(f"<details>\n<summary>How to read the table</summary>\n\n{_facts(notes)}\n\n</details>")
     parts += ["## How it was made", _facts(made_from), "## Provenance", _facts(facts)]
     if checkpoints:
-        rows = [f"- {name} ({reached}): `{digest}`" for name, reached, digest in checkpoints]
+        rows = [f"- {escape_markdown(name)} ({escape_markdown(at)}): `{digest}`" for name, at, digest in checkpoints]
         parts += ["Checkpoints:", "\n".join(rows)]
+    if sources:
+        parts += ["Published scores:", _facts(sources)]
     if files:
         rows = [f"- {escape_markdown(name)}: `{digest}`" for name, digest in files]
         parts += ["Task files (sha256):", "\n".join(rows)]

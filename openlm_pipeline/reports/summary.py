@@ -1,103 +1,79 @@
-"""What a report says in words: the headline, the notes under the table, how the run was made, what was scored."""
+"""What a report says beside its numbers: how to read the table, how the run was made, what was scored."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from openlm_pipeline.evaluation.scorecard import Scorecard
 from openlm_pipeline.evaluation.suite import task_name
 from openlm_pipeline.experiments import Experiment
-from openlm_pipeline.reports.table import AVERAGE, LOSS, Cell, Row, Table
+from openlm_pipeline.reports.table import Table
 from openlm_pipeline.units import format_tokens
 
 Facts = list[tuple[str, str]]
 """Names and values, for people."""
 
 
-@dataclass(frozen=True)
-class Headline:
-    """What a reader takes away in five seconds, and the sentences that bear it out."""
-
-    main: str
-    details: tuple[str, ...] = ()
-
-
-def headline(table: Table) -> Headline:
-    """Which milestone is best on average, by how much, whether that is more than noise and more than chance."""
-    scored = [(row, cell) for row in table.rows if (cell := table.cell(row, AVERAGE)).value is not None]
-    if not scored:
-        return Headline("No milestone has an average score yet.", _loss_sentence(table))
-    best = table.best()
-    cell = table.cell(best, AVERAGE)
-    chance = next(c.chance for c in table.columns if c.key == AVERAGE)
-    name = format_tokens(best.tokens)
-    only = "the only scored milestone" if len(scored) == 1 else f"the best of {len(scored)} scored milestones"
-    details = []
-    if len(scored) > 1:
-        second, second_cell = max((p for p in scored if p[0] is not best), key=lambda pair: pair[1].value)
-        details.append(_lead(cell, second, second_cell))
-    last, last_cell = scored[-1]
-    if last is not best and len(scored) > 2:
-        details.append(f"The last scored milestone, {format_tokens(last.tokens)}, stands at {last_cell.text}.")
-    details += _loss_sentence(table)
-    main = f"{name} tokens is {only}: average accuracy {cell.number} {cell.half_width}".rstrip()
-    return Headline(f"{main}, {_against_chance(cell, chance)}.", tuple(details))
-
-
-def _against_chance(cell: Cell, chance: float | None) -> str:
-    if chance is None:
-        return "with no chance level to compare with"
-    if cell.low is None or cell.high is None:
-        return f"with no interval to compare with chance ({chance:.3f})"
-    if cell.low > chance:
-        return f"above chance ({chance:.3f})"
-    if cell.high < chance:
-        return f"below chance ({chance:.3f})"
-    return f"not distinguishable from chance ({chance:.3f})"
-
-
-def _lead(cell: Cell, second: Row, second_cell: Cell) -> str:
-    """The lead over the runner-up, with a 95% interval that takes the two milestones' errors as independent."""
-    lead = cell.value - second_cell.value
-    text = f"It leads the runner-up, {format_tokens(second.tokens)}, by {lead:.3f}"
-    if None in (cell.low, cell.high, second_cell.low, second_cell.high):
-        return f"{text}; how much of this is noise is not known."
-    half = math.hypot(cell.high - cell.low, second_cell.high - second_cell.low) / 2
-    return f"{text} ±{half:.3f}, {'more than noise' if lead > half else 'which is within noise'}."
-
-
-def _loss_sentence(table: Table) -> tuple[str, ...]:
-    losses = [(row, cell.value) for row in table.rows if (cell := table.cell(row, LOSS)).value is not None]
-    if len(losses) < 2:
-        return ()
-    (first, start), (last, end) = losses[0], losses[-1]
-    verb = "fell" if end < start else "rose" if end > start else "stayed"
-    return (
-        f"Held-out loss {verb} from {start:.3f} at {format_tokens(first.tokens)} to {end:.3f} at "
-        f"{format_tokens(last.tokens)} (nats per token).",
-    )
-
-
-def notes(table: Table, cards: Sequence[Scorecard]) -> list[str]:
-    """How to read the table, and why a task has no score."""
-    said = [
-        "± is the longer side of the 95% interval, which covers the sampling of items and not the seed of training. "
-        "▲ and ▼ mark a change from the milestone before that a paired test over the same items (McNemar) finds "
-        "significant at 5% after Holm's correction over the tasks; a change without a mark may be noise.",
-        "Detectable is the smallest difference that would be found four times in five between two models that err "
-        "independently. The interval of the lead takes two milestones' errors as independent too, which is cautious.",
-        "Average is the plain mean over tasks, given only where all of them are scored; the centred average first "
-        "rescales each task so that guessing is 0 and a perfect score is 1.",
+def problems(table: Table, cards: Sequence[Scorecard]) -> list[str]:
+    """Why a task or an average has no score, one sentence each."""
+    titles = {row.label: row.heading for row in table.rows}
+    return [
+        f"{task.name} at {titles[card.label]} {'failed' if task.status == 'failed' else 'was not run'}"
+        + (f": {task.problem}" if task.problem else ".")
+        for card in cards
+        for task in card.tasks
+        if task.status != "scored"
     ]
-    tokens = {row.label: format_tokens(row.tokens) for row in table.rows}
-    for card in cards:
-        said += [
-            f"{task.name} at {tokens[card.milestone]} {'failed' if task.status == 'failed' else 'was not run'}"
-            + (f": {task.problem}" if task.problem else ".")
-            for task in card.tasks
-            if task.status != "scored"
-        ]
+
+
+def notes(table: Table, cards: Sequence[Scorecard]) -> Facts:
+    """How to read the table: its signs and terms."""
+    said = [
+        ("±", "the longer side of the 95% interval; it covers the sampling of items, not the seed of training"),
+        (
+            "▲ ▼",
+            "a change since the milestone above that a paired test over the same items finds significant at 5%: "
+            "McNemar's exact test, Holm's correction over the tasks; a change without a mark may be noise",
+        ),
+        ("detectable", "smallest difference found four times in five between two models that err independently"),
+    ]
+    if any(column.small for column in table.columns):
+        said.append(("*", "a task of fewer than 300 items: what moves it is mostly noise"))
+    micro = [
+        f"{column.title} {cell.micro:.3f} at {row.title}"
+        for column in table.columns
+        for row in reversed(table.milestones)
+        if (cell := table.cell(row, column.key)).micro is not None
+    ]
+    if micro:
+        said.append(("categories", f"a task with categories counts as their mean; over its items alone: {micro[0]}"))
+    for card in cards[-1:]:
+        for average in card.averages:
+            what = "mean of " + ", ".join(t.removesuffix("/0-shot") for t in average.tasks)
+            if average.kind != "accuracy":
+                what = f"mean of (accuracy − guessing) / (1 − guessing), random baselines {average.random_baselines}"
+                what += f", over {len(average.tasks)} tasks"
+            said.append((average.name, f"{what}; given only where all of them are scored"))
+    kinds = {row.kind for row in table.rows}
+    if "re-run" in kinds:
+        said.append(("re-run", "scored here, on the same items with the same harness"))
+    if "quoted" in kinds:
+        said.append(("quoted", "as published, to two decimals, by another harness; n/a: not published"))
     return said
+
+
+def categories(table: Table, cards: Sequence[Scorecard]) -> list[tuple[str, list[str], list[tuple[str, list[str]]]]]:
+    """Of each task with categories: its name, the models that it is scored for, and their accuracies by category."""
+    titles = {row.label: row.heading for row in table.rows}
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for card in cards:
+        for part in card.categories:
+            task = found.setdefault(task_name(part.task, part.num_fewshot), {})
+            half = max(part.ci_high - part.accuracy, part.accuracy - part.ci_low)
+            task.setdefault(part.category, {})[titles[card.label]] = f"{part.accuracy:.2f} ±{half:.2f}"
+    return [
+        (name, models, [(category, [scores.get(m, "not run") for m in models]) for category, scores in parts.items()])
+        for name, parts in found.items()
+        for models in [list(dict.fromkeys(m for scores in parts.values() for m in scores))]
+    ]
 
 
 def made_from(experiment: Experiment) -> Facts:
@@ -155,28 +131,51 @@ def evaluation_facts(cards: Sequence[Scorecard]) -> Facts:
     if not cards:
         return []
     last = cards[-1]
+    data = dict.fromkeys(card.data_fingerprint for card in cards if card.data_fingerprint)
     return [
         ("Suite", f"{last.suite} {last.suite_version}"),
         ("Suite digest", last.suite_digest),
         ("Harness version", last.harness_version),
+        ("Random baselines", last.random_baselines),
         ("Tokenizer", last.tokenizer),
-        *(("Data fingerprint", digest) for digest in dict.fromkeys(card.data_fingerprint for card in cards)),
+        *(("Data fingerprint", digest) for digest in data),
     ]
 
 
+def origin(table: Table, cards: Sequence[Scorecard]) -> str:
+    """Where the best milestone's numbers came from, in one sentence; empty without a score."""
+    best = table.best()
+    card = next((c for c in cards if best is not None and c.label == best.label), None)
+    if card is None:
+        return ""
+    data = f", trained on data {card.data_fingerprint[:12]}" if card.data_fingerprint else ""
+    return (
+        f"From checkpoint {card.checkpoint_digest[:12]} at step {card.step:,}{data}; suite {card.suite} "
+        f"{card.suite_version}, harness version {card.harness_version}."
+    )
+
+
 def checkpoints(table: Table, cards: Sequence[Scorecard]) -> list[tuple[str, str, str]]:
-    """Milestone, where training stood there, and digest of its checkpoint."""
-    names = {row.label: format_tokens(row.tokens) for row in table.rows}
-    return [(names[c.milestone], f"step {c.step:,}, {c.tokens:,} tokens", c.checkpoint_digest) for c in cards]
+    """Model, where training stood there, and digest of its checkpoint."""
+    titles = {row.label: row.heading for row in table.rows}
+    return [(titles[card.label], _reached(card), card.checkpoint_digest) for card in cards]
+
+
+def _reached(card: Scorecard) -> str:
+    if card.tokens is None:
+        return f"revision {card.run_version}" if card.run_version else "a model of others"
+    return f"step {card.step:,}, {card.tokens:,} tokens"
 
 
 def task_files(cards: Sequence[Scorecard]) -> Facts:
     """Task and sha256 of the file that its items came from."""
-    return list(
-        dict.fromkeys(
-            (task_name(t.task, t.num_fewshot), t.task_file_sha256)
-            for card in cards
-            for t in card.tasks
-            if t.task_file_sha256
-        )
-    )
+    return list(dict.fromkeys((t.name, t.task_file_sha256) for card in cards for t in card.tasks if t.task_file_sha256))
+
+
+def sources(table: Table) -> Facts:
+    """Published rows and where they were published, one line for all of one source."""
+    rows: dict[str, list[str]] = {}
+    for row in table.rows:
+        if row.source:
+            rows.setdefault(row.source, []).append(row.title)
+    return [(", ".join(titles), source) for source, titles in rows.items()]

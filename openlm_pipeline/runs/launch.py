@@ -1,37 +1,26 @@
-"""Run the trainer on this machine: a torchrun child that dies with its parent, watched through the run folder.
+"""Train a run by its launcher, and tell what happens as it happens.
 
 What happens is read from files (`metrics.jsonl`, checkpoints, `outcome.json`), so a watcher that starts late or again
-sees the same.
+sees the same. The `Job` of `runs/launchers` says whether the trainer is still there.
 """
 
-import os
-import shutil
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from openlm_pipeline.errors import TrainingError
 from openlm_pipeline.experiments import Experiment
+from openlm_pipeline.files import folder_lock
 from openlm_pipeline.layout import Home
+from openlm_pipeline.result import Report
 from openlm_pipeline.runs.checkpoints import Checkpoint, list_checkpoints
 from openlm_pipeline.runs.folder import RunFolder, is_measurement
+from openlm_pipeline.runs.launchers import kubernetes, slurm
+from openlm_pipeline.runs.launchers.job import Job
+from openlm_pipeline.runs.launchers.local import LocalJob
 
 _POLL_SECONDS = 0.5
-_GRACE_SECONDS = 300
-"""For the trainer to end its step and save; its caller may lose patience earlier."""
-_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-"""What torchrun passes on to its workers; by default SIGUSR1, with which SLURM warns, would kill it."""
-_LOG = "train.log"
-MALLOC_ENVIRONMENT = {
-    # On a CPU glibc gives each large tensor's memory back to the kernel and gets it zeroed again a moment later.
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
-}
 
 
 @dataclass(frozen=True)
@@ -73,61 +62,108 @@ def milestone_checkpoints(experiment: Experiment, run: RunFolder) -> dict[str, C
     return {c.milestone: c for c in found if c.milestone in wanted}
 
 
-def _stop(process: subprocess.Popen) -> None:
-    """SIGTERM, time to save a checkpoint, then SIGKILL; the workers die with torchrun."""
-    with suppress(ProcessLookupError):
-        process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(_GRACE_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+def find_job(experiment: Experiment, home: Home, run: RunFolder, report: Report) -> Job | None:
+    """The job that a cluster runs or queues for this run, as after the process that submitted it died.
+
+    On this machine there is never one: a local trainer dies with its watcher.
+
+    Raises:
+        MissingInputError: the cluster's programs are not installed here.
+        ClusterError: the cluster does not answer.
+    """
+    if experiment.launcher.kind == "slurm":
+        return slurm.find_job(experiment, run, report)
+    if experiment.launcher.kind == "kubernetes":
+        return kubernetes.find_job(experiment, home, run, report)
+    return None
 
 
-def train_locally(experiment: Experiment, home: Home, run: RunFolder, until: int) -> Iterator[Event]:
-    """Train up to `until` tokens with torchrun; yields metrics and milestones as they come.
+def _start(experiment: Experiment, home: Home, run: RunFolder, until: int, report: Report) -> Job:
+    run.clear_outcome()
+    if experiment.launcher.kind == "slurm":
+        return slurm.submit_job(experiment, home, run, until, report)
+    if experiment.launcher.kind == "kubernetes":
+        return kubernetes.submit_job(experiment, home, run, until, report)
+    return LocalJob(experiment, home, run, until)
 
-    Closing the iterator, or an exception in the caller, stops the trainer, which first saves a checkpoint.
+
+def train_run(
+    experiment: Experiment,
+    home: Home,
+    run: RunFolder,
+    until: int,
+    report: Report,
+    *,
+    told: Collection[str] | None = None,
+) -> Iterator[Event]:
+    """Train up to `until` tokens; yields metrics and milestones as they come.
+
+    A job of this run that a cluster has already is watched, and no other is submitted beside it. Closing the iterator,
+    or an exception in the caller, stops the trainer, which first saves a checkpoint. If this process dies, a local
+    trainer dies with it; a cluster's job goes on.
+
+    Args:
+        report: takes lines on the job: that it was submitted, waits, runs.
+        told: labels of milestones that are no news to the caller; by default those that are there now.
 
     Raises:
         TrainingError: the trainer ended before `until`; the message holds its own reason, or the end of its log.
+        BusyError: another process watches this run.
+        MissingInputError: the cluster's programs are not installed here.
+        ClusterError: the cluster refused the job.
     """
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        f"--nproc-per-node={experiment.launcher.processes}", f"--max-restarts={experiment.launcher.max_restarts}",
-        f"--signals-to-handle={_SIGNALS}", f"--shutdown-timeout={_GRACE_SECONDS}", "-m", "train",
-        str(run.experiment_file), f"--until={until}",
-    ]  # fmt: skip
-    if setpriv := shutil.which("setpriv"):
-        command = [setpriv, "--pdeathsig", "TERM", "--", *command]
-    environment = {"OMP_NUM_THREADS": "1", **MALLOC_ENVIRONMENT, **os.environ, "OPENLM_HOME": str(home.root)}
-    run.clear_outcome()
-    log_path = run.path / _LOG
-    metrics_offset = run.metrics_file.stat().st_size if run.metrics_file.exists() else 0
-    seen_milestones = set(milestone_checkpoints(experiment, run))
-    with log_path.open("ab") as log:
-        # In a session of its own, so that Ctrl-C reaches this process only, which then stops the trainer in order.
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-        try:
-            ended = False
-            while not ended:
-                ended = process.poll() is not None  # read once more after the end, so that nothing is missed
-                records, metrics_offset = run.new_metrics(metrics_offset)
-                for record in records:
-                    yield Progress(record) if is_measurement(record) else StepSkipped(record)
-                for label, checkpoint in milestone_checkpoints(experiment, run).items():
-                    if label not in seen_milestones:
-                        seen_milestones.add(label)
-                        yield MilestoneReached(label, checkpoint)
-                if not ended:
-                    time.sleep(_POLL_SECONDS)
-        finally:
-            if process.poll() is None:
-                _stop(process)
-    outcome = run.read_outcome()
-    if outcome is None or outcome["status"] != "completed":
-        tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-15:])
-        reason = outcome.get("reason", outcome["status"]) if outcome else f"exit code {process.returncode}"
-        raise TrainingError(f"training of {experiment.name} ended early: {reason}\nThe end of {log_path}:\n{tail}")
+    wanted = {label for label, tokens in experiment.labelled_milestones() if tokens <= until}
+    news = wanted - set(milestone_checkpoints(experiment, run) if told is None else told)
+    with folder_lock(run.path / "launch", "watching the training"):
+        offset = run.metrics_file.stat().st_size if run.metrics_file.exists() else 0
+        job = find_job(experiment, home, run, report)
+        found = job is not None
+        requeues = 0
+        while True:
+            job = job or _start(experiment, home, run, until, report)
+            offset = yield from _watch(experiment, run, job, offset, news)
+            outcome = run.read_outcome()
+            if outcome is not None and outcome["status"] == "completed":
+                if not found or wanted <= set(milestone_checkpoints(experiment, run)):
+                    return
+                found = False  # a job that was found may have had less to do
+            elif job.interrupted() and requeues < _max_requeues(experiment):
+                requeues += 1
+                report(f"training was interrupted and goes on from its last checkpoint; {job.ending().splitlines()[0]}")
+            else:
+                reason = outcome.get("reason", outcome["status"]) + "\n" if outcome else ""
+                raise TrainingError(f"training of {experiment.name} ended early: {reason}{job.ending()}")
+            job = None
+
+
+def _max_requeues(experiment: Experiment) -> int:
+    launcher = experiment.launcher
+    return launcher.slurm.max_requeues if launcher.kind == "slurm" else launcher.kubernetes.max_requeues
+
+
+def _watch(experiment: Experiment, run: RunFolder, job: Job, offset: int, news: set[str]) -> Iterator[Event]:
+    """What happens until a job ends; cancels it if the caller closes the iterator before.
+
+    Args:
+        news: labels of milestones to tell of; those told are removed.
+
+    Returns:
+        The place in the metrics up to which they were told.
+    """
+    ended = False
+    try:
+        while not ended:
+            ended = not job.running()  # read once more after the end, so that nothing is missed
+            records, offset = run.new_metrics(offset)
+            for record in records:
+                yield Progress(record) if is_measurement(record) else StepSkipped(record)
+            for label, checkpoint in milestone_checkpoints(experiment, run).items():
+                if label in news:
+                    news.remove(label)
+                    yield MilestoneReached(label, checkpoint)
+            if not ended:
+                time.sleep(_POLL_SECONDS)
+    finally:
+        if not ended and job.running():
+            job.cancel()
+    return offset

@@ -7,7 +7,6 @@ a foreign folder cannot run code.
 import io
 import pickle
 import warnings
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -111,23 +110,3 @@ def load_model(
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is the intent
         dcp.load(state, storage_reader=reader, planner=SafePlanner(), no_dist=True)
     return model.eval()
-
-
-class LazyModel:
-    """A checkpoint's model that is loaded when it is first asked for hidden states."""
-
-    def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> None:
-        self.checkpoint, self.device = checkpoint, device
-
-    @cached_property
-    def model(self) -> Transformer:
-        return load_model(self.checkpoint, self.device)
-
-    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
-        """Token ids [B, S] -> hidden states [B, S, D]."""
-        return self.model.hidden(ids)
-
-    @property
-    def output(self) -> torch.nn.Module:
-        """The head: hidden states -> logits."""
-        return self.model.output

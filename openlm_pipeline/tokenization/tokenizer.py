@@ -83,8 +83,12 @@ def _train(spec: TokenizerSpec, files: list[RawFile], text_key: str, path: Path)
         f.write(tokenizer.to_str().encode())
 
 
-def _fetch(source: str) -> bytes:
-    """The bytes of `tokenizer.json` from a file, a folder or the hub."""
+def fetch_tokenizer_json(source: str) -> bytes:
+    """The bytes of `tokenizer.json` from a file, a folder or the Hugging Face hub.
+
+    Raises:
+        MissingInputError: it is not there, or the hub cannot be reached.
+    """
     path = Path(source)
     if path.is_dir():
         path = path / _FILE
@@ -134,7 +138,7 @@ def make_tokenizer(
     if (folder / _INFO).exists():
         info = read_tokenizer_info(folder)
         local = spec.source is not None and Path(spec.source).exists()
-        content = _fetch(spec.source) if local else None
+        content = fetch_tokenizer_json(spec.source) if local else None
         same_file = content is None or content == tokenizer_file(folder).read_bytes()
         if info.identity == identity and same_file:
             return info, True, []
@@ -146,7 +150,7 @@ def make_tokenizer(
         _train(spec, files, text_key, path)
     else:
         with atomic_writer(path) as f:
-            f.write(content or _fetch(spec.source))
+            f.write(content or fetch_tokenizer_json(spec.source))
     info = _describe(spec, path, identity)
     write_json(folder / _INFO, asdict(info))
     return info, False, changed

@@ -1,6 +1,7 @@
 """Intervals and tests against values of the literature, of other programs or worked by hand."""
 
 import math
+from statistics import NormalDist
 
 import pytest
 from scipy.stats import binomtest
@@ -58,13 +59,35 @@ def test_standard_error_of_copa():
     assert math.isnan(st.standard_error(1, 1))
 
 
+def test_paired_interval_of_bonett_and_price_2012():
+    # The R package contingencytables on Cavo et al. (2012): 6 and 16 discordant of 161.
+    assert st.paired_interval(6, 16, 161) == pytest.approx((-0.1195, -0.0032), abs=5e-5)
+    assert st.paired_interval(16, 6, 161) == pytest.approx((0.0032, 0.1195), abs=5e-5)
+    assert st.mcnemar_exact(6, 16) == pytest.approx(0.052479, abs=5e-7)
+    low, high = st.paired_interval(0, 0, 10)
+    assert low == -high and high == pytest.approx(1.959964 * math.sqrt(2 / 12 / 12))
+
+
+def test_paired_standard_error_is_that_of_the_items_differences_for_many_items():
+    # 300 items +1, 200 items -1, 500 items 0.
+    plain = math.sqrt((0.5 - 0.1**2) / 1000)
+    assert st.paired_standard_error(300, 200, 1000) == pytest.approx(plain, rel=2e-3)
+
+
+def test_normal_p_value():
+    assert st.normal_p_value(1.959964, 1.0) == pytest.approx(0.05, abs=1e-6)
+    assert st.normal_p_value(-1.959964, 1.0) == pytest.approx(0.05, abs=1e-6)
+    assert st.normal_p_value(0.0, 0.3) == 1.0
+
+
 def test_minimum_detectable_effect_has_its_power():
     # z(.975) + z(.8) = 2.8016; two independent models at 50% on 100 items differ detectably from 19.8 points.
-    assert st.minimum_detectable_effect(100, 0.5) == pytest.approx(2.801585 * math.sqrt(0.005), abs=1e-6)
-    assert st.minimum_detectable_effect(400, 0.5) == pytest.approx(st.minimum_detectable_effect(100, 0.5) / 2)
+    assert st.minimum_detectable_effect(math.sqrt(0.5 / 100)) == pytest.approx(2.801585 * math.sqrt(0.005), abs=1e-6)
+    power = 1 - NormalDist().cdf(NormalDist().inv_cdf(0.975) - st.minimum_detectable_effect(0.03) / 0.03)
+    assert power == pytest.approx(0.8, abs=1e-6)
 
 
-def test_mean_interval_adds_errors_in_quadrature():
-    mean, low, high = st.mean_interval([0.2, 0.6], [0.03, 0.04])
-    assert mean == pytest.approx(0.4)
-    assert (mean - low, high - mean) == pytest.approx((1.959964 * 0.025,) * 2, abs=1e-6)
+def test_independent_errors_add_in_quadrature():
+    assert st.quadrature([0.03, 0.04], [1.0, 1.0]) == pytest.approx(0.05)
+    assert st.quadrature([0.03, 0.04], [0.5, 0.5]) == pytest.approx(0.025)
+    assert math.isnan(st.quadrature([0.03, math.nan], [0.5, 0.5]))

@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, processors
 
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
 from openlm_pipeline.evaluation.suite import IclTask
-from openlm_pipeline.evaluation.tasks import build_items, fewshot_indices, read_task_file
+from openlm_pipeline.evaluation.task_files import read_task_file
+from openlm_pipeline.evaluation.tasks import build_items, fewshot_indices
 
 ROWS = {
     "multiple_choice": {"query": "q", "choices": ["a", "b"], "gold": 1},
@@ -188,6 +189,29 @@ def test_a_row_without_the_needed_category_is_named(home, write_rows):
     write_rows("task.jsonl", [ROWS["language_modeling"]])
     with pytest.raises(DataError, match="line 1 has no category"):
         read_task_file(task("language_modeling", has_categories=True), home)
+
+
+def test_a_category_that_the_suite_names_and_the_file_lacks_is_an_error(home, write_rows):
+    rows = [{**ROWS["language_modeling"], "category": c} for c in ("a", "b")]
+    write_rows("task.jsonl", rows)
+    kwargs = {"has_categories": True}
+    assert len(read_task_file(task("language_modeling", category_names=("b", "a"), **kwargs), home).rows) == 2
+    with pytest.raises(DataError, match="lacks c; also has b"):
+        read_task_file(task("language_modeling", category_names=("a", "c"), **kwargs), home)
+
+
+def test_a_pinned_file_that_changed_is_refused(home, write_rows):
+    path = write_rows("task.jsonl", [ROWS["language_modeling"]])
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert read_task_file(task("language_modeling", sha256=sha256), home).sha256 == sha256
+    with pytest.raises(DataError, match=f"{sha256}.*pins {'0' * 64}"):
+        read_task_file(task("language_modeling", sha256="0" * 64), home)
+
+
+def test_a_relative_file_may_stand_in_the_working_folder(home, write_rows, tmp_path, monkeypatch):
+    write_rows("task.jsonl", [ROWS["language_modeling"]]).rename(tmp_path / "task.jsonl")
+    monkeypatch.chdir(tmp_path)
+    assert read_task_file(task("language_modeling"), home).path == str(tmp_path / "task.jsonl")
 
 
 def test_an_empty_file_is_refused(home, write_rows):

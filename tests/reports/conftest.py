@@ -1,8 +1,17 @@
-"""Fixed scorecards of an imaginary run of the demo recipe: one task falls, one rises beyond noise, one fails once."""
+"""Fixed scorecards of an imaginary run of the demo recipe: one task falls, one rises beyond noise, one fails once.
+
+`OPENLM_UPDATE_GOLDEN=1 pytest tests/reports` writes the golden files anew; look at what git says has changed.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from openlm_pipeline.evaluation.scorecard import Change, Scorecard, TaskScore
+from openlm_pipeline.evaluation.baselines import QuotedBaseline
+from openlm_pipeline.evaluation.comparison import Difference
+from openlm_pipeline.evaluation.scorecard import Average, Scorecard, TaskScore
 from openlm_pipeline.experiments import Experiment, load_experiment
 
 
@@ -26,49 +35,66 @@ def _task(name: str, accuracy: float | None, half: float = 0.05, chance: float =
     )
 
 
-def _change(name: str, previous: str, delta: float, p_holm: float) -> Change:
-    return Change(
-        task=name,
-        num_fewshot=0,
-        previous_milestone=previous,
+def _difference(measure: str, against: str, delta: float, p_holm: float) -> Difference:
+    return Difference(
+        measure=measure,
+        against=against,
         delta=delta,
+        ci_low=delta - 0.04,
+        ci_high=delta + 0.04,
         p_value=p_holm / 2,
         p_holm=p_holm,
         significant=p_holm < 0.05,
+        mde=0.06,
     )
 
 
-def _card(milestone: str, tokens: int, tasks: tuple[TaskScore, ...], loss: float, **fields) -> Scorecard:
-    complete = all(t.status == "scored" for t in tasks)
-    averages = {}
-    if complete:
-        average = sum(t.accuracy for t in tasks) / len(tasks)
-        averages = {
-            "average": average,
-            "average_ci_low": average - 0.03,
-            "average_ci_high": average + 0.03,
-            "centred_average": sum(t.centred for t in tasks) / len(tasks),
-        }
+def _average(name: str, kind: str, tasks: tuple[TaskScore, ...]) -> Average:
+    common = {"name": name, "kind": kind, "tasks": tuple(t.name for t in tasks)}
+    common["random_baselines"] = None if kind == "accuracy" else "v1"
+    if missing := tuple(t.name for t in tasks if t.status != "scored"):
+        status = "failed" if any(t.status == "failed" for t in tasks) else "not run"
+        return Average(**common, status=status, missing=missing)
+    value = sum(t.accuracy if kind == "accuracy" else t.centred for t in tasks) / len(tasks)
+    chance = sum(t.chance for t in tasks) / len(tasks) if kind == "accuracy" else 0.0
+    ends = {"ci_low": value - 0.03, "ci_high": value + 0.03, "standard_error": 0.0153, "mde": 0.06}
+    return Average(**common, value=value, chance=chance, status="scored", **ends)
+
+
+def _card(milestone: str | None, tokens: int | None, tasks: tuple[TaskScore, ...], loss: float | None, **fields):
+    missing = tuple(t.name for t in tasks if t.status != "scored")
+    settings = {"run": "demo", "run_version": "v1", "data_fingerprint": "d" * 64} | fields
     return Scorecard(
-        run="demo",
-        run_version="v1",
         milestone=milestone,
         tokens=tokens,
-        step=tokens // 8192,
-        checkpoint_digest=f"{tokens:064x}",
-        data_fingerprint="d" * 64,
+        step=None if tokens is None else tokens // 8192,
+        checkpoint_digest=f"{tokens or 0:064x}",
         tokenizer="demo_bpe",
         validation_loss=loss,
         suite="demo",
         suite_version="v1",
         suite_digest="5" * 64,
+        random_baselines="v1",
         harness_version="1",
         tasks=tasks,
-        status="complete" if complete else "incomplete",
-        missing=tuple(t.name for t in tasks if t.status != "scored"),
-        **averages,
-        **fields,
+        averages=(_average("all_tasks", "accuracy", tasks), _average("all_tasks_centred", "centred", tasks)),
+        status="incomplete" if missing else "complete",
+        missing=missing,
+        **settings,
     )
+
+
+def golden_file(name: str, text: str) -> None:
+    """`text` is that of the golden file."""
+    path = Path(__file__).parent / "golden" / name
+    if os.environ.get("OPENLM_UPDATE_GOLDEN"):
+        path.write_text(text)
+    assert text == path.read_text()
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str, str], None]:
+    return golden_file
 
 
 @pytest.fixture(scope="session")
@@ -90,20 +116,42 @@ def failed_card() -> Scorecard:
         _task("cloze", 0.14, chance=0.0),
         _task("harder", None, status="failed", problem="row 7 has no answer"),
     )
-    changes = (_change("choice", "t0250K", 0.09, 0.01), _change("cloze", "t0250K", 0.02, 0.4))
+    changes = (_difference("choice/0-shot", "t0250K", 0.09, 0.01), _difference("cloze/0-shot", "t0250K", 0.02, 0.4))
     return _card("t0500K", 507904, tasks, loss=5.25, changes=changes)
 
 
 @pytest.fixture(scope="session")
 def last_card() -> Scorecard:
     tasks = (_task("choice", 0.45), _task("cloze", 0.06, chance=0.0), _task("harder", 0.36))
-    changes = (_change("choice", "t0500K", 0.05, 0.2), _change("cloze", "t0500K", -0.08, 0.003))
-    return _card("t0001M", 1007616, tasks, loss=4.5, changes=changes)
+    changes = (_difference("choice/0-shot", "t0500K", 0.05, 0.2), _difference("cloze/0-shot", "t0500K", -0.08, 0.003))
+    against = (_difference("all_tasks", "t0250K", 0.047, 0.004), _difference("all_tasks", "tiny_lm", -0.02, 0.4))
+    return _card("t0001M", 1007616, tasks, loss=4.5, changes=changes, against=against)
 
 
 @pytest.fixture(scope="session")
 def cards(first_card: Scorecard, failed_card: Scorecard, last_card: Scorecard) -> list[Scorecard]:
     return [first_card, failed_card, last_card]
+
+
+@pytest.fixture(scope="session")
+def baseline() -> Scorecard:
+    """Another model, scored on the same items."""
+    tasks = (_task("choice", 0.44), _task("cloze", 0.10, chance=0.0), _task("harder", 0.39))
+    return _card(None, None, tasks, loss=None, run="tiny_lm", run_version="main", data_fingerprint=None)
+
+
+@pytest.fixture(scope="session")
+def published() -> QuotedBaseline:
+    return QuotedBaseline(
+        name="paper_lm",
+        family="paper_lm",
+        title="Paper-LM",
+        source="https://example.org/paper",
+        harness="a harness of theirs",
+        scores={"choice/0-shot": 0.5, "cloze/0-shot": 0.08},
+        average=0.29,
+        average_tasks=("choice/0-shot", "cloze/0-shot"),
+    )
 
 
 @pytest.fixture(scope="session")

@@ -2,29 +2,25 @@
 
 import csv
 import io
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 from openlm_pipeline.errors import DataError
 from openlm_pipeline.reports import Table, milestones_table
-from openlm_pipeline.reports.table import AVERAGE
-
-GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture
-def table(cards, experiment) -> Table:
-    return milestones_table("demo", "v1", cards, experiment.milestones)
+def table(cards, experiment, baseline, published) -> Table:
+    return milestones_table("demo", "v1", cards, experiment.milestones, baselines=[baseline], quoted=[published])
 
 
-def test_markdown_is_the_golden_file(table):
-    assert table.to_markdown() == (GOLDEN / "table.md").read_text()
+def test_markdown_is_the_golden_file(table, golden):
+    golden("table.md", table.to_markdown())
 
 
-def test_csv_is_the_golden_file(table):
-    assert table.to_csv() == (GOLDEN / "table.csv").read_text()
+def test_csv_is_the_golden_file(table, golden):
+    golden("table.csv", table.to_csv())
 
 
 def test_parquet_holds_what_the_csv_holds(table, tmp_path):
@@ -47,7 +43,7 @@ def test_no_cell_is_ever_blank(table):
 def test_a_failed_task_says_so_and_leaves_no_average(table):
     row = table.rows[1]
     assert table.cell(row, "harder/0-shot").text == "failed"
-    assert table.cell(row, AVERAGE).text == "failed"
+    assert table.cell(row, "average/all_tasks").text == "failed"
 
 
 def test_marks_stand_only_at_significant_changes(table):
@@ -67,18 +63,46 @@ def test_the_interval_is_never_understated(table):
     assert table.cell(table.rows[0], "choice/0-shot").text == "0.310 ±0.050"  # 0.05 below, 0.04 above
 
 
-def test_categories_of_a_task_are_one_cell_their_mean(first_card):
-    part = first_card.tasks[0]
-    parts = [
-        part.model_copy(update={"category": name, "accuracy": accuracy})
-        for name, accuracy in (("law", 0.2), ("maths", 0.4))
-    ]
-    table = milestones_table("demo", "v1", [first_card.model_copy(update={"tasks": tuple(parts)})])
-    assert [c.key for c in table.task_columns()] == ["choice/0-shot"]
-    cell = table.rows[0].cells[0]
-    assert cell.value == pytest.approx(0.3)
-    assert (cell.high - cell.low) / 2 == pytest.approx(0.05 / 2**0.5, rel=1e-3)  # two equal errors in quadrature
-    assert table.columns[0].num_items == 800
+def test_a_task_with_categories_is_one_cell_with_its_micro_accuracy_beside(first_card):
+    whole = first_card.tasks[0].model_copy(update={"num_categories": 2, "accuracy_micro": 0.32})
+    card = first_card.model_copy(update={"tasks": (whole, *first_card.tasks[1:])})
+    table = milestones_table("demo", "v1", [card])
+    (row,) = (r for r in table.to_arrow().to_pylist() if r["measure"] == "choice/0-shot")
+    assert (row["value"], row["accuracy_micro"]) == (0.31, 0.32)
+
+
+def test_a_small_task_is_flagged(first_card):
+    small = first_card.tasks[0].model_copy(update={"num_items": 100})
+    table = milestones_table("demo", "v1", [first_card.model_copy(update={"tasks": (small, *first_card.tasks[1:])})])
+    assert [c.heading for c in table.task_columns()] == ["choice 0-shot*", "cloze 0-shot", "harder 0-shot"]
+
+
+def test_baselines_stand_below_and_are_told_apart(table, last_card):
+    assert [(row.label, row.kind) for row in table.rows[3:]] == [("tiny_lm", "re-run"), ("paper_lm", "quoted")]
+    rerun, quoted = table.rows[3:]
+    assert table.cell(rerun, "choice/0-shot").text == "0.440 ±0.050"
+    assert table.cell(quoted, "choice/0-shot").text == "0.50"  # two decimals, no interval
+    assert table.cell(quoted, "harder/0-shot").text == "n/a"
+    assert quoted.source.startswith("https://example.org/paper")
+
+
+def test_bold_is_the_best_milestone_and_no_baseline(table):
+    bold = [line for line in table.to_markdown().splitlines() if "**" in line]
+    assert len(bold) == 1 and bold[0].startswith("| 1M | **0.290")  # though tiny_lm has 0.310
+    assert table.best().label == "t0001M"
+
+
+def test_a_published_average_stands_only_under_the_average_of_the_same_tasks(table, cards, published):
+    quoted = table.rows[-1]
+    assert table.cell(quoted, "average/all_tasks").text == "n/a"  # theirs is over two of the three tasks
+    whole = published.model_copy(update={"average_tasks": cards[0].averages[0].tasks})
+    again = milestones_table("demo", "v1", cards, quoted=[whole])
+    assert again.cell(again.rows[-1], "average/all_tasks").text == "0.29"
+
+
+def test_a_published_model_without_any_of_the_tasks_is_left_out(cards, published):
+    other = published.model_copy(update={"scores": {"copa/0-shot": 0.7}, "average_tasks": ("copa/0-shot",)})
+    assert not milestones_table("demo", "v1", cards, quoted=[other]).baselines
 
 
 @pytest.mark.parametrize(
@@ -86,6 +110,8 @@ def test_categories_of_a_task_are_one_cell_their_mean(first_card):
     [
         ({"suite_digest": "6" * 64}, "suite_digest"),
         ({"harness_version": "2"}, "harness_version"),
+        ({"random_baselines": "v2"}, "random_baselines"),
+        ({"milestone": None, "tokens": None}, "no milestone"),
         ({"run": "other"}, "other"),
         ({"milestone": "t0250K"}, "same milestone"),
     ],
@@ -99,3 +125,8 @@ def test_scores_on_another_task_file_are_refused(first_card, last_card):
     tasks = [last_card.tasks[0].model_copy(update={"task_file_sha256": "f" * 64}), *last_card.tasks[1:]]
     with pytest.raises(DataError, match="the file of choice/0-shot"):
         milestones_table("demo", "v1", [first_card, last_card.model_copy(update={"tasks": tuple(tasks)})])
+
+
+def test_a_baseline_of_another_suite_is_refused(cards, baseline):
+    with pytest.raises(DataError, match="suite_digest"):
+        milestones_table("demo", "v1", cards, baselines=[baseline.model_copy(update={"suite_digest": "6" * 64})])

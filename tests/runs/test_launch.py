@@ -1,12 +1,15 @@
 """Training through the launcher: what a caller sees of a torchrun child, and what is redone."""
 
+import signal
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from small_run import SmallRun
 
 from openlm_pipeline import stages
-from openlm_pipeline.errors import BusyError, TrainingError
+from openlm_pipeline.errors import BusyError, ConfigError, TrainingError
 from openlm_pipeline.runs.launch import Event, MilestoneReached, MilestoneReused, Progress, milestone_checkpoints
 
 
@@ -55,3 +58,35 @@ def test_the_folder_of_a_run_that_is_being_trained_is_left_alone(tmp_path: Path)
     with small.run.lock(), pytest.raises(BusyError, match="already training"):
         list(stages.train(experiment, small.home, 512, lambda _: None, supersede=True))
     assert sorted(small.run.path.rglob("*")) == before
+
+
+def test_a_cancelled_trainer_saves(tmp_path: Path):
+    small = SmallRun(tmp_path, (2, 100_000))
+    experiment = small.experiment()
+    events = stages.train(experiment, small.home, experiment.milestones[-1], lambda _: None)
+    next(events)
+    events.close()
+    assert not psutil.Process().children(recursive=True)
+    outcome = small.run.read_outcome()
+    assert outcome["status"] == "preempted"
+    assert outcome["step"] in small.steps_on_disk()
+
+
+def test_a_cancelled_trainer_that_cannot_save_is_gone_within_five_seconds(tmp_path: Path):
+    """Its worker is stopped as by a debugger, and has a process group of its own."""
+    small = SmallRun(tmp_path, (2, 100_000))
+    experiment = small.experiment("launcher.grace_seconds=1")
+    events = stages.train(experiment, small.home, experiment.milestones[-1], lambda _: None)
+    next(events)
+    processes = psutil.Process().children(recursive=True)
+    (worker,) = [p for p in processes if "LOCAL_RANK" in p.environ()]
+    worker.send_signal(signal.SIGSTOP)
+    started = time.monotonic()
+    events.close()
+    assert time.monotonic() - started < 5
+    assert not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_one_machine_has_one_node(tmp_path: Path):
+    with pytest.raises(ConfigError, match="'local' is this machine: nodes must be 1"):
+        SmallRun(tmp_path, (2,)).experiment("launcher.nodes=2")

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from openlm_pipeline.errors import DataError
 from openlm_pipeline.runs.checkpoints import Checkpoint, read_checkpoint
-from openlm_pipeline.runs.weights import LazyModel, load_model
+from openlm_pipeline.runs.weights import load_model
 
 
 class Runs:
@@ -56,8 +56,6 @@ def test_the_model_is_the_one_that_was_trained(trained: SmallRun):
     ids = torch.arange(64).reshape(2, 32)
     with torch.no_grad():
         logits = model(ids)
-        lazy = LazyModel(checkpoint)
-        assert torch.equal(lazy.output(lazy.hidden(ids)).float(), logits)
     assert logits.shape == (2, 32, 260) and torch.isfinite(logits).all()
 
 

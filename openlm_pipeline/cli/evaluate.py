@@ -1,0 +1,156 @@
+"""`openlm evaluate`: the milestones of a recipe, or any model with the arguments of OpenLM's eval script."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from openlm_pipeline.errors import ConfigError
+from openlm_pipeline.units import format_tokens
+
+_MODEL_OPTIONS = "Options for one model"
+_FLAGS = "Options for one OpenLM model whose files do not say what it is"
+
+
+def evaluate(
+    recipe: Annotated[
+        str | None, typer.Argument(help="Name of a recipe (`openlm recipes`) or path of a YAML file.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, such as evaluation.suite=x."),
+    ] = None,
+    milestone: Annotated[list[str] | None, typer.Option(help="Only this one, such as t0250B or 250B.")] = None,
+    baseline: Annotated[list[str] | None, typer.Option(help="Only this of the recipe's baselines.")] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="OpenLM's .pt, a folder step-* of a run, a Hugging Face folder, or a hub name.",
+            rich_help_panel=_MODEL_OPTIONS,
+        ),
+    ] = None,
+    eval_yaml: Annotated[
+        str, typer.Option(help="A suite's name or YAML file.", rich_help_panel=_MODEL_OPTIONS)
+    ] = "openlm",
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="tokenizer.json, its folder, or a hub name; default: the folder's own, or GPT-NeoX-20B's.",
+            rich_help_panel=_MODEL_OPTIONS,
+        ),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a hub name.", rich_help_panel=_MODEL_OPTIONS)
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="What to file the scores under; default: of the path.", rich_help_panel=_MODEL_OPTIONS),
+    ] = None,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(help="Default: OPENLM_HOME/scorecards/models/NAME/SUITE.", rich_help_panel=_MODEL_OPTIONS),
+    ] = None,
+    max_seq_len: Annotated[
+        int | None,
+        typer.Option(min=2, help="Longest sequence, where a task does not say.", rich_help_panel=_MODEL_OPTIONS),
+    ] = None,
+    backend: Annotated[
+        Literal["native", "foundry"],
+        typer.Option(help="foundry: LLM Foundry itself (`make foundry`).", rich_help_panel=_MODEL_OPTIONS),
+    ] = "native",
+    precision: Annotated[
+        Literal["fp32", "bf16"], typer.Option(help="What the model computes in.", rich_help_panel=_MODEL_OPTIONS)
+    ] = "fp32",
+    model_config: Annotated[Path | None, typer.Option(help="OpenLM's JSON file.", rich_help_panel=_FLAGS)] = None,
+    model: Annotated[str | None, typer.Option(help="A name of `openlm models`.", rich_help_panel=_FLAGS)] = None,
+    model_norm: Annotated[
+        str | None, typer.Option(help="Such as gain_only_lp_layer_norm.", rich_help_panel=_FLAGS)
+    ] = None,
+    qk_norm: Annotated[bool | None, typer.Option("--qk-norm/--no-qk-norm", rich_help_panel=_FLAGS)] = None,
+    positional_embedding_type: Annotated[
+        str | None, typer.Option(help="rotary, llama_rotary, head_rotary or none.", rich_help_panel=_FLAGS)
+    ] = None,
+    ffn_type: Annotated[str | None, typer.Option(help="swiglu, swiglu_torch or gelu.", rich_help_panel=_FLAGS)] = None,
+) -> None:
+    """Score a run's milestones and baselines, or one model; tasks that are scored already are reused.
+
+    For a recipe: scorecards with intervals and changes, under OPENLM_HOME/scorecards/RECIPE. For a model: the lines
+    `metrics/TASK/K-shot/METRIC: value` of OpenLM, and items.parquet, results.json and scorecard.json in the output
+    folder. Several processes: `torchrun --nproc-per-node N -m openlm_pipeline evaluate ...`.
+
+    Examples:
+
+    openlm evaluate demo --milestone 500K
+
+    openlm evaluate --checkpoint epoch_64.pt --model open_lm_1b --eval-yaml openlm
+
+    openlm evaluate --checkpoint EleutherAI/pythia-1b --name pythia_1b
+    """
+    from openlm_pipeline import scoring
+    from openlm_pipeline.layout import Home
+
+    if (recipe is None) == (checkpoint is None):
+        raise ConfigError("give a recipe, or --checkpoint with a model to score")
+    say = scoring.on_first_process(_printer())
+    if recipe is not None:
+        _evaluate_recipe(recipe, overrides, milestone, baseline, say)
+        return
+    if model is not None and model_config is not None:
+        raise ConfigError("--model and --model-config both name the model; give one")
+    flags = {
+        "model_norm": model_norm,
+        "qk_norm": qk_norm,
+        "positional_embedding_type": positional_embedding_type,
+        "ffn_type": ffn_type,
+    }
+    scored = scoring.score_model(
+        checkpoint,
+        eval_yaml,
+        Home.from_env(),
+        say,
+        name=name,
+        out_dir=output_dir,
+        model=model or (str(model_config) if model_config else None),
+        flags={key: value for key, value in flags.items() if value is not None},
+        tokenizer=tokenizer,
+        revision=revision,
+        max_seq_len=max_seq_len,
+        backend=backend,
+        precision=precision,
+    )
+    say(f"Ran eval in: {scored.facts['seconds']:.1f} seconds")
+    for metric, value in scored.facts["metrics"].items():
+        say(f"{metric}: {value}")
+    say(f"scores: {scored.path}")
+
+
+def _printer():
+    console = Console(highlight=False, soft_wrap=True)
+    return lambda line: console.print(line, markup=False)
+
+
+def _evaluate_recipe(
+    recipe: str, overrides: list[str] | None, milestone: list[str] | None, baseline: list[str] | None, say
+) -> None:
+    from openlm_pipeline import scoring, stages
+    from openlm_pipeline.experiments import load_experiment
+    from openlm_pipeline.layout import Home
+    from openlm_pipeline.runs.launch import milestone_checkpoints
+
+    experiment, home = load_experiment(recipe, overrides or []), Home.from_env()
+    names = {
+        name: label for label, tokens in experiment.labelled_milestones() for name in (label, format_tokens(tokens))
+    }
+    if unknown := [m for m in milestone or [] if m not in names]:
+        raise ConfigError(f"recipe {experiment.name} has no milestone {unknown[0]}; it has {', '.join(names)}")
+    known = [b.name for b in experiment.evaluation.baselines] if experiment.evaluation else []
+    if unknown := [b for b in baseline or [] if b not in known]:
+        raise ConfigError(f"recipe {experiment.name} has no baseline {unknown[0]}; it has {', '.join(known) or 'none'}")
+    labels = [names[m] for m in milestone or []]
+    if not labels and not baseline:
+        labels = list(milestone_checkpoints(experiment, stages.open_run(experiment, home))) or [next(iter(names))]
+    for wanted in baseline or ([] if milestone else known):
+        say(f"scorecard: {scoring.score_baseline(experiment, home, wanted, say).path}")
+    for label in labels:
+        say(f"scorecard: {scoring.score(experiment, home, label, say).path}")

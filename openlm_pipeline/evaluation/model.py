@@ -1,0 +1,143 @@
+"""What the scorer asks of a model, and OpenLM's Transformer as one.
+
+A model loads on its first use. In bf16 it keeps fp32 weights and computes under autocast, as LLM Foundry's `amp_bf16`
+does: norms, softmax and log-probabilities stay fp32.
+Shape suffixes: B batch, S positions of this call, P positions whose logits are wanted, V vocabulary.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from functools import cached_property
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from openlm_pipeline.models.attention import KVCache
+from openlm_pipeline.models.transformer import Transformer
+
+Precision = Literal["fp32", "bf16"]
+
+
+class Decoding(Protocol):
+    """A batch of texts under way; what was computed of them is kept."""
+
+    def step(self, ids_BS: Tensor) -> Tensor:
+        """Add tokens to each text; fp32 logits [B, V] after the last of them."""
+        ...
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these texts only, int64 indices into the batch."""
+        ...
+
+
+class ScoringModel(Protocol):
+    """A causal language model: position i sees positions 0..i only."""
+
+    device: torch.device
+    precision: Precision
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text; empty where the model does not say."""
+        ...
+
+    @property
+    def max_branched_len(self) -> int:
+        """Longest row for which `logits` follows `segments_BS` and `positions_BS`; 0 if it cannot at all."""
+        ...
+
+    def logits(
+        self,
+        ids_BS: Tensor,
+        rows_P: Tensor,
+        columns_P: Tensor,
+        *,
+        segments_BS: Tensor | None = None,
+        positions_BS: Tensor | None = None,
+    ) -> Tensor:
+        """fp32 logits [P, V] at the positions (row, column) of a batch that is padded on the right.
+
+        Args:
+            ids_BS: int64, as all integers here.
+            segments_BS: 0 in what a row's branches share, then a number for each branch: see `branch_mask`. Without
+                it a row is one text.
+            positions_BS: place of each token in its own text; given with `segments_BS`.
+        """
+        ...
+
+    def decoding(self, batch_size: int, max_len: int) -> Decoding:
+        """Start `batch_size` texts of at most `max_len` tokens."""
+        ...
+
+
+def branch_mask(segments_BS: Tensor) -> Tensor:
+    """bool [B, 1, S, S]: a position sees those before it that all branches share or that are of its own branch."""
+    keys, queries = segments_BS[:, None, :], segments_BS[:, :, None]
+    return ((keys == 0) | (keys == queries)).tril()[:, None]
+
+
+def local_device(name: str) -> torch.device:
+    """`cuda` is this process's own GPU under torchrun; others are what they say."""
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return torch.device(name)
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """The context in which a model of this precision computes."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+class _NativeDecoding:
+    def __init__(self, owner: "_NativeModel", batch_size: int, max_len: int) -> None:
+        self.owner = owner
+        dtype = torch.bfloat16 if owner.precision == "bf16" else torch.float32
+        self.cache = KVCache(owner.model.config, batch_size, max_len, device=owner.device, dtype=dtype)
+
+    @torch.no_grad()
+    def step(self, ids_BS: Tensor) -> Tensor:
+        with autocast(self.owner.device, self.owner.precision):
+            hidden_BSD = self.owner.model.hidden(ids_BS, cache=self.cache)
+            return self.owner.model.output(hidden_BSD[:, -1]).float()
+
+    def keep(self, rows: Tensor) -> None:
+        self.cache.keep(rows)
+
+
+class _NativeModel:
+    end_ids: tuple[int, ...] = ()
+    max_branched_len = sys.maxsize
+
+    def __init__(self, load: Callable[[], Transformer], device: torch.device, precision: Precision) -> None:
+        self._load, self.device, self.precision = load, device, precision
+
+    @cached_property
+    def model(self) -> Transformer:
+        return self._load().to(self.device).eval()
+
+    @torch.no_grad()
+    def logits(
+        self,
+        ids_BS: Tensor,
+        rows_P: Tensor,
+        columns_P: Tensor,
+        *,
+        segments_BS: Tensor | None = None,
+        positions_BS: Tensor | None = None,
+    ) -> Tensor:
+        mask = None if segments_BS is None else branch_mask(segments_BS)
+        with autocast(self.device, self.precision):
+            hidden_BSD = self.model.hidden(ids_BS, positions_BS=positions_BS, mask=mask)
+            return self.model.output(hidden_BSD[rows_P, columns_P]).float()
+
+    def decoding(self, batch_size: int, max_len: int) -> Decoding:
+        return _NativeDecoding(self, batch_size, max_len)
+
+
+def native_model(
+    load: Callable[[], Transformer], *, device: str = "cpu", precision: Precision = "fp32"
+) -> ScoringModel:
+    """An OpenLM model; `load` gives it with fp32 weights, and is called once, on first use."""
+    return _NativeModel(load, local_device(device), precision)

@@ -1,0 +1,195 @@
+"""From scores to the per-item table of a suite, the same for every backend; finished tasks are kept on disk.
+
+Each task's items are written to `<folder>/tasks/` as soon as it is done, so that an evaluation that was killed goes on
+where it stopped. They are taken again if their recorded identity (model, file, settings, tokenizer, length, harness
+version) is the same.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from openlm_pipeline.errors import DataError
+from openlm_pipeline.evaluation.answers import is_right
+from openlm_pipeline.evaluation.items import concat_items, items_table, read_items, with_context, write_items
+from openlm_pipeline.evaluation.parallel import Processes
+from openlm_pipeline.evaluation.prepare import Prepared, PreparedTask
+from openlm_pipeline.evaluation.suite import HARNESS_VERSION, IclTask, Suite
+from openlm_pipeline.evaluation.tasks import Item
+from openlm_pipeline.lineage.fingerprint import Tree, differences, fingerprint
+from openlm_pipeline.result import Report
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class RequestScore:
+    """The continuation of one request under the model."""
+
+    sum_logprob: float
+    """Natural logarithm of its probability."""
+    num_tokens: int
+    all_argmax: bool
+    """Every token is the most likely one, given the true tokens before it."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a model wrote."""
+
+    text: str
+    """Up to the first stop, without special tokens."""
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class SuiteResult:
+    """A scored suite. Tasks are named `label/k-shot`."""
+
+    items: pa.Table
+    path: Path
+    task_files: dict[str, str]
+    """Task -> sha256 of its file."""
+    scored: tuple[str, ...]
+    reused: tuple[str, ...]
+    """Tasks taken from an earlier evaluation of the same checkpoint with the same files and settings."""
+    not_run: dict[str, str]
+    """Task -> why, where its file is missing; only with `tolerant`."""
+    failed: dict[str, str]
+    """Task -> why, where its file is broken; only with `tolerant`."""
+
+
+def _first_largest(values: Sequence[float]) -> int:
+    return max(range(len(values)), key=lambda i: values[i])  # max keeps the first of equals
+
+
+def _common(task: IclTask, num_fewshot: int, item: Item) -> dict[str, Any]:
+    return {
+        "task": task.label,
+        "num_fewshot": num_fewshot,
+        "category": item.category,
+        "item": item.index,
+        "item_hash": item.item_hash,
+        "prompt_hash": item.prompt_hash,
+        "gold": item.gold,
+        "metric": task.metric,
+    }
+
+
+def item_row(task: IclTask, num_fewshot: int, item: Item, scores: Sequence[RequestScore]) -> dict[str, Any]:
+    """The table row of an item (without its context columns) from the scores of its requests, by all three rules.
+
+    mean: largest mean token log-probability (LLM Foundry); sum: largest total (lm-evaluation-harness `acc`);
+    norm: largest total over the continuation's characters (`acc_norm`). Ties go to the first option.
+    """
+    gold = scores[item.gold]
+    row = _common(task, num_fewshot, item) | {
+        "num_choices": len(scores),
+        "choice_logprobs": [s.sum_logprob for s in scores],
+        "choice_tokens": [s.num_tokens for s in scores],
+        "nll": -gold.sum_logprob,
+        "num_tokens": gold.num_tokens,
+    }
+    if task.rule == "argmax":
+        return row | {"correct": gold.all_argmax}
+    mean = _first_largest([s.sum_logprob / s.num_tokens for s in scores])
+    total = _first_largest([s.sum_logprob for s in scores])
+    norm = _first_largest([s.sum_logprob / n for s, n in zip(scores, item.continuation_chars)])
+    return row | {
+        "choice_mean": mean,
+        "choice_sum": total,
+        "choice_norm": norm,
+        "correct": mean == item.gold,
+        "correct_sum": total == item.gold,
+        "correct_norm": norm == item.gold,
+    }
+
+
+def generation_row(task: IclTask, num_fewshot: int, item: Item, generated: Generated) -> dict[str, Any]:
+    """The table row of an item (without its context columns) that the model answered in its own words."""
+    return _common(task, num_fewshot, item) | {
+        "num_choices": 1,
+        "generated": generated.text,
+        "num_tokens": generated.num_tokens,
+        "correct": is_right(generated.text, item.answers, task),
+    }
+
+
+def _read_stored(path: Path, identity: Tree, name: str, report: Report) -> pa.Table | None:
+    """The stored items if they are of this very identity."""
+    if not path.exists():
+        return None
+    try:
+        table, recorded = read_items(path)
+    except DataError as e:
+        report(f"{name}: made again: {e}")
+        return None
+    if fingerprint(recorded) == fingerprint(identity):
+        return table
+    report(f"{name}: made again, as it differs: {'; '.join(differences(recorded, identity))}")
+    return None
+
+
+def collect_results(
+    prepared: Prepared,
+    suite: Suite,
+    out_dir: Path,
+    context: Mapping[str, Any],
+    subject: Tree,
+    score: Callable[[Sequence[PreparedTask]], Iterator[Rows]],
+    processes: Processes,
+    report: Report,
+) -> SuiteResult:
+    """Have the tasks scored that are not on disk yet, and write `out_dir/items.parquet` over all.
+
+    A `scorecard.json` made from other items is removed. Only the first process reads and writes.
+
+    Args:
+        context: run, run_version, milestone, step (int), tokens (int): the columns that say what was scored.
+        subject: identifies the model, and the backend where it matters.
+        score: gives the rows of each of these tasks, one task after the other; each is kept before the next is asked
+            for.
+    """
+    context = {**context, "suite": suite.name, "suite_version": suite.version}
+    with_context(items_table([]), context)  # a wrong context is found before the work, not after
+
+    def stored_at(task: PreparedTask) -> Path:
+        return out_dir / "tasks" / f"{task.task.label}-{task.num_fewshot}shot.parquet"
+
+    tables: dict[str, pa.Table | None] = processes.from_first(
+        lambda: {t.name: _read_stored(stored_at(t), subject | t.identity, t.name, report) for t in prepared.tasks}
+    )
+    for name, table in tables.items():
+        if table is not None:
+            report(f"{name}: {table.num_rows} items already scored")
+    missing = [t for t in prepared.tasks if tables[t.name] is None]
+    for task, rows in zip(missing, score(missing), strict=True):
+        table = items_table([{**context, **row} for row in rows])
+        processes.from_first(partial(write_items, stored_at(task), table, subject | task.identity))
+        tables[task.name] = table
+
+    task_files = {t.name: t.file.sha256 for t in prepared.tasks}
+    recorded = subject | {
+        "harness_version": HARNESS_VERSION,
+        "context": context,
+        "suite_digest": suite.digest,
+        "task_files": task_files,
+        "not_run": prepared.not_run,
+        "failed": prepared.failed,
+    }
+    items = concat_items([with_context(tables[t.name], context) for t in prepared.tasks])
+    path = out_dir / "items.parquet"
+
+    def write() -> None:
+        if missing or _read_stored(path, recorded, "all items", report) is None:
+            (out_dir / "scorecard.json").unlink(missing_ok=True)  # it sums up other items; written again last
+            write_items(path, items, recorded)
+
+    processes.from_first(write)
+    scored = tuple(t.name for t in missing)
+    reused = tuple(t.name for t in prepared.tasks if t.name not in scored)
+    return SuiteResult(items, path, task_files, scored, reused, prepared.not_run, prepared.failed)

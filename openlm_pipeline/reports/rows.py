@@ -1,0 +1,143 @@
+"""The scores table of a run, put together from scorecards and published scores that can be compared."""
+
+from collections.abc import Sequence
+
+from openlm_pipeline.errors import DataError
+from openlm_pipeline.evaluation.baselines import QuotedBaseline
+from openlm_pipeline.evaluation.scorecard import Average, Scorecard, TaskScore
+from openlm_pipeline.evaluation.suite import task_name
+from openlm_pipeline.reports.table import NOT_APPLICABLE, NOT_RUN, Cell, Column, Row, Table
+from openlm_pipeline.units import format_tokens, milestone_label
+
+LOSS = "validation_loss"
+
+
+def milestones_table(
+    run: str,
+    run_version: str,
+    scorecards: Sequence[Scorecard],
+    milestones: Sequence[int] = (),
+    *,
+    baselines: Sequence[Scorecard] = (),
+    quoted: Sequence[QuotedBaseline] = (),
+) -> Table:
+    """The table of one run's scorecards; a milestone (in tokens) without a scorecard is a row of `not run`.
+
+    Args:
+        baselines: scorecards of other models on the same suite, in the order to show.
+        quoted: published scores; a model without any of the table's tasks is left out.
+
+    Raises:
+        DataError: a scorecard of another run, two of one milestone, or scorecards that cannot be compared because
+            their suite, task files or harness version differs.
+    """
+    nominal = {milestone_label(tokens): tokens for tokens in milestones}
+    cards = {card.label: card for card in sorted(scorecards, key=lambda card: card.tokens or 0)}
+    if len(cards) < len(scorecards):
+        raise DataError(f"two scorecards are of the same milestone of {run}; give one for each")
+    for card in cards.values():
+        if (card.run, card.run_version) != (run, run_version):
+            raise DataError(f"a scorecard of {card.run} {card.run_version} was given for {run} {run_version}")
+        if card.tokens is None:
+            raise DataError(f"the scorecard {card.label} is of no milestone; give it as a baseline")
+    every = [*cards.values(), *baselines]
+    for card in every:
+        _check_comparable(card, every[-1])
+    columns = _columns(every)
+    rows, before = [], None
+    for label, card in cards.items():
+        tokens = nominal.get(label, card.tokens)
+        cells = tuple(_cell(card, column, before) for column in columns)
+        rows.append(Row(label, format_tokens(tokens), "milestone", cells, tokens, card.step))
+        before = label
+    rows += [
+        Row(label, format_tokens(tokens), "milestone", tuple(Cell(NOT_RUN) for _ in columns), tokens)
+        for label, tokens in nominal.items()
+        if label not in cards
+    ]
+    rows.sort(key=lambda row: row.tokens)
+    for card in baselines:
+        cells = tuple(_cell(card, column, None) for column in columns)
+        rows.append(Row(card.run, card.run, "re-run", cells, card.tokens))
+    tasks_of = {a.name: set(a.tasks) for card in every for a in card.averages}
+    for published in quoted:
+        cells = tuple(_quoted_cell(published, column, tasks_of) for column in columns)
+        if any(cell.value is not None for cell in cells):
+            tokens = published.tokens
+            title = published.title if tokens is None else f"{published.title} {format_tokens(tokens)}"
+            source = f"{published.source}; {published.harness}" + (f"; {published.note}" if published.note else "")
+            rows.append(Row(published.name, title, "quoted", cells, tokens, source=source))
+    return Table(run, run_version, columns, tuple(rows))
+
+
+def _check_comparable(card: Scorecard, last: Scorecard) -> None:
+    def instrument(c: Scorecard) -> dict[str, str]:
+        files = {f"the file of {t.name}": t.task_file_sha256 for t in c.tasks if t.task_file_sha256}
+        names = ("suite", "suite_version", "suite_digest", "random_baselines", "harness_version")
+        return {k: getattr(c, k) for k in names} | files
+
+    mine, other = instrument(card), instrument(last)
+    for what in mine.keys() & other.keys():
+        if mine[what] != other[what]:
+            raise DataError(
+                f"the scorecards of {card.run} {card.milestone or ''} and {last.run} {last.milestone or ''} differ in "
+                f"{what} ({mine[what]}, {other[what]}), so their scores cannot be compared; score both again"
+            )
+
+
+def _columns(cards: Sequence[Scorecard]) -> tuple[Column, ...]:
+    """The headline, the tasks in the suite's order, then the other averages and the loss."""
+    tasks: dict[str, TaskScore] = {}
+    averages: dict[str, Average] = {}
+    for card in cards:
+        tasks |= {t.name: t for t in card.tasks if t.name not in tasks or t.status == "scored"}
+        averages |= {a.name: a for a in card.averages if a.name not in averages or a.status == "scored"}
+    means = [_average_column(a) for a in averages.values()] or [Column("average/all_tasks", "average", "average")]
+    measured = [
+        Column(
+            key=name,
+            title=t.task,
+            kind="accuracy",
+            chance=t.chance,
+            num_items=t.num_items or None,
+            num_fewshot=t.num_fewshot,
+            small=t.small,
+        )
+        for name, t in tasks.items()
+    ]
+    return means[0], *measured, *means[1:], Column(LOSS, "held-out loss", "loss")
+
+
+def _average_column(average: Average) -> Column:
+    titles = {"all_tasks": "average", "without_small": "average without *"}
+    title = titles.get(average.name, f"average {average.name}")
+    if average.kind != "accuracy":
+        title = "centred average" if average.kind == "centred" else average.name
+        title = f"{title} (random {average.random_baselines})"
+    kind = "average" if average.kind == "accuracy" else average.kind
+    return Column(f"average/{average.name}", title, kind, chance=average.chance)
+
+
+def _cell(card: Scorecard, column: Column, before: str | None) -> Cell:
+    if column.kind == "loss":
+        if card.validation_loss is None:
+            return Cell(NOT_APPLICABLE if card.milestone is None else NOT_RUN)
+        return Cell("scored", card.validation_loss)
+    measure = column.key.removeprefix("average/")
+    change = next((d for d in card.changes if (d.measure, d.against) == (measure, before)), None)
+    if column.kind == "accuracy":
+        score = next((t for t in card.tasks if task_name(t.task, t.num_fewshot) == column.key), None)
+        if score is None or score.accuracy is None:
+            return Cell(NOT_RUN if score is None else score.status)
+        return Cell("scored", score.accuracy, score.ci_low, score.ci_high, score.mde, score.accuracy_micro, change)
+    average = next((a for a in card.averages if a.name == measure), None)
+    if average is None or average.value is None:
+        return Cell(NOT_RUN if average is None else average.status)
+    return Cell("scored", average.value, average.ci_low, average.ci_high, average.mde, change=change)
+
+
+def _quoted_cell(published: QuotedBaseline, column: Column, tasks_of: dict[str, set[str]]) -> Cell:
+    value = published.scores.get(column.key)
+    if column.kind == "average" and tasks_of.get(column.key.removeprefix("average/")) == set(published.average_tasks):
+        value = published.average
+    return Cell(NOT_APPLICABLE) if value is None else Cell("scored", value, decimals=2)

@@ -1,0 +1,58 @@
+"""What the watcher of a run asks of a launcher, and the one command that all of them start."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from openlm_pipeline.experiments.spec import Launcher
+
+_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+"""What torchrun passes on to its workers; by default SIGUSR1, with which Slurm warns, would kill it."""
+MALLOC_ENVIRONMENT = {
+    # On a CPU glibc gives each large tensor's memory back to the kernel and gets it zeroed again a moment later.
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
+}
+TRAINER_DEFAULTS = {"OMP_NUM_THREADS": "1", **MALLOC_ENVIRONMENT}
+"""Environment of the trainer where the user's own says nothing else."""
+
+
+class Job(Protocol):
+    """A trainer that was started, by this process or by one before it."""
+
+    def running(self) -> bool:
+        """Whether it trains or waits for its turn. Cheap: it is asked twice a second."""
+
+    def cancel(self) -> None:
+        """Ask it to save and end, then end it; returns when nothing of it runs any more."""
+
+    def interrupted(self) -> bool:
+        """Of a job that ended: whether the cluster took it away, and it may be submitted again."""
+
+    def ending(self) -> str:
+        """Of a job that ended: how, where the run folder does not say, and the end of its log."""
+
+
+def torchrun_command(
+    launcher: Launcher, experiment_file: Path | str, until: int, python: str, rendezvous: Sequence[str]
+) -> list[str]:
+    """The command that one machine runs.
+
+    Args:
+        python: the interpreter on that machine.
+        rendezvous: torchrun's options by which its machines find each other.
+    """
+    return [
+        python, "-m", "torch.distributed.run", *rendezvous,
+        f"--nproc-per-node={launcher.processes}", f"--max-restarts={launcher.max_restarts}",
+        f"--signals-to-handle={_SIGNALS}", f"--shutdown-timeout={launcher.grace_seconds}",
+        "-m", "train", str(experiment_file), f"--until={until}",
+    ]  # fmt: skip
+
+
+def log_end(path: Path, lines: int = 15) -> str:
+    """The last lines of a log, with its path; only the path where it was not written."""
+    if not path.exists():
+        return f"There is no log at {path}"
+    tail = "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+    return f"The end of {path}:\n{tail}"

@@ -1,0 +1,65 @@
+"""The trainer on this machine: a torchrun child that dies with its parent."""
+
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
+
+import psutil
+
+from openlm_pipeline.experiments import Experiment
+from openlm_pipeline.layout import Home
+from openlm_pipeline.runs.folder import RunFolder
+from openlm_pipeline.runs.launchers.job import TRAINER_DEFAULTS, log_end, torchrun_command
+
+_LOG = "train.log"
+
+
+class LocalJob:
+    """torchrun with its workers."""
+
+    def __init__(self, experiment: Experiment, home: Home, run: RunFolder, until: int) -> None:
+        self._grace_seconds = experiment.launcher.grace_seconds
+        self._log = run.path / _LOG
+        command = torchrun_command(experiment.launcher, run.experiment_file, until, sys.executable, ["--standalone"])
+        if setpriv := shutil.which("setpriv"):
+            command = [setpriv, "--pdeathsig", "TERM", "--", *command]
+        with self._log.open("ab") as log:
+            # In a session of its own, so that Ctrl-C reaches this process only, which then stops the trainer in order.
+            self._process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**TRAINER_DEFAULTS, **os.environ, "OPENLM_HOME": str(home.root)},
+                start_new_session=True,
+            )
+
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def cancel(self) -> None:
+        """SIGTERM and `launcher.grace_seconds` to save, then SIGKILL for all that descends from torchrun.
+
+        Its workers have process groups of their own, so no signal to a group reaches them.
+        """
+        try:
+            below = psutil.Process(self._process.pid).children(recursive=True)
+            self._process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(self._grace_seconds)
+        finally:  # also when a second Ctrl-C cuts the waiting short
+            with suppress(psutil.NoSuchProcess):
+                below += psutil.Process(self._process.pid).children(recursive=True)
+            self._process.kill()
+            for process in below:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            self._process.wait()
+            psutil.wait_procs(below, timeout=5)
+
+    def interrupted(self) -> bool:
+        return False
+
+    def ending(self) -> str:
+        return f"exit code {self._process.returncode}\n{log_end(self._log)}"

@@ -1,0 +1,172 @@
+"""`openlm evaluate` as people use it: any model with OpenLM's arguments, and the milestones of a recipe."""
+
+import json
+import shutil
+from dataclasses import dataclass
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from openlm_pipeline.cli.main import app
+from openlm_pipeline.errors import OpenLMError
+from openlm_pipeline.experiments import load_experiment
+
+
+@pytest.fixture(scope="module")
+def exported(finished, tmp_path_factory):
+    """The tiny run's last milestone in OpenLM's files and as a Hugging Face folder, and its suite by itself."""
+    root = tmp_path_factory.mktemp("exported")
+    pipeline = finished.copy(root)
+    newest = sorted((pipeline.run_folder / "checkpoints").glob("step-*"))[-1]
+    tokenizer = pipeline.home / "tokenizers" / "tiny_bpe"
+    from openlm_pipeline.models.export import export_huggingface, export_openlm
+
+    export_openlm(newest, root / "logs")
+    export_huggingface(newest, root / "hf", tokenizer)
+    return pipeline, root, tokenizer
+
+
+@dataclass
+class Ended:
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def openlm(pipeline, *arguments: str) -> Ended:
+    """The command in this process: starting another one takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in pipeline.variables.items():
+            patch.setenv(name, value)
+        result = CliRunner().invoke(app, list(arguments))
+    error = result.exception
+    if isinstance(error, OpenLMError):
+        return Ended(error.exit_code, result.stdout, f"error: {error}")
+    assert error is None or isinstance(error, SystemExit), error
+    return Ended(result.exit_code, result.stdout, result.stderr)
+
+
+def metrics(result: Ended) -> dict[str, str]:
+    assert result.returncode == 0, result.stderr
+    return dict(line.split(": ") for line in result.stdout.splitlines() if line.startswith("metrics/"))
+
+
+def test_one_model_gives_the_same_scores_in_all_its_forms(exported, tmp_path):
+    pipeline, root, tokenizer = exported
+    suite = str(pipeline.home / "suite.yaml")
+    step = str(sorted((pipeline.run_folder / "checkpoints").glob("step-*"))[-1])
+    openlms = ("--checkpoint", str(root / "logs" / "checkpoints" / "epoch_1.pt"), "--tokenizer", str(tokenizer))
+    named = openlm(
+        pipeline, "evaluate", *openlms, "--model-config", str(root / "logs" / "model.json"), "--eval-yaml", suite,
+        "--output-dir", str(tmp_path / "pt"),
+    )  # fmt: skip
+    scores = metrics(named)
+    assert "Ran eval in: " in named.stdout
+    assert scores == {
+        "metrics/last_word/0-shot/InContextLearningLMAccuracy": scores[
+            "metrics/last_word/0-shot/InContextLearningLMAccuracy"
+        ],
+        "metrics/choice/1-shot/InContextLearningMultipleChoiceAccuracy": scores[
+            "metrics/choice/1-shot/InContextLearningMultipleChoiceAccuracy"
+        ],
+    }
+    folder = openlm(pipeline, "evaluate", "--checkpoint", str(root / "hf"), "--eval-yaml", suite, "--name", "as_hf")
+    ours = openlm(pipeline, "evaluate", "--checkpoint", step, "--tokenizer", str(tokenizer), "--eval-yaml", suite)
+    assert metrics(folder) == metrics(ours) == scores
+    of_run = json.loads((pipeline.home / "scorecards/tiny/v1/t0040K/scorecard.json").read_text())
+    assert [str(t["accuracy"]) for t in of_run["tasks"]] == list(scores.values())
+    written = json.loads((tmp_path / "pt" / "results.json").read_text())
+    assert {k: str(v) for k, v in written["metrics"].items()} == scores
+    items = pq.read_table(tmp_path / "pt" / "items.parquet")
+    assert items["milestone"].null_count == items.num_rows > 0
+    assert (pipeline.home / "scorecards/models/as_hf/tiny/scorecard.json").exists()
+    again = openlm(pipeline, "evaluate", "--checkpoint", str(root / "hf"), "--eval-yaml", suite, "--name", "as_hf")
+    assert "already scored" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        ([], 2, "give a recipe, or --checkpoint"),
+        (["tiny", "--checkpoint", "x"], 2, "give a recipe, or --checkpoint"),
+        (["--checkpoint", "/nowhere.pt"], 3, "there is no checkpoint /nowhere.pt"),
+        (["--checkpoint", "{hf}", "--eval-yaml", "{missing}"], 3, "which does not exist"),
+        (["--checkpoint", "{hf}", "--eval-yaml", "{broken}"], 4, "broken.jsonl, line 2"),
+        (["--checkpoint", "{hf}", "--eval-yaml", "opnlm"], 2, "did you mean 'openlm'"),
+        (["--checkpoint", "{hf}", "--tokenizer", "{big}"], 2, "it is not this model's tokenizer"),
+        (["tiny", "--baseline", "x"], 2, "has no baseline x"),
+        (["tiny", "--milestone", "7B"], 2, "has no milestone 7B"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_scored(exported, tmp_path, arguments, code, says):
+    pipeline, root, _ = exported
+    row = {"label": "t", "num_fewshot": [0], "icl_task_type": "language_modeling"}
+    (tmp_path / "broken.jsonl").write_text('{"context": "a", "continuation": "b"}\n{"context": 1}\n')
+    names = {"hf": root / "hf"}
+    for name in ("missing", "broken"):
+        task = {**row, "dataset_uri": str(tmp_path / f"{name}.jsonl")}
+        names[name] = tmp_path / f"{name}.yaml"
+        names[name].write_text(yaml.safe_dump({"icl_tasks": [task]}))
+    big = json.loads((root / "hf" / "tokenizer.json").read_text())
+    big["added_tokens"] += [{**big["added_tokens"][0], "id": 5000 + i, "content": f"<{i}>"} for i in range(400)]
+    names["big"] = tmp_path / "tokenizer.json"
+    names["big"].write_text(json.dumps(big))
+    result = openlm(pipeline, "evaluate", *(a.format(**names) for a in arguments))
+    assert result.returncode == code, result.stderr
+    assert says in result.stderr
+    assert "requests" not in result.stdout
+
+
+def test_two_processes_and_a_baseline_for_a_recipe(exported, tmp_path):
+    pipeline, root, _ = exported
+    pipeline = pipeline.copy(tmp_path / "pipeline")
+    shutil.rmtree(pipeline.home / "scorecards")
+    recipe = yaml.safe_load((pipeline.root / "recipes" / "tiny.yaml").read_text())
+    recipe["evaluation"] |= {
+        "processes": 2,
+        "baselines": [{"name": "copy", "model": str(root / "hf")}],
+        "quoted": ["opt_1_3b"],
+    }
+    (pipeline.root / "recipes" / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    made = openlm(pipeline, "evaluate", "tiny")
+    assert made.returncode == 0, made.stderr + made.stdout
+    alone = openlm(pipeline, "evaluate", "tiny", "evaluation.processes=1")
+    assert alone.returncode == 0, alone.stderr
+    assert "items already scored" in alone.stdout
+    assert openlm(pipeline, "report", "tiny", "--model-card", str(tmp_path / "README.md")).returncode == 0
+    page = (pipeline.home / "reports/tiny/v1/report.md").read_text()
+    assert "copy" in page
+    assert "re-run" in page
+    assert "model-index:" in (tmp_path / "README.md").read_text()
+
+
+def test_marked_blocks_are_filled_and_drift_is_noticed(exported, tmp_path):
+    pipeline, _, _ = exported
+    page = tmp_path / "page.md"
+    blocks = ("tiny", "quoted openlm_7b")
+    page.write_text("".join(f"<!-- openlm:begin {b} -->\n<!-- openlm:end {b} -->\n" for b in blocks))
+    assert openlm(pipeline, "report", "--check", str(page)).returncode == 4
+    assert openlm(pipeline, "report", "--update", str(page)).returncode == 0
+    assert openlm(pipeline, "report", "--check", str(page)).returncode == 0
+    text = page.read_text()
+    assert "choice" in text
+    assert "0.60*" in text
+    page.write_text(text.replace("0.60*", "0.61"))
+    drifted = openlm(pipeline, "report", "--check", str(page))
+    assert drifted.returncode == 4
+    assert "quoted openlm_7b" in drifted.stderr
+
+
+def test_an_average_of_the_weights_is_scored_only_if_the_run_keeps_it(exported):
+    pipeline, _, _ = exported
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in pipeline.variables.items():
+            patch.setenv(name, value)
+        with pytest.raises(Exception, match="not one of training.averages"):
+            load_experiment("tiny", ["evaluation.average=ema_0.9_10"])
+        kept = load_experiment("tiny", ["evaluation.average=ema_0.9_10", "training.averages=[ema_0.9_10]"])
+    assert kept.evaluation.average == "ema_0.9_10"

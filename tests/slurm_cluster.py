@@ -1,0 +1,131 @@
+"""A real Slurm on this machine: munged, slurmctld and two slurmd as nodes `a` and `b`, all from a temporary folder.
+
+Needs root and Debian's packages `slurmctld slurmd slurm-client munge`; a test that asks for it is skipped without.
+"""
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from small_run import wait_until
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "scontrol", "srun")
+CONFIGURATION = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+CredType=cred/munge
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+ReturnToService=2
+SlurmUser=root
+SlurmdUser=root
+MpiDefault=none
+KillWait=20
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SchedulerParameters=batch_sched_delay=0,sched_interval=1
+NodeName=a NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs={cpus}
+NodeName=b NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs={cpus}
+PartitionName=main Nodes=a,b Default=YES MaxTime=INFINITE
+"""
+
+
+def command(*arguments: str) -> str:
+    """Output of a Slurm program, which must succeed."""
+    return subprocess.run(arguments, check=True, capture_output=True, text=True, timeout=60).stdout
+
+
+def job_ids() -> list[str]:
+    """Jobs that did not end."""
+    return command("squeue", "--noheader", "--format=%i").split()
+
+
+def job_field(job_id: str, name: str) -> str:
+    """A field of `scontrol show job`."""
+    fields = command("scontrol", "--oneliner", "show", "job", job_id).split()
+    return dict(field.partition("=")[::2] for field in fields)[name]
+
+
+def _free_ports(number: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def _start(folder: Path) -> Iterator[list[str]]:
+    """The commands of the daemons in the foreground, each when the one before may be there."""
+    key = folder / "munge.key"
+    key.write_bytes(os.urandom(128))
+    key.chmod(0o400)
+    paths = [
+        f"--{option}={folder}/munge.{option.removesuffix('-file')}"
+        for option in ("socket", "pid-file", "log-file", "seed-file")
+    ]
+    yield ["munged", "--foreground", "--force", f"--key-file={key}", *paths]
+    yield ["slurmctld", "-D", "-c"]
+    yield ["slurmd", "-D", "-N", "a"]
+    yield ["slurmd", "-D", "-N", "b"]
+
+
+@pytest.fixture(scope="session")
+def slurm_cluster() -> Iterator[Path]:
+    """The folder of a running cluster, which `SLURM_CONF` names while tests use it."""
+    missing = [program for program in PROGRAMS if not shutil.which(program)]
+    if missing:
+        pytest.skip(f"Slurm is not installed: there is no {', '.join(missing)}")
+    if os.geteuid() != 0:
+        pytest.skip("Slurm's daemons are started as root only")
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="slurm-")))  # a socket's path is short
+        (folder / "state").mkdir()
+        host = socket.gethostname().partition(".")[0]
+        configuration = folder / "slurm.conf"
+        settings = {"host": host, "folder": folder, "ports": _free_ports(3), "cpus": psutil.cpu_count()}
+        configuration.write_text(CONFIGURATION.format(**settings))
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setenv("SLURM_CONF", str(configuration))
+        for daemon in _start(folder):
+            with (folder / f"{daemon[0]}.out").open("ab") as out:
+                process = psutil.Popen(["setpriv", "--pdeathsig=TERM", *daemon], stdout=out, stderr=subprocess.STDOUT)
+            stack.callback(_stop, process)
+            if daemon[0] == "munged":
+                wait_until((folder / "munge.socket").exists, process, seconds=20)
+        wait_until(lambda: _states() == ["idle", "idle"], process, seconds=60)
+        stack.callback(_cancel_all)
+        yield folder
+
+
+def _states() -> list[str]:
+    """State of each node; none while the controller does not answer."""
+    done = subprocess.run(["sinfo", "--noheader", "--Node", "--format=%T"], capture_output=True, text=True)
+    return done.stdout.split()
+
+
+def _cancel_all() -> None:
+    for job_id in job_ids():
+        command("scancel", "--full", "--signal=KILL", job_id)
+        command("scancel", job_id)
+    wait_until(lambda: not job_ids(), seconds=60)
+
+
+def _stop(process: psutil.Popen) -> None:
+    process.terminate()
+    process.wait(timeout=30)
