@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test ui setup foundry lint clean
+.PHONY: demo test drills ui setup foundry lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   run the whole pipeline on the embedded corpus (minutes on two CPU cores)"
 	@echo "make test   run all tests"
+	@echo "make drills run the long tests: a real Slurm, a PostgreSQL that crashes, a store as home"
 	@echo "make ui     open the Dagster UI on http://127.0.0.1:3000"
 	@echo "make foundry  build LLM Foundry's own environment in .foundry, for --backend foundry"
 	@echo "make lint   ruff and the import-direction check"
@@ -38,6 +39,9 @@ $(FOUNDRY)/.ready: $(FOUNDRY_REQUIREMENTS)
 	@touch $@
 
 foundry: $(FOUNDRY)/.ready
+
+drills: setup
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m drill
 
 ui: setup
 	@DAGSTER_HOME="$(CURDIR)/.dagster" $(BIN)/dagster dev --host 127.0.0.1 --port $${PORT:-3000}

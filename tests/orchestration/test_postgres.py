@@ -63,6 +63,7 @@ def test_the_config_holds_no_secret_and_names_the_driver_that_is_installed():
     assert "scheme: postgresql+psycopg2" in text
 
 
+@pytest.mark.drill
 def test_runs_and_events_are_there_after_the_server_crashed(pipeline, postgres, instance_of):
     assert pipeline.execute("tiny").success
     before = _stored(instance_of(pipeline))
@@ -77,6 +78,7 @@ def test_runs_and_events_are_there_after_the_server_crashed(pipeline, postgres, 
     assert [f.name for f in (pipeline.root / "dagster").rglob("*.db")] == []
 
 
+@pytest.mark.drill
 def test_a_run_under_which_the_server_goes_away_ends_cleanly_and_the_next_one_redoes_nothing(
     pipeline, postgres, tmp_path, wait_until, instance_of
 ):

@@ -242,6 +242,7 @@ def _whole_pipeline(experiment: Experiment, home: Home) -> dict[str, Any]:
     return made
 
 
+@pytest.mark.drill
 def test_a_second_machine_with_an_empty_cache_makes_only_what_is_missing(
     bucket: Bucket, finished: FinishedPipeline, tmp_path: Path
 ):

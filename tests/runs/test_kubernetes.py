@@ -91,6 +91,7 @@ def watch(small: SmallRun, reports: list[str], *overrides: str):
     return stages.train(experiment, small.home, experiment.milestones[-1], reports.append)
 
 
+@pytest.mark.drill
 def test_a_job_is_created_found_again_and_deleted(tmp_path: Path, cluster: KubernetesServer):
     small = SmallRun(tmp_path, (4, 100_000))
     reports: list[str] = []
@@ -108,6 +109,7 @@ def test_a_job_is_created_found_again_and_deleted(tmp_path: Path, cluster: Kuber
     assert cluster.created == 1
 
 
+@pytest.mark.drill
 def test_a_failed_job_shows_its_log_and_the_next_takes_its_place(tmp_path: Path, cluster: KubernetesServer):
     small = SmallRun(tmp_path, (2,))
     with pytest.raises(TrainingError, match=r"micro-batch[\s\S]*The end of the log of pod pod"):
@@ -119,6 +121,7 @@ def test_a_failed_job_shows_its_log_and_the_next_takes_its_place(tmp_path: Path,
     assert cluster.created == 2
 
 
+@pytest.mark.drill
 def test_why_pods_wait_is_told_and_waiting_ones_are_deleted(tmp_path: Path, cluster: KubernetesServer):
     cluster.unschedulable = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
     small = SmallRun(tmp_path, (2,))

@@ -15,7 +15,7 @@ from openlm_pipeline.files import read_json
 from openlm_pipeline.runs.checkpoints import list_checkpoints, verify
 from openlm_pipeline.runs.launch import Event, MilestoneReached, Progress
 
-pytestmark = pytest.mark.usefixtures("slurm_cluster")
+pytestmark = [pytest.mark.usefixtures("slurm_cluster"), pytest.mark.drill]
 WATCHER = """
 import sys
 from openlm_pipeline import stages
