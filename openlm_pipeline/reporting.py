@@ -30,6 +30,7 @@ def _cards(experiment: Experiment, home: Home) -> "tuple[list[Scorecard], list[S
     from openlm_pipeline.evaluation.scorecard import Provenance, load_scorecard, make_scorecard
     from openlm_pipeline.evaluation.suite import load_suite
 
+    home.pull(home.root / "scorecards" / experiment.name / experiment.version)
     suite = load_suite(evaluation_of(experiment).suite)
     labels = [label for label, _ in experiment.labelled_milestones()]
     cards = []
@@ -69,9 +70,10 @@ def make_report(experiment: Experiment, home: Home, report: Report) -> StageResu
     cards, baselines = _cards(experiment, home) if experiment.evaluation else ([], [])
     out = home.report(experiment.name, experiment.version)
     provenance = {"run fingerprint": run.fingerprint, "openlm_pipeline": __version__}
-    paths = write_report(
-        out, experiment, cards, run.read_metrics(), provenance, baselines=baselines, quoted=_quoted(experiment)
-    )
+    with home.artefact(out):
+        paths = write_report(
+            out, experiment, cards, run.read_metrics(), provenance, baselines=baselines, quoted=_quoted(experiment)
+        )
     page = paths["report.html"]
     report(f"report: {page}")
     facts = {"scorecards": len(cards), "milestones": len(experiment.milestones), "baselines": len(baselines)}

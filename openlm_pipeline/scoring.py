@@ -131,6 +131,7 @@ def score(experiment: Experiment, home: Home, label: str, report: Report) -> Sta
         raise MissingInputError(
             f"milestone {label} is not in {run.checkpoints}; `openlm train {experiment.name}` makes it"
         )
+    home.pull(home.tokenizer(experiment.tokenizer.name))
     info = read_tokenizer_info(home.tokenizer(experiment.tokenizer.name))
     made_with = open_dataset(experiment.training_datasets()[0], home).info["tokenizer"]["sha256"]
     if made_with not in (None, info.sha256):  # OpenLM's shards don't say
@@ -156,7 +157,7 @@ def score(experiment: Experiment, home: Home, label: str, report: Report) -> Sta
         device=default_device(),
         precision=evaluation.precision,
     )
-    with _writing(out):
+    with home.artefact(out), _writing(out):
         result = _run_suite(subject, suite, home, out, context, report, **_how(experiment))
         others = items_of_others(experiment, home, suite, labels[: labels.index(label)])
         card, reused = _summed_up(
@@ -181,6 +182,7 @@ def items_of_others(
 ) -> "tuple[pa.Table | None, dict[str, pa.Table]]":
     """What a milestone is compared with: the items of the milestone before, and those of others by name."""
     folders = {label: home.scorecard(experiment.name, experiment.version, label) for label in earlier}
+    home.pull(home.root / "scorecards" / experiment.name / experiment.version)
     folders |= {b.name: home.model_scorecard(b.name, suite.name) for b in evaluation_of(experiment).baselines}
     found = {name: items for name, folder in folders.items() if (items := items_of(folder)) is not None}
     of_suite = {name: t for name, t in found.items() if set(t["suite"].to_pylist()) <= {suite.name}}
@@ -209,7 +211,7 @@ def _score_by_processes(experiment: Experiment, home: Home, what: list[str], rep
             f"--nproc-per-node={evaluation_of(experiment).processes}",
             "-m", "openlm_pipeline", "evaluate", str(recipe), *what,
         ]  # fmt: skip
-        environment = {"OMP_NUM_THREADS": "1", **os.environ, "OPENLM_HOME": str(home.root)}
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, **home.variables}
         lines: list[str] = []
         with subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -293,7 +295,7 @@ def score_model(
     )
     context = {"run": name, "run_version": None, "milestone": None, "step": None, "tokens": None}
     how = {"backend": backend, "batch_tokens": batch_tokens, "max_seq_len": max_seq_len}
-    with _writing(out):
+    with home.artefact(out), _writing(out):
         result = _run_suite(subject, suite, home, out, context, report, **how)
         provenance = Provenance(run=name, checkpoint_digest=subject.digest, tokenizer=tokenizer or path_or_name)
         card, reused = _summed_up(result, suite, provenance, out)

@@ -7,6 +7,7 @@ was there. `version` is the content hash that the next stage depends on. No stag
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 from openlm_pipeline.corpus.discovery import RawFile, discover
@@ -18,7 +19,14 @@ from openlm_pipeline.lineage.run_identity import run_identity
 from openlm_pipeline.result import Report, StageResult
 from openlm_pipeline.runs.checkpoints import Checkpoint, verify
 from openlm_pipeline.runs.folder import RunFolder
-from openlm_pipeline.runs.launch import Event, MilestoneReused, find_job, milestone_checkpoints, train_run
+from openlm_pipeline.runs.launch import (
+    Event,
+    MilestoneReached,
+    MilestoneReused,
+    find_job,
+    milestone_checkpoints,
+    train_run,
+)
 from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.opening import open_dataset, published_url
 from openlm_pipeline.shards.publish import publish
@@ -34,7 +42,8 @@ def make_corpus(experiment: Experiment, home: Home, report: Report) -> StageResu
         return None
     from openlm_pipeline.corpus.embedded import build_embedded
 
-    return build_embedded(home, report)
+    with home.artefact(home.raw("embedded")):
+        return build_embedded(home, report)
 
 
 def ensure_tokenizer(experiment: Experiment, home: Home, report: Report) -> StageResult:
@@ -47,7 +56,8 @@ def ensure_tokenizer(experiment: Experiment, home: Home, report: Report) -> Stag
     first = experiment.training_datasets()[0]
     files = discover(first, home) if first.source.files else []
     folder = home.tokenizer(spec.name)
-    info, reused, changed = make_tokenizer(spec, files, first.source.text_key, folder)
+    with home.artefact(folder):
+        info, reused, changed = make_tokenizer(spec, files, first.source.text_key, folder)
     if changed:
         report(f"tokenizer {spec.name} was made again: {'; '.join(changed)}")
     facts = {"vocab_size": info.vocab_size, "eot_id": info.eot_id, "changed": changed}
@@ -66,9 +76,11 @@ def tokenize(
         return [], []
     raw_files: list[RawFile] = [raw for raw in discover(dataset, home) if only is None or raw.name in only]
     tokenizer_folder = home.tokenizer(dataset.tokenizer.name)
+    home.pull(tokenizer_folder)
     info = read_tokenizer_info(tokenizer_folder)
     tokenized = home.tokenized(dataset.name, dataset.version)
-    files, done = tokenize_files(dataset, raw_files, info, tokenizer_folder, tokenized, pools, report)
+    with home.artefact(tokenized):
+        files, done = tokenize_files(dataset, raw_files, info, tokenizer_folder, tokenized, pools, report)
     report(f"{dataset.name}: {len(done)} raw files tokenized, {len(files) - len(done)} reused")
     return files, done
 
@@ -88,8 +100,10 @@ def make_shards(
     info = read_tokenizer_info(home.tokenizer(dataset.tokenizer.name))
     folder: Path = home.shards(dataset.name, dataset.version)
     tokenized = home.tokenized(dataset.name, dataset.version)
-    reused, changed = pack_shards(dataset, files, info, tokenized, folder, pools, report)
-    if url := published_url(dataset):
+    url = published_url(dataset)
+    with nullcontext() if url else home.artefact(folder):  # what has a place of its own does not go to the home's too
+        reused, changed = pack_shards(dataset, files, info, tokenized, folder, pools, report)
+    if url:
         publish(folder, url, report, delete_local=not dataset.keep_local_shards)
     made = ShardedDataset(folder)
     totals = made.info["totals"]
@@ -110,6 +124,9 @@ def dataset_versions(experiment: Experiment, home: Home) -> dict[str, str]:
     Raises:
         MissingInputError: a dataset is not there.
     """
+    for dataset in experiment.training_datasets():
+        if not dataset.source.shards and not published_url(dataset):
+            home.pull(home.shards(dataset.name, dataset.version))
     return {d.name: open_dataset(d, home).version for d in experiment.training_datasets()}
 
 
@@ -120,6 +137,7 @@ def open_run(experiment: Experiment, home: Home) -> RunFolder:
         IdentityError: the run there was made from other settings or data; the message names what differs.
     """
     run = RunFolder(home.run(experiment.name, experiment.version))
+    home.pull(run.path)
     identity = run_identity(experiment, dataset_versions(experiment, home))
     if not run.belongs_to(identity):
         changed = "\n  ".join(run.differences(identity))
@@ -159,6 +177,7 @@ def train(
         TrainingError: training ended early.
     """
     run = RunFolder(home.run(experiment.name, experiment.version))
+    home.pull(run.path)
     identity = run_identity(experiment, dataset_versions(experiment, home))
     changed: list[str] = []
     if find_job(experiment, home, run, lambda _: None) is None:
@@ -178,5 +197,10 @@ def train(
     for label, checkpoint in there.items():
         report(f"milestone {label} reused")
         yield MilestoneReused(label, checkpoint)
+    home.push(run.path)
     if wanted - set(there):
-        yield from train_run(experiment, home, run, until, report, told=there)
+        for event in train_run(experiment, home, run, until, report, told=there):
+            if isinstance(event, MilestoneReached):
+                home.push(run.path)
+            yield event
+        home.push(run.path)

@@ -68,6 +68,6 @@ def scoring_processes() -> Processes:
 
     if not dist.is_initialized():
         dist.init_process_group("gloo", timeout=_PATIENCE)
-        # gloo's threads abort a process that ends while they still listen to one that has ended.
+        # Once a process of three was aborted at its end while the group was still open.
         atexit.register(dist.destroy_process_group)
     return Processes(dist.get_rank(), dist.get_world_size())

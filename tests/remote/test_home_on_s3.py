@@ -12,7 +12,7 @@ from faulty_s3 import Bucket
 from small_run import SmallRun
 from tiny_pipeline import LABELS, RECIPE, REPOSITORY, SUITE, FinishedPipeline
 
-from openlm_pipeline import stages
+from openlm_pipeline import reporting, scoring, stages
 from openlm_pipeline.errors import ConfigError, DataError
 from openlm_pipeline.experiments import Experiment, load_experiment
 from openlm_pipeline.files import read_json
@@ -219,26 +219,19 @@ def _experiment(folder: Path) -> Experiment:
 
 
 def _whole_pipeline(experiment: Experiment, home: Home) -> dict[str, Any]:
-    """Every stage with its pulls and pushes; what each one had to make."""
+    """Every stage; what each one had to make."""
     lines: list[str] = []
     pools = DaskSettings(workers=1).pool
     made: dict[str, Any] = {}
-    with home.artefact(home.tokenizer(experiment.tokenizer.name)):
-        made["tokenizer"] = not stages.ensure_tokenizer(experiment, home, lines.append).reused
+    made["tokenizer"] = not stages.ensure_tokenizer(experiment, home, lines.append).reused
     for dataset in experiment.datasets():
-        with home.artefact(home.tokenized(dataset.name, dataset.version)):
-            streams, made["tokenized"] = stages.tokenize(dataset, home, pools, lines.append)
-        with home.artefact(home.shards(dataset.name, dataset.version)):
-            made["shards"] = not stages.make_shards(dataset, streams, home, pools, lines.append).reused
-    run = home.run(experiment.name, experiment.version)
-    with home.artefact(run):
-        events = list(stages.train(experiment, home, experiment.milestones[-1], lines.append))
-        made["milestones"] = [e.label for e in events if not isinstance(e, stages.MilestoneReused)]
+        streams, made["tokenized"] = stages.tokenize(dataset, home, pools, lines.append)
+        made["shards"] = not stages.make_shards(dataset, streams, home, pools, lines.append).reused
+    events = list(stages.train(experiment, home, experiment.milestones[-1], lines.append))
+    made["milestones"] = [e.label for e in events if not isinstance(e, stages.MilestoneReused)]
     for label in LABELS:
-        with home.artefact(home.scorecard(experiment.name, experiment.version, label)):
-            made[label] = stages.score(experiment, home, label, lines.append).facts["scored_tasks"]
-    with home.artefact(home.report(experiment.name, experiment.version)):
-        stages.make_report(experiment, home, lines.append)
+        made[label] = scoring.score(experiment, home, label, lines.append).facts["scored_tasks"]
+    reporting.make_report(experiment, home, lines.append)
     return made
 
 
