@@ -1,6 +1,8 @@
 # `make demo` and `make test` set up what they need. PYTHON chooses the interpreter (3.10 to 3.13).
 PYTHON ?= python3
 VENV := .venv
+# LLM Foundry's environment wants 3.11 to 3.13.
+FOUNDRY_PYTHON ?= $(PYTHON)
 BIN := $(VENV)/bin
 
 .PHONY: demo test drills ui setup foundry lint clean
@@ -33,7 +35,7 @@ test: setup
 FOUNDRY := .foundry
 FOUNDRY_REQUIREMENTS := $(wildcard openlm_pipeline/evaluation/foundry/requirements*.txt)
 $(FOUNDRY)/.ready: $(FOUNDRY_REQUIREMENTS)
-	$(PYTHON) -m venv $(FOUNDRY)
+	$(FOUNDRY_PYTHON) -m venv $(FOUNDRY)
 	$(FOUNDRY)/bin/python -m pip install --quiet --disable-pip-version-check -r openlm_pipeline/evaluation/foundry/requirements.txt
 	$(FOUNDRY)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r openlm_pipeline/evaluation/foundry/requirements-no-deps.txt
 	@touch $@

@@ -116,7 +116,12 @@ def score_theirs(job: dict[str, Any]) -> dict[str, Any]:
             return found
 
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    model = Model(tokenizer=tokenizer, pretrained_model_name_or_path=job["model"], use_train_metrics=False)
+    model = Model(
+        tokenizer=tokenizer,
+        pretrained_model_name_or_path=job["model"],
+        use_train_metrics=False,
+        trust_remote_code=False,
+    )
     trainer = Trainer(model=model, precision="fp32", progress_bar=False)
     os.chdir(tempfile.mkdtemp(dir=job["work"]))  # where it puts copies of the task files
     all_answers, scoring, wall = {}, 0.0, 0.0

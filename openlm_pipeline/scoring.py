@@ -105,7 +105,12 @@ def _summed_up(
 def _facts(card: "Scorecard", result: "SuiteResult") -> dict[str, Any]:
     accuracies = {f"accuracy_{t.task}": t.accuracy for t in card.tasks if t.category is None}
     facts = {"average": card.average, **accuracies, "validation_loss": card.validation_loss}
-    return facts | {"scored_tasks": list(result.scored), "reused_tasks": list(result.reused)}
+    fell = {d.measure: d.delta for d in card.changes if d.significant and d.delta < 0}
+    return facts | {
+        "significant_regressions": fell,
+        "scored_tasks": list(result.scored),
+        "reused_tasks": list(result.reused),
+    }
 
 
 def score(experiment: Experiment, home: Home, label: str, report: Report) -> StageResult:
@@ -275,6 +280,8 @@ def score_model(
     from openlm_pipeline.evaluation.suite import load_suite
     from openlm_pipeline.models.openlm_settings import settings_of_flags
 
+    if backend == "foundry" and precision != "fp32":
+        raise ConfigError("LLM Foundry as a backend computes in fp32")
     suite = load_suite(suite_name)
     if suite.ignored:
         report(f"{suite_name}: left out, as they only say how to run: {', '.join(suite.ignored)}")

@@ -48,7 +48,7 @@ def test_every_check_is_evaluated_and_passes(finished):
     }
     expected = {("shards/tiny_text", name) for name in ("tokens_conserved", "shard_checksums", "quarantine_rate")}
     expected |= {(key, name) for key in CHECKPOINTS for name in ("finite_loss", "integrity")}
-    expected |= {(key, "complete_suite") for key in SCORECARDS}
+    expected |= {(key, name) for key in SCORECARDS for name in ("complete_suite", "no_significant_regression")}
     assert evaluated == dict.fromkeys(expected, True)
 
 
