@@ -1,8 +1,12 @@
 """Fixtures shared by all tests."""
 
+import signal
 from pathlib import Path
 
 import pytest
+
+# A shell starts what it puts into the background with Ctrl-C ignored, and so would be all programs under test.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ["tiny_pipeline", "pretrained"]
 
