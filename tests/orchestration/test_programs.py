@@ -43,6 +43,35 @@ def test_launching_a_recipe_without_its_data_fails_early_and_says_what_to_do(tmp
     assert not (pipeline.home / "tokenizers").exists()
 
 
+def _launch(pipeline: TinyPipeline, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "openlm_pipeline", "launch", *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, env=environment(pipeline), capture_output=True, text=True)
+
+
+def test_a_launch_says_its_run_and_outlives_the_command(finished, tmp_path, wait_until, instance_of):
+    pipeline = finished.copy(tmp_path)
+    launched = _launch(pipeline, "tiny", "--budget", "0")
+    assert launched.returncode == 0, launched.stderr
+    assert "nothing to do" in launched.stdout
+    run_id = launched.stdout.split("launched tiny: run ")[1].split()[0]
+    assert f"http://127.0.0.1:3000/runs/{run_id}" in launched.stdout
+    instance = instance_of(pipeline)
+    wait_until(lambda: instance.get_run_by_id(run_id).is_finished, "the launched run to end")
+    assert instance.get_run_by_id(run_id).status == dg.DagsterRunStatus.SUCCESS
+
+
+def test_a_launch_over_the_budget_needs_yes(tmp_path):
+    pipeline = TinyPipeline.create(tmp_path / "pipeline")
+    refused = _launch(pipeline, "tiny", "--budget", "1")
+    assert refused.returncode == 2
+    assert "of a length that is not known is over the budget of 1; add --yes" in refused.stderr
+    assumed = _launch(pipeline, "tiny", "--gpu", "H100", "--budget", "0")
+    assert assumed.returncode == 2
+    assert "GPU-hours is over the budget of 0" in assumed.stderr
+    assert not (pipeline.root / "dagster" / "storage").exists()
+    assert _launch(pipeline, "nosuch").returncode == 2
+
+
 def test_an_unknown_job_is_refused_with_the_list(tmp_path):
     pipeline = TinyPipeline.create(tmp_path / "pipeline")
     refused = _orchestrate(pipeline, "nosuchjob")
