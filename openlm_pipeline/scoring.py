@@ -103,7 +103,7 @@ def _summed_up(
 
 
 def _facts(card: "Scorecard", result: "SuiteResult") -> dict[str, Any]:
-    accuracies = {f"accuracy_{t.task}": t.accuracy for t in card.tasks if t.category is None}
+    accuracies = {f"accuracy_{t.name}": t.accuracy for t in card.tasks}
     facts = {"average": card.average, **accuracies, "validation_loss": card.validation_loss}
     fell = {d.measure: d.delta for d in card.changes if d.significant and d.delta < 0}
     return facts | {
@@ -315,12 +315,8 @@ def score_model(
 
 def _metrics(card: "Scorecard") -> dict[str, float]:
     """Accuracies under LLM Foundry's names: one a category where a task has those."""
-    with_categories = {(t.task, t.num_fewshot) for t in card.tasks if t.category is not None}
-    return {
-        f"metrics/{t.name}/{t.metric}": t.accuracy
-        for t in card.tasks
-        if t.accuracy is not None and (t.category is not None or (t.task, t.num_fewshot) not in with_categories)
-    }
+    whole = [t for t in card.tasks if t.num_categories is None]
+    return {f"metrics/{t.name}/{t.metric}": t.accuracy for t in (*whole, *card.categories) if t.accuracy is not None}
 
 
 def milestones_and_scores(experiment: Experiment, home: Home) -> Iterator[tuple[str, Checkpoint, bool]]:

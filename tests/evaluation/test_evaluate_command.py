@@ -121,6 +121,17 @@ def test_what_is_wrong_is_said_before_anything_is_scored(exported, tmp_path, arg
     assert "requests" not in result.stdout
 
 
+def test_a_task_with_categories_is_printed_category_by_category(exported, tmp_path):
+    pipeline, root, _ = exported
+    rows = [{"context": f"import {c}", "continuation": "os", "category": c} for c in "bbac"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {"label": "t", "num_fewshot": [0], "icl_task_type": "language_modeling", "has_categories": True}
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(yaml.safe_dump({"icl_tasks": [{**task, "dataset_uri": str(tmp_path / "rows.jsonl")}]}))
+    printed = metrics(openlm(pipeline, "evaluate", "--checkpoint", str(root / "hf"), "--eval-yaml", str(suite)))
+    assert list(printed) == [f"metrics/t/0-shot/{c}/InContextLearningLMAccuracy" for c in "abc"]
+
+
 def test_two_processes_and_a_baseline_for_a_recipe(exported, tmp_path):
     pipeline, root, _ = exported
     pipeline = pipeline.copy(tmp_path / "pipeline")
