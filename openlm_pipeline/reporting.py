@@ -80,6 +80,16 @@ def make_report(experiment: Experiment, home: Home, report: Report) -> StageResu
     return StageResult(page, sha256_file(paths["table.csv"]), False, facts)
 
 
+def _scored(experiment: Experiment, home: Home) -> "tuple[list[Scorecard], list[Scorecard]]":
+    """`_cards` where there are any; else MissingInputError."""
+    cards, baselines = _cards(experiment, home)
+    if not cards:
+        raise MissingInputError(
+            f"no milestone of {experiment.name} is scored; `openlm evaluate {experiment.name}` does it"
+        )
+    return cards, baselines
+
+
 def scores_table(experiment: Experiment, home: Home) -> "Table":
     """The table of the report: milestones, then baselines.
 
@@ -88,11 +98,7 @@ def scores_table(experiment: Experiment, home: Home) -> "Table":
     """
     from openlm_pipeline.reports import milestones_table
 
-    cards, baselines = _cards(experiment, home)
-    if not cards:
-        raise MissingInputError(
-            f"no milestone of {experiment.name} is scored; `openlm evaluate {experiment.name}` does it"
-        )
+    cards, baselines = _scored(experiment, home)
     return milestones_table(
         experiment.name,
         experiment.version,
@@ -107,8 +113,7 @@ def write_model_card(experiment: Experiment, home: Home, path: Path) -> Path:
     """Write the Hugging Face model card of the last scored milestone; `path` is the file, such as `README.md`."""
     from openlm_pipeline.reports.model_card import model_card
 
-    scores_table(experiment, home)  # says what to do where nothing is scored
-    cards, _ = _cards(experiment, home)
+    cards, _ = _scored(experiment, home)
     write_text(path, model_card(experiment, cards[-1]))
     return path
 

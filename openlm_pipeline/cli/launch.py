@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from openlm_pipeline.cli.plan import Gpu, Mfu, Price
 from openlm_pipeline.errors import ConfigError, OpenLMError
 
 _UI = "http://127.0.0.1:3000"
@@ -22,13 +23,9 @@ def launch(
         typer.Option(help="GPU-hours over which --yes is needed.", min=0, envvar="OPENLM_BUDGET_GPU_HOURS"),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Launch although it is over the budget.")] = False,
-    gpu: Annotated[
-        str | None, typer.Option(help="A GPU such as H100, for the time; default: what the run measured.")
-    ] = None,
-    mfu: Annotated[
-        float, typer.Option(help="With --gpu: the share of its peak that is reached.", min=0.01, max=1)
-    ] = 0.4,
-    price: Annotated[float | None, typer.Option(help="Of a GPU-hour, in any currency.", min=0)] = None,
+    gpu: Gpu = None,
+    mfu: Mfu = 0.4,
+    price: Price = None,
     ui: Annotated[str, typer.Option(help="Where the Dagster UI is, for the link.", envvar="OPENLM_UI")] = _UI,
 ) -> None:
     """Show the plan of a recipe, launch its job, and say its run id and link; the run outlives this command.

@@ -5,19 +5,19 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+Gpu = Annotated[str | None, typer.Option(help="A GPU such as H100, for the time; default: what the run measured.")]
+Mfu = Annotated[float, typer.Option(help="With --gpu: the share of its peak that is reached.", min=0.01, max=1)]
+Price = Annotated[float | None, typer.Option(help="Of a GPU-hour, in any currency.", min=0)]
+
 
 def plan(
     recipe: Annotated[str, typer.Argument(help="Name of a recipe (`openlm recipes`) or path of a YAML file.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, such as training.lr=1e-3.")
     ] = None,
-    gpu: Annotated[
-        str | None, typer.Option(help="A GPU such as H100, for the time; default: what the run measured.")
-    ] = None,
-    mfu: Annotated[
-        float, typer.Option(help="With --gpu: the share of its peak that is reached.", min=0.01, max=1)
-    ] = 0.4,
-    price: Annotated[float | None, typer.Option(help="Of a GPU-hour, in any currency.", min=0)] = None,
+    gpu: Gpu = None,
+    mfu: Mfu = 0.4,
+    price: Price = None,
 ) -> None:
     """Say what is fresh, stale or missing, which field changed, and the tokens, time, disk and money of what is left.
 
