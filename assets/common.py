@@ -1,16 +1,21 @@
 """What all assets share: keys, pools, metadata, and errors for the person who must act."""
 
 import contextlib
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
-from openlm_pipeline.errors import OpenLMError
-from openlm_pipeline.experiments import Dataset
+from openlm_pipeline.errors import ConfigError, OpenLMError
+from openlm_pipeline.experiments import Dataset, Experiment
+from openlm_pipeline.layout import Home
 from openlm_pipeline.lineage.fingerprint import Tree, fingerprint, short
 from openlm_pipeline.result import StageResult
 from openlm_pipeline.tokenization.cluster import DaskSettings
+from train.reporting import WANDB_URL
 
 DATA_VERSION_TAG = "dagster/data_version"
 CODE_VERSION_TAG = "dagster/code_version"
@@ -18,6 +23,9 @@ CODE_VERSION_TAG = "dagster/code_version"
 CPU_POOL, TRAINING_POOL, EVALUATION_POOL = "cpu", "training", "evaluation"
 
 CORPUS_KEY = dg.AssetKey(["corpus", "embedded"])
+
+OWNERS = "OPENLM_OWNERS"
+_DEFAULT_OWNERS = "team:openlm_pipeline"
 
 
 class DaskResource(dg.ConfigurableResource):
@@ -29,6 +37,19 @@ class DaskResource(dg.ConfigurableResource):
 
     def settings(self) -> DaskSettings:
         return DaskSettings.from_env(address=self.address, workers=self.workers)
+
+
+def owners() -> list[str]:
+    """Who owns the assets: OPENLM_OWNERS, teams and e-mail addresses with commas between them.
+
+    Raises:
+        ConfigError: one is neither.
+    """
+    found = [owner.strip() for owner in (os.environ.get(OWNERS) or _DEFAULT_OWNERS).split(",")]
+    for owner in found:
+        if not re.fullmatch(r"team:[\w.-]+|[\w.+-]+@[\w-]+(\.[\w-]+)+", owner):
+            raise ConfigError(f"{OWNERS}: {owner!r} is neither team:NAME nor an e-mail address")
+    return found
 
 
 def tokenizer_key(name: str) -> dg.AssetKey:
@@ -65,7 +86,8 @@ def report_key(run: str) -> dg.AssetKey:
 
 def when_ready() -> dg.AutomationCondition:
     """Make it when what it is made from is new and has passed its blocking checks; switched on in the UI."""
-    return dg.AutomationCondition.eager() & dg.AutomationCondition.all_deps_blocking_checks_passed()
+    condition = dg.AutomationCondition.eager() & dg.AutomationCondition.all_deps_blocking_checks_passed()
+    return condition.with_label("new and checked")
 
 
 def code_version(tree: Tree) -> str:
@@ -73,15 +95,61 @@ def code_version(tree: Tree) -> str:
     return short(fingerprint(tree))
 
 
-def metadata(result: StageResult) -> dict[str, Any]:
-    """A stage's facts as Dagster metadata; numbers stay numbers, so that the UI plots them."""
-    facts = {k: v for k, v in result.facts.items() if v is not None and v != [] and v != {}}
-    shown = {k: v if isinstance(v, (int, float, str)) else dg.MetadataValue.json(v) for k, v in facts.items()}
+def shown(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts as Dagster metadata: numbers stay numbers, so that the UI plots them, and web addresses can be clicked."""
+
+    def value(fact: Any) -> Any:
+        if isinstance(fact, str) and fact.startswith(("http://", "https://")):
+            return dg.MetadataValue.url(fact)
+        return fact if isinstance(fact, (int, float, str)) else dg.MetadataValue.json(fact)
+
+    return {k: value(v) for k, v in facts.items() if v is not None and v != [] and v != {}}
+
+
+def place(path: Path) -> dict[str, Any]:
+    """Where an artefact is: its path here, its URI for everyone, and its size; made-up shards have neither of these."""
+    if not path.exists():
+        return {"path": dg.MetadataValue.path(str(path))}
+    home = Home.from_env()
+    inside = home.url is not None and path.is_relative_to(home.root)
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
     return {
-        "path": dg.MetadataValue.path(str(result.path)),
-        "version": short(result.version),
-        "reused": result.reused,
-    } | shown
+        "path": dg.MetadataValue.path(str(path)),
+        "dagster/uri": f"{home.url}/{path.relative_to(home.root)}" if inside else path.absolute().as_uri(),
+        "size_bytes": sum(p.stat().st_size for p in files),
+    }
+
+
+def table(parquets: Sequence[Path]) -> dict[str, Any]:
+    """Columns and number of rows of a table in one or more Parquet files, as they say themselves; {} for none."""
+    if not parquets:
+        return {}
+    import pyarrow.parquet as pq  # slow to import, and loading the definitions needs none of it
+
+    columns = [
+        dg.TableColumn(field.name, str(field.type), constraints=dg.TableColumnConstraints(nullable=field.nullable))
+        for field in pq.read_schema(parquets[0])
+    ]
+    return {
+        "dagster/column_schema": dg.TableSchema(columns),
+        "dagster/row_count": sum(pq.read_metadata(path).num_rows for path in parquets),
+    }
+
+
+def run_links(experiment: Experiment) -> dict[str, Any]:
+    """Where to look at a run: its folder, and what `execution.report_to` made."""
+    folder = Home.from_env().run(experiment.name, experiment.version)
+    links = {"run_folder": dg.MetadataValue.path(str(folder))}
+    if "tensorboard" in experiment.execution.report_to:
+        links["tensorboard"] = dg.MetadataValue.path(str(folder / "tensorboard"))
+    if "wandb" in experiment.execution.report_to and (folder / WANDB_URL).exists():
+        links["wandb"] = dg.MetadataValue.url((folder / WANDB_URL).read_text())
+    return links
+
+
+def metadata(result: StageResult) -> dict[str, Any]:
+    """A stage's result as Dagster metadata."""
+    return {**place(result.path), "version": short(result.version), "reused": result.reused, **shown(result.facts)}
 
 
 @contextlib.contextmanager

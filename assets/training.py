@@ -12,6 +12,7 @@ from assets.common import (
     checkpoint_key,
     code_version,
     metadata,
+    run_links,
     shards_key,
     user_errors,
 )
@@ -21,10 +22,14 @@ from openlm_pipeline.layout import Home
 from openlm_pipeline.lineage.run_identity import settings_identity
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.launch import MilestoneReached, MilestoneReused, Progress, StepSkipped
-from openlm_pipeline.units import format_tokens
+from openlm_pipeline.units import format_tokens, milestone_label
 
 _OBSERVE_SECONDS = 5.0
 _TABLE_ROWS = 40
+_CHECKS = (
+    ("finite_loss", "Every loss of training and validation up to the milestone."),
+    ("integrity", "Every file of the checkpoint has its recorded sha256."),
+)
 
 
 def checkpoint_assets(experiment: Experiment) -> dg.AssetsDefinition:
@@ -33,7 +38,8 @@ def checkpoint_assets(experiment: Experiment) -> dg.AssetsDefinition:
     labels = dict(experiment.labelled_milestones())
     shards = [shards_key(d) for d in experiment.datasets()]
     version = code_version({**settings_identity(experiment), "weights": [s.weight for s in experiment.sources]})
-    specs, previous = [], []
+    parent = experiment.parent
+    specs, previous = [], [checkpoint_key(parent.run, milestone_label(parent.milestone))] if parent else []
     for label, tokens in labels.items():
         key = checkpoint_key(run, label)
         specs.append(
@@ -56,9 +62,9 @@ def checkpoint_assets(experiment: Experiment) -> dg.AssetsDefinition:
         can_subset=True,
         pool=TRAINING_POOL,
         check_specs=[
-            dg.AssetCheckSpec(name, asset=checkpoint_key(run, label), blocking=True)
+            dg.AssetCheckSpec(name, asset=checkpoint_key(run, label), blocking=True, description=description)
             for label in labels
-            for name in ("finite_loss", "integrity")
+            for name, description in _CHECKS
         ],
     )
     def train(context: dg.AssetExecutionContext):
@@ -104,11 +110,15 @@ def _milestone(
     result = stages.checkpoint_result(event.checkpoint, reused)
     records = [r for r in folder.read_metrics() if r["step"] <= event.checkpoint.step]
     training = [r for r in records if "loss" in r]
-    facts = metadata(result) | {
-        "loss": training[-1]["loss"],
-        "tokens_per_second": training[-1]["tokens_per_second"],
-        "loss_curve": _table(training),
-    }
+    facts = (
+        metadata(result)
+        | run_links(experiment)
+        | {
+            "loss": training[-1]["loss"],
+            "tokens_per_second": training[-1]["tokens_per_second"],
+            "loss_curve": _table(training),
+        }
+    )
     if not selected:
         tags = {DATA_VERSION_TAG: result.version}
         context.log_event(dg.AssetMaterialization(key, metadata=facts, tags=tags))

@@ -14,11 +14,12 @@ from openlm_pipeline.experiments import Dataset, Experiment
 from openlm_pipeline.files import read_json
 from openlm_pipeline.layout import Home
 from openlm_pipeline.lineage.fingerprint import differences
-from openlm_pipeline.lineage.run_identity import run_identity
+from openlm_pipeline.lineage.run_identity import extension_refusal, run_identity
 from openlm_pipeline.runs.checkpoints import list_checkpoints
 from openlm_pipeline.runs.dry_run import describe
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.launch import milestone_checkpoints
+from openlm_pipeline.runs.parent import parent_identity
 from openlm_pipeline.shards.dataset import DATASET
 from openlm_pipeline.shards.opening import open_dataset
 from openlm_pipeline.tokenization.documents import FileTokens, finished
@@ -194,16 +195,25 @@ def _checkpoints(experiment: Experiment, home: Home, upstream: list[Artefact]) -
     labels = [label for label, _ in experiment.labelled_milestones()]
     names = {label: f"checkpoint/{experiment.name}/{label}" for label in labels}
     exists = (run.path / "run.json").exists()
-    if upstream:
-        why = tuple(f"{a.name} is {a.state}" for a in upstream)
-        return [Artefact(name, "stale" if exists else "missing", why) for name in names.values()], 0
+    start = experiment.start_tokens()
+    why = [f"{a.name} is {a.state}" for a in upstream]
+    began = None
+    try:
+        began = parent_identity(experiment, home)
+    except OpenLMError as e:
+        why.append(str(e))
+    if why:
+        return [Artefact(name, "stale" if exists else "missing", tuple(why)) for name in names.values()], start
     if not exists:
-        return [Artefact(name, "missing", ("it was not trained yet",)) for name in names.values()], 0
+        return [Artefact(name, "missing", ("it was not trained yet",)) for name in names.values()], start
     versions = {d.name: open_dataset(d, home).version for d in experiment.training_datasets()}
-    if changed := run.differences(run_identity(experiment, versions)):
-        return [Artefact(name, "stale", tuple(changed)) for name in names.values()], 0
+    identity = run_identity(experiment, versions, began)
+    if refusal := extension_refusal(experiment, run.identity, identity):
+        return [Artefact(name, "stale", tuple(refusal.splitlines())) for name in names.values()], start
+    if changed := run.differences(identity):
+        return [Artefact(name, "stale", tuple(changed)) for name in names.values()], start
     there = milestone_checkpoints(experiment, run)
-    newest = max((c.tokens for c in list_checkpoints(run.checkpoints, run.fingerprint, lambda _: None)), default=0)
+    newest = max((c.tokens for c in list_checkpoints(run.checkpoints, run.fingerprint, lambda _: None)), default=start)
     states = [
         Artefact(names[label], "fresh") if label in there else Artefact(names[label], "missing", ("not trained yet",))
         for label in labels
@@ -245,7 +255,7 @@ def _cost(
 ) -> Cost:
     processes = experiment.launcher.world_size
     whole = describe(experiment, processes, device, mfu, home)
-    tokens = max(0, whole.tokens - start) if missing else 0
+    tokens = max(0, whole.tokens - (start - experiment.start_tokens())) if missing else 0
     seconds, speed = None, "not known: the run has no records yet, and no GPU is named (--gpu)"
     run = RunFolder(home.run(experiment.name, experiment.version))
     records = [r for r in run.read_metrics() if r.get("tokens_per_second")][-_MEASURED_RECORDS:] if same_run else []

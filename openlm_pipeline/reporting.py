@@ -7,7 +7,7 @@ whatever the order in which they were made.
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from openlm_pipeline import __version__
 from openlm_pipeline.errors import ConfigError, MissingInputError
@@ -15,7 +15,9 @@ from openlm_pipeline.experiments import Experiment, load_experiment, recipe_name
 from openlm_pipeline.files import sha256_file, write_text
 from openlm_pipeline.layout import Home
 from openlm_pipeline.result import Report, StageResult
-from openlm_pipeline.scoring import CARD, evaluation_of, items_of, items_of_others
+from openlm_pipeline.runs.folder import RunFolder
+from openlm_pipeline.runs.parent import parent_folder
+from openlm_pipeline.scoring import CARD, evaluation_of, items_of, items_of_others, parent_scorecard
 from openlm_pipeline.stages import open_run
 from openlm_pipeline.units import format_tokens
 
@@ -55,6 +57,24 @@ def _cards(experiment: Experiment, home: Home) -> "tuple[list[Scorecard], list[S
     return cards, [load_scorecard(path) for path in paths if path.exists()]
 
 
+def _parent_card(experiment: Experiment, home: Home, cards: "Sequence[Scorecard]") -> "Scorecard | None":
+    """The scorecard of the milestone that a fork goes on from, where it is of the same suite."""
+    from openlm_pipeline.evaluation.scorecard import load_scorecard
+
+    folder = parent_scorecard(experiment, home)
+    card = load_scorecard(folder / CARD) if folder and (folder / CARD).exists() else None
+    return card if card and all(c.suite_digest == card.suite_digest for c in cards) else None
+
+
+def _records(experiment: Experiment, home: Home, run: RunFolder) -> list[dict[str, Any]]:
+    """The losses of a run; of a fork those of its parent come before."""
+    before: list[dict[str, Any]] = []
+    if experiment.parent:
+        start = run.identity["parent"]["tokens"]
+        before = [r for r in parent_folder(experiment, home).read_metrics() if r["tokens"] <= start]
+    return [*before, *run.read_metrics()]
+
+
 def _quoted(experiment: Experiment) -> "list[QuotedBaseline]":
     from openlm_pipeline.evaluation.baselines import quoted_baselines
 
@@ -72,8 +92,9 @@ def make_report(experiment: Experiment, home: Home, report: Report) -> StageResu
     provenance = {"run fingerprint": run.fingerprint, "openlm_pipeline": __version__}
     with home.artefact(out):
         paths = write_report(
-            out, experiment, cards, run.read_metrics(), provenance, baselines=baselines, quoted=_quoted(experiment)
-        )
+            out, experiment, cards, _records(experiment, home, run), provenance,
+            parent=_parent_card(experiment, home, cards), baselines=baselines, quoted=_quoted(experiment),
+        )  # fmt: skip
     page = paths["report.html"]
     report(f"report: {page}")
     facts = {"scorecards": len(cards), "milestones": len(experiment.milestones), "baselines": len(baselines)}
@@ -104,6 +125,7 @@ def scores_table(experiment: Experiment, home: Home) -> "Table":
         experiment.version,
         cards,
         experiment.milestones,
+        parent=_parent_card(experiment, home, cards),
         baselines=baselines,
         quoted=_quoted(experiment),
     )

@@ -28,6 +28,7 @@ from openlm_pipeline.runs.launch import milestone_checkpoints
 from openlm_pipeline.shards.opening import open_dataset
 from openlm_pipeline.stages import open_run
 from openlm_pipeline.tokenization.tokenizer import read_tokenizer_info, tokenizer_file
+from openlm_pipeline.units import milestone_label
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -185,13 +186,27 @@ def score(experiment: Experiment, home: Home, label: str, report: Report) -> Sta
 def items_of_others(
     experiment: Experiment, home: Home, suite: "Suite", earlier: list[str]
 ) -> "tuple[pa.Table | None, dict[str, pa.Table]]":
-    """What a milestone is compared with: the items of the milestone before, and those of others by name."""
+    """What a milestone is compared with: the items of the milestone before (of a fork's first one, its parent), and
+    those of others by name."""
     folders = {label: home.scorecard(experiment.name, experiment.version, label) for label in earlier}
     home.pull(home.root / "scorecards" / experiment.name / experiment.version)
     folders |= {b.name: home.model_scorecard(b.name, suite.name) for b in evaluation_of(experiment).baselines}
     found = {name: items for name, folder in folders.items() if (items := items_of(folder)) is not None}
     of_suite = {name: t for name, t in found.items() if set(t["suite"].to_pylist()) <= {suite.name}}
-    return of_suite.pop(earlier[-1], None) if earlier else None, of_suite
+    if earlier or not experiment.parent:
+        return of_suite.pop(earlier[-1], None) if earlier else None, of_suite
+    before = items_of(parent_scorecard(experiment, home))
+    return before if before and set(before["suite"].to_pylist()) <= {suite.name} else None, of_suite
+
+
+def parent_scorecard(experiment: Experiment, home: Home) -> Path | None:
+    """The folder of the scores of the milestone that a fork goes on from; None where there is no parent."""
+    if experiment.parent is None:
+        return None
+    parent = experiment.parent
+    folder = home.scorecard(parent.run, parent.version, milestone_label(parent.milestone))
+    home.pull(folder)
+    return folder
 
 
 def evaluation_of(experiment: Experiment) -> Evaluation:

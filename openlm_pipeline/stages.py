@@ -15,6 +15,7 @@ from openlm_pipeline.errors import BusyError, DataError, IdentityError
 from openlm_pipeline.experiments import Dataset, Experiment, TokenizerSpec
 from openlm_pipeline.files import set_aside
 from openlm_pipeline.layout import Home
+from openlm_pipeline.lineage.fingerprint import Tree
 from openlm_pipeline.lineage.run_identity import run_identity
 from openlm_pipeline.result import Report, StageResult
 from openlm_pipeline.runs.checkpoints import Checkpoint, verify
@@ -27,6 +28,7 @@ from openlm_pipeline.runs.launch import (
     milestone_checkpoints,
     train_run,
 )
+from openlm_pipeline.runs.parent import parent_folder, parent_identity
 from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.opening import open_dataset, published_url
 from openlm_pipeline.shards.publish import publish
@@ -130,6 +132,13 @@ def dataset_versions(experiment: Experiment, home: Home) -> dict[str, str]:
     return {d.name: open_dataset(d, home).version for d in experiment.training_datasets()}
 
 
+def _identity(experiment: Experiment, home: Home) -> Tree:
+    """Of the run that an experiment is, on the data and the parent that are there."""
+    if experiment.parent:
+        home.pull(parent_folder(experiment, home).path)
+    return run_identity(experiment, dataset_versions(experiment, home), parent_identity(experiment, home))
+
+
 def open_run(experiment: Experiment, home: Home) -> RunFolder:
     """The run folder of an experiment, which must be this experiment's on the data that is there.
 
@@ -138,7 +147,7 @@ def open_run(experiment: Experiment, home: Home) -> RunFolder:
     """
     run = RunFolder(home.run(experiment.name, experiment.version))
     home.pull(run.path)
-    identity = run_identity(experiment, dataset_versions(experiment, home))
+    identity = _identity(experiment, home)
     if not run.belongs_to(identity):
         changed = "\n  ".join(run.differences(identity))
         raise IdentityError(f"{run.path} was trained from something else:\n  {changed}\nTrain it again first.")
@@ -172,13 +181,14 @@ def train(
         supersede: set a run of other settings or data in the same folder aside, instead of refusing.
 
     Raises:
-        IdentityError: the folder holds another run.
+        IdentityError: the folder holds another run, or this one with a schedule that ended.
+        MissingInputError: the data, or the parent of a fork, is not there.
         BusyError: the run is being trained already.
         TrainingError: training ended early.
     """
     run = RunFolder(home.run(experiment.name, experiment.version))
     home.pull(run.path)
-    identity = run_identity(experiment, dataset_versions(experiment, home))
+    identity = _identity(experiment, home)
     changed: list[str] = []
     if find_job(experiment, home, run, lambda _: None) is None:
         with run.lock():  # so that the folder of a run that is training is not set aside under it

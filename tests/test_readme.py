@@ -21,7 +21,8 @@ def commands() -> list[str]:
 
 
 def run(arguments: list[str], home: Path) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OPENLM_HOME": str(home), "OPENLM_RAW_DATA": str(home / "none"), "COLUMNS": "200"}
+    variables = {"OPENLM_HOME": str(home), "OPENLM_RECIPES": str(home), "OPENLM_RAW_DATA": str(home / "none")}
+    environment = {**os.environ, **variables, "COLUMNS": "200"}
     return subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
 

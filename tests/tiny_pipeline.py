@@ -102,19 +102,19 @@ class TinyPipeline:
         return TinyPipeline(to)
 
     @contextlib.contextmanager
-    def active(self) -> Iterator[dg.Definitions]:
-        """Its definitions, as they are with the recipe of this moment, in its environment."""
+    def active(self, *recipes: str) -> Iterator[dg.Definitions]:
+        """The definitions of its recipes, or of those named, as the files are at this moment, in its environment."""
         from openlm_pipeline.experiments import load_experiment
         from orchestration.definitions import build_definitions
 
         with pytest.MonkeyPatch.context() as patch:
             for name, value in self.variables.items():
                 patch.setenv(name, value)
-            yield build_definitions([load_experiment("tiny")])
+            yield build_definitions([load_experiment(name) for name in recipes or ("tiny",)])
 
-    def execute(self, job: str) -> dg.ExecuteInProcessResult:
+    def execute(self, job: str, recipes: tuple[str, ...] = ()) -> dg.ExecuteInProcessResult:
         """Run a job to its end in this process."""
-        with self.active() as definitions, dg.DagsterInstance.get() as instance:
+        with self.active(*recipes) as definitions, dg.DagsterInstance.get() as instance:
             return definitions.resolve_job_def(job).execute_in_process(
                 instance=instance,
                 raise_on_error=False,

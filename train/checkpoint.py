@@ -18,7 +18,12 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.optim import Optimizer
 
 from openlm_pipeline.errors import TrainingError
@@ -34,6 +39,7 @@ from openlm_pipeline.runs.checkpoints import (
 )
 from openlm_pipeline.runs.weights import SafePlanner, SafeReader
 from train.distributed import World
+from train.optimizers import Optimizers
 
 Extra = dict[str, dict[str, Tensor]]
 """More named state dicts that are saved beside those of model and optimizer, such as averages of the weights."""
@@ -201,8 +207,21 @@ class Saver:
         return {name: described for files in found for name, described in files.items()}
 
 
-def load(checkpoint: Checkpoint, model: Transformer, optimizer: Optimizer, extra: Extra) -> None:
-    """Load a verified checkpoint into model, optimizer and the tensors of `extra`, whatever world size saved it."""
+def load(checkpoint: Checkpoint, model: Transformer, optimizer: Optimizers, extra: Extra) -> None:
+    """Load a verified checkpoint into model, optimizer and the tensors of `extra`, whatever world size saved it.
+
+    The optimizer keeps its own settings, such as weight decay.
+    """
+    own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     state = _state(model, optimizer, extra)
     dcp.load(state, storage_reader=SafeReader(checkpoint.path), planner=SafePlanner())
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    for group, settings in zip(optimizer.param_groups, own):
+        group.update(settings)
+
+
+def load_weights(checkpoint: Checkpoint, model: Transformer) -> None:
+    """Load the model alone from a verified checkpoint."""
+    state = {"model": get_model_state_dict(model)}
+    dcp.load(state, storage_reader=SafeReader(checkpoint.path), planner=SafePlanner())
+    set_model_state_dict(model, state["model"])

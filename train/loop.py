@@ -21,6 +21,7 @@ from openlm_pipeline.remote import join
 from openlm_pipeline.runs.checkpoints import Checkpoint, list_checkpoints, newest_intact, promote, rotate
 from openlm_pipeline.runs.dry_run import size_line
 from openlm_pipeline.runs.folder import RunFolder
+from openlm_pipeline.runs.parent import parent_checkpoint, parent_identity
 from openlm_pipeline.runs.upload import Uploads
 from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.opening import open_dataset
@@ -29,6 +30,7 @@ from train import checkpoint as checkpoints
 from train.averages import Averages
 from train.data import Batches
 from train.distributed import World, start
+from train.fork import begin_from
 from train.initial_weights import load_initial_weights, weights_identity
 from train.masking import Masking, ModelInput
 from train.metrics import Metrics, console_text
@@ -66,8 +68,14 @@ class Trainer:
         *,
         run: RunFolder | None = None,
         initial_weights: Mapping[Path, float] | None = None,
+        start_tokens: int = 0,
     ) -> None:
-        self.experiment, self.world = experiment, world
+        """
+        Args:
+            initial_weights: see `run_training`.
+            start_tokens: of the parent's checkpoint, where the experiment is a fork.
+        """
+        self.experiment, self.home, self.world = experiment, home, world
         self.run = run or RunFolder(home.run(experiment.name, experiment.version))
         held_out = experiment.validation_dataset()
         self.held_out = open_dataset(held_out, home) if held_out else None
@@ -79,8 +87,7 @@ class Trainer:
         opened = [*datasets, self.held_out] if self.held_out else datasets
         self.masking = Masking(experiment.training, {d.info["eot_id"] for d in opened})
         self.model = build_model(experiment, world)
-        if initial_weights and not world.from_rank0(self._list):  # else a checkpoint is gone on from
-            load_initial_weights(self.model, experiment.model_config_resolved(), initial_weights, world)
+        self.initial_weights = initial_weights
         self.optimizer = make_optimizer(experiment.training, self.model)
         self.averages = Averages(experiment.training.averages, self.model)
         self.stability = Stability(experiment.training, world)
@@ -88,7 +95,13 @@ class Trainer:
         self.world.from_rank0(lambda: check_report_to(experiment))
         self.reporter = Reporter(experiment, self.run, self._warn) if world.rank == 0 else None
         self.profiler = StepProfiler(self.run.path / "profile", experiment.execution.profile_steps, world.rank)
-        self.step = 0
+        self.step = start_tokens // experiment.training.global_batch
+        self.has_begun = False
+        """Whether the weights in memory are the run's."""
+        self.schedule_start, self.horizon = 0, experiment.schedule_horizon()
+        if experiment.schedule_start():
+            self.schedule_start = self.step
+            self.horizon = self.horizon and self.horizon - start_tokens
         self.uploads = uploads
         self.saver = checkpoints.Saver(
             self.run.checkpoints, world.from_rank0(lambda: self.run.fingerprint), world,
@@ -153,8 +166,22 @@ class Trainer:
             self.console.print(f"resumed from {newest.path.name} ({format_tokens(newest.tokens)} tokens)")
         elif here < 0:
             raise TrainingError(f"no intact checkpoint to go back to step {target} from; start the run again")
+        elif not self.has_begun:
+            self._begin()
+        self.has_begun = True
         self.metrics.reset()
         return True
+
+    def _begin(self) -> None:
+        """Take the weights that the run is to begin with, where they are not its own; averages begin at them."""
+        experiment, world = self.experiment, self.world
+        if self.initial_weights:
+            load_initial_weights(self.model, experiment.model_config_resolved(), self.initial_weights, world)
+            self.averages = Averages(experiment.training.averages, self.model)
+        elif experiment.parent:
+            parent = world.from_rank0(lambda: parent_checkpoint(experiment, self.home))
+            self.averages = begin_from(parent, experiment, world, self.model, self.optimizer, self._extra())
+            self.console.print(f"begins at {parent.path} ({format_tokens(parent.tokens)} tokens)")
 
     def _train_to(self, target: int) -> bool:
         """Step until `target`; False if a signal asked to stop before."""
@@ -206,7 +233,7 @@ class Trainer:
     def _optimizer_step(self, batch: torch.Tensor) -> float:
         """One step on this rank's samples [local_sequences, seq_len + 1]; returns the learning rate used."""
         training = self.experiment.training
-        lr = learning_rate(training, self.experiment.schedule_horizon(), self.step)
+        lr = learning_rate(training, self.horizon, self.step - self.schedule_start)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         inputs = [self.masking(samples) for samples in batch.split(self.batches.micro_batch)]
@@ -349,9 +376,9 @@ def run_training(
     world = start()
     run = RunFolder(run_path or home.run(experiment.name, experiment.version))
     datasets = [open_dataset(d, home) for d in experiment.training_datasets()]
-    identity = run_identity(
-        experiment, {d.name: opened.version for d, opened in zip(experiment.training_datasets(), datasets)}
-    )
+    versions = {d.name: opened.version for d, opened in zip(experiment.training_datasets(), datasets)}
+    began = world.from_rank0(lambda: parent_identity(experiment, home))
+    identity = run_identity(experiment, versions, began)
     if initial_weights:
         identity["initial_weights"] = world.from_rank0(lambda: weights_identity(initial_weights))
 
@@ -363,7 +390,10 @@ def run_training(
             uploads = _uploads(experiment, run) if world.rank == 0 else None
             if experiment.execution.upload_to:
                 world.from_rank0(lambda: uploads.start(experiment.steps(until)))
-            trainer = Trainer(experiment, home, world, datasets, uploads, run=run, initial_weights=initial_weights)
+            trainer = Trainer(
+                experiment, home, world, datasets, uploads, run=run, initial_weights=initial_weights,
+                start_tokens=began["tokens"] if began else 0,
+            )  # fmt: skip
             trainer.console.print(f"run {run.path} ({short(run.fingerprint)})")
             with trainer.watchdog.watching():
                 outcome = trainer.train(until)

@@ -13,10 +13,13 @@ from typing import Any, Protocol
 
 from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.experiments import Experiment
+from openlm_pipeline.files import write_text
 from openlm_pipeline.lineage.fingerprint import fingerprint, short
 from openlm_pipeline.runs.folder import RunFolder
 
 Record = dict[str, Any]
+WANDB_URL = "wandb_url.txt"
+"""File of the run folder with the address of its page, once wandb gave it one; there is none offline."""
 
 _OPENLM_NAMES = {  # where they differ from `train/` and the name in the record
     "tokens_per_second": "train/samples_per_second",
@@ -124,6 +127,7 @@ class WandbWriter:
 
     def __init__(self, experiment: Experiment, run: RunFolder, warn: Callable[[str], None]) -> None:
         self.warn = warn
+        self.url_file = run.path / WANDB_URL
         self.waiting: queue.SimpleQueue[tuple[int, dict[str, float]] | None] = queue.SimpleQueue()
         identity = {"name": experiment.name, "version": experiment.version, "fingerprint": run.fingerprint}
         settings = {
@@ -153,6 +157,8 @@ class WandbWriter:
             # Its own console capture would take the trainer's standard output from the launcher's log.
             quiet = wandb.Settings(console="off", silent=True)
             with wandb.init(**settings, settings=quiet) as run:
+                if not run.offline and run.url:
+                    write_text(self.url_file, run.url)
                 while item := self.waiting.get():
                     step, values = item
                     run.log(values, step=step)

@@ -6,7 +6,7 @@ from openlm_pipeline.experiments.spec import Training
 
 
 def learning_rate(training: Training, horizon: int | None, step: int) -> float:
-    """Learning rate of optimizer step `step`, counted from 0.
+    """Learning rate of optimizer step `step`, counted from 0 where the schedule begins, as are the `horizon`'s tokens.
 
     Warm-up is linear and reaches `lr` with its last step, then: `cosine` falls to `lr_min` at the horizon (OpenLM's
     formula), `wsd` stays and falls to `lr_min` over the last `decay` tokens, as (steps left / decay steps) to the

@@ -16,6 +16,7 @@ from rich.table import Table
 from openlm_pipeline.cli.download import download
 from openlm_pipeline.cli.evaluate import evaluate
 from openlm_pipeline.cli.export import export
+from openlm_pipeline.cli.fork import fork
 from openlm_pipeline.cli.gc import gc
 from openlm_pipeline.cli.launch import launch
 from openlm_pipeline.cli.plan import plan
@@ -37,7 +38,7 @@ app = typer.Typer(
 )
 console = Console(highlight=False, soft_wrap=True)
 app.add_typer(shards_app, name="shards")
-for command in (plan, launch, download, evaluate, report, baselines, export, gc):
+for command in (plan, launch, fork, download, evaluate, report, baselines, export, gc):
     app.command()(command)
 NEOX = "EleutherAI/gpt-neox-20b"
 Recipe = Annotated[str, typer.Argument(help="Name of a recipe (`openlm recipes`) or path of a YAML file.")]

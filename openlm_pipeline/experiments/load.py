@@ -18,21 +18,25 @@ SHIPPED = Path(__file__).parent / "recipes"
 
 
 def recipe_paths() -> dict[str, Path]:
-    """Recipe name -> file: the shipped ones, then those in the folders of `OPENLM_RECIPES` (`:` between them).
+    """Recipe name -> file: the shipped ones, then those of the user, which may take the place of a shipped one.
 
     Raises:
-        ConfigError: a folder of `OPENLM_RECIPES` does not exist, or two files share a name.
+        ConfigError: a folder of `OPENLM_RECIPES` does not exist, or two files in them share a name.
     """
-    folders = [SHIPPED, *(Path(p) for p in os.environ.get("OPENLM_RECIPES", "").split(":") if p)]
     found: dict[str, Path] = {}
-    for folder in folders:
+    for folder in user_folders():
         if not folder.is_dir():
             raise ConfigError(f"OPENLM_RECIPES names {folder}, which is not a folder")
         for path in sorted(folder.glob("*.yaml")):
             if path.stem in found:
                 raise ConfigError(f"two recipes are named {path.stem}: {found[path.stem]} and {path}")
             found[path.stem] = path
-    return found
+    return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))} | found
+
+
+def user_folders() -> list[Path]:
+    """The folders of `OPENLM_RECIPES`, `:` between them."""
+    return [Path(p) for p in os.environ.get("OPENLM_RECIPES", "").split(":") if p]
 
 
 def recipe_names() -> list[str]:
@@ -63,9 +67,16 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path in seen:
         raise ConfigError(f"recipes extend each other in a circle: {' -> '.join(map(str, [*seen, path]))}")
     document = read_mapping(path)
-    if parent := document.pop("extends", None):
-        document = _merge(_read((path.parent / parent).resolve(), (*seen, path)), document)
+    if base := document.pop("extends", None):
+        document = _merge(_read(_base(base, path), (*seen, path)), document)
     return document
+
+
+def _base(base: str, path: Path) -> Path:
+    """The file that a recipe extends: a path from its own, or a recipe's name; of its own name the shipped one."""
+    if base.endswith((".yaml", ".yml")):
+        return (path.parent / base).resolve()
+    return SHIPPED / f"{base}.yaml" if base == path.stem else _find(base)
 
 
 def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -315,6 +315,19 @@ class KubernetesSettings(Strict):
     """Times that a run whose pods the cluster took away is started again."""
 
 
+class Parent(Strict):
+    """The milestone of another run that a run goes on from: a fork. Tokens are counted on from there, and so is the
+    order of the samples."""
+
+    run: Name
+    version: str = "v1"
+    milestone: Tokens
+    optimizer: Literal["keep", "reset"] = "keep"
+    """`keep` the optimizer's state, or begin with a new one."""
+    schedule: Literal["continue", "restart"] = "continue"
+    """`continue` the schedule at the parent's tokens, or `restart` it there: warm-up and all, up to the horizon."""
+
+
 class Launcher(Strict):
     """Where training runs."""
 
@@ -367,6 +380,8 @@ class Experiment(Strict):
     training: Training
     milestones: tuple[Tokens, ...] = Field(min_length=1)
     """Token counts at which a checkpoint is kept for ever and scored."""
+    parent: Parent | None = None
+    """Where a fork begins; by default a run begins at 0 tokens with weights of its own."""
     evaluation: Evaluation | None = None
     execution: Execution = Execution()
     launcher: Launcher = Launcher()
@@ -378,8 +393,13 @@ class Experiment(Strict):
         batch = self.training.global_batch
         if batch % self.seq_len:
             raise ValueError(f"training.global_batch {batch} is not a multiple of seq_len {self.seq_len}")
-        if self.milestones[0] < batch:
-            raise ValueError(f"the first milestone {format_tokens(self.milestones[0])} is less than one global batch")
+        if self.milestones[0] < self.start_tokens() + batch:
+            after = f" after the parent's {format_tokens(self.start_tokens())}" if self.parent else ""
+            raise ValueError(
+                f"the first milestone {format_tokens(self.milestones[0])} is less than one global batch{after}"
+            )
+        if self.parent and (self.parent.run, self.parent.version) == (self.name, self.version):
+            raise ValueError("a run cannot be its own parent; give the fork another name or version")
         if len({self.steps(m) for m in self.milestones}) < len(self.milestones):
             raise ValueError(f"two milestones end at the same step; one step is {format_tokens(batch)} tokens")
         names = [d.name for d in self.datasets()]
@@ -393,8 +413,12 @@ class Experiment(Strict):
         if self.model_config_resolved().seq_len < self.seq_len:
             raise ValueError(f"seq_len {self.seq_len} is more than the model's {self.model_config_resolved().seq_len}")
         horizon = self.schedule_horizon()
-        if horizon is not None and self.training.warmup + self.training.decay > horizon:
-            raise ValueError(f"warm-up and decay are longer than the schedule ({format_tokens(horizon)} tokens)")
+        if horizon is not None:
+            length = horizon - self.schedule_start()
+            if self.training.warmup + self.training.decay > length:
+                raise ValueError(
+                    f"warm-up and decay are longer than the schedule ({format_tokens(max(0, length))} tokens)"
+                )
         return self
 
     def model_config_resolved(self) -> ModelConfig:
@@ -439,6 +463,14 @@ class Experiment(Strict):
         if self.training.schedule == "constant":
             return None
         return self.training.horizon or self.milestones[-1]
+
+    def start_tokens(self) -> int:
+        """Tokens at which training begins: of the parent's milestone, or 0."""
+        return self.parent.milestone if self.parent else 0
+
+    def schedule_start(self) -> int:
+        """Tokens at which the learning-rate schedule begins."""
+        return self.start_tokens() if self.parent and self.parent.schedule == "restart" else 0
 
     def steps(self, tokens: int) -> int:
         """Optimizer steps that reach `tokens`, rounded up."""

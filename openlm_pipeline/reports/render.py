@@ -39,6 +39,7 @@ def write_report(
     training_metrics: Sequence[Mapping[str, Any]],
     provenance: Mapping[str, Any] | None = None,
     *,
+    parent: Scorecard | None = None,
     baselines: Sequence[Scorecard] = (),
     quoted: Sequence[QuotedBaseline] = (),
 ) -> dict[str, Path]:
@@ -48,6 +49,7 @@ def write_report(
         training_metrics: the records of `metrics.jsonl`.
         provenance: added to the footer as it is: names and values worth keeping that the scorecards do not hold,
             such as the code version.
+        parent: scorecard of the milestone that a fork goes on from.
         baselines: scorecards of other models on the same suite.
         quoted: published scores.
 
@@ -55,10 +57,11 @@ def write_report(
         DataError: the scorecards are of another run or cannot be compared with each other.
     """
     milestones = sorted(scorecards, key=lambda card: card.tokens or 0)
-    cards = [*milestones, *baselines]
+    cards = [*([parent] if parent else []), *milestones, *baselines]
     table = milestones_table(
-        experiment.name, experiment.version, scorecards, experiment.milestones, baselines=baselines, quoted=quoted
-    )
+        experiment.name, experiment.version, scorecards, experiment.milestones,
+        parent=parent, baselines=baselines, quoted=quoted,
+    )  # fmt: skip
     facts = [*evaluation_facts(milestones), *((name, str(value)) for name, value in (provenance or {}).items())]
     page = {
         "experiment": experiment,

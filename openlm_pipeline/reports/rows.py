@@ -18,12 +18,14 @@ def milestones_table(
     scorecards: Sequence[Scorecard],
     milestones: Sequence[int] = (),
     *,
+    parent: Scorecard | None = None,
     baselines: Sequence[Scorecard] = (),
     quoted: Sequence[QuotedBaseline] = (),
 ) -> Table:
     """The table of one run's scorecards; a milestone (in tokens) without a scorecard is a row of `not run`.
 
     Args:
+        parent: scorecard of the milestone that a fork goes on from.
         baselines: scorecards of other models on the same suite, in the order to show.
         quoted: published scores; a model without any of the table's tasks is left out.
 
@@ -40,11 +42,16 @@ def milestones_table(
             raise DataError(f"a scorecard of {card.run} {card.run_version} was given for {run} {run_version}")
         if card.tokens is None:
             raise DataError(f"the scorecard {card.label} is of no milestone; give it as a baseline")
-    every = [*cards.values(), *baselines]
+    every = [*cards.values(), *([parent] if parent else []), *baselines]
     for card in every:
         _check_comparable(card, every[-1])
     columns = _columns(every)
-    rows, before = [], None
+    rows: list[Row] = []
+    before = None
+    if parent is not None:
+        cells, title = tuple(_cell(parent, c, None) for c in columns), f"{format_tokens(parent.tokens)} of {parent.run}"
+        rows.append(Row(parent.label, title, "milestone", cells, parent.tokens, parent.step))
+        before = parent.milestone
     for label, card in cards.items():
         tokens = nominal.get(label, card.tokens)
         cells = tuple(_cell(card, column, before) for column in columns)

@@ -96,6 +96,11 @@ def made_from(experiment: Experiment) -> Facts:
             f"{name}: width {model.hidden_dim}, {model.n_layers} layers, {model.n_heads} heads, vocabulary "
             f"{model.vocab_size}, {model.norm}, {model.ffn}, {model.positional_embedding} positions",
         ),
+        *(
+            [("Parent", f"{p.run} {p.version} at {format_tokens(p.milestone)} tokens")]
+            if (p := experiment.parent)
+            else []
+        ),
         ("Data", sources),
         ("Tokenizer", f"{tokenizer.name}, {origin}"),
         ("Sequence length", f"{experiment.seq_len} tokens"),

@@ -49,7 +49,7 @@ class Plan:
     sequences_per_step: int
     steps: int
     tokens: int
-    """Up to the last milestone, whole steps."""
+    """Up to the last milestone, whole steps; of a fork, those after its parent's."""
     samples: int
     data: tuple[DataPlan, ...]
     memory: MemoryEstimate
@@ -146,7 +146,7 @@ def describe(
             raise ConfigError(
                 f"no peak in {training.precision} is known for the device {device_name!r}; known: {known}"
             )
-    steps = experiment.steps(experiment.milestones[-1])
+    steps = experiment.steps(experiment.milestones[-1]) - experiment.steps(experiment.start_tokens())
     tokens = steps * training.global_batch
     parameters, flops = count_parameters(config), flops_per_token(config, experiment.seq_len)
     memory = estimate_memory(experiment, processes)

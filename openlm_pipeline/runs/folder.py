@@ -18,6 +18,7 @@ from openlm_pipeline.errors import IdentityError
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.files import atomic_writer, folder_lock, read_json, set_aside, write_json, write_text
 from openlm_pipeline.lineage.fingerprint import Tree, differences, fingerprint
+from openlm_pipeline.lineage.run_identity import extension_refusal
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ class RunFolder:
         """Whether the folder is free or is that run's."""
         return not (self.path / "run.json").exists() or self.identity == identity
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything was trained here: until then the folder is nobody's for good."""
+        return self.metrics_file.exists() or any(self.checkpoints.glob("step-*"))
+
     def differences(self, identity: Tree) -> list[str]:
         """How the run in the folder differs from `identity`, a line a field."""
         return differences(self.identity, identity)
@@ -73,11 +79,14 @@ class RunFolder:
             How the run that was set aside differed.
 
         Raises:
-            IdentityError: the folder is another run's; the message names each field that differs.
+            IdentityError: the folder is another run's; the message names each field that differs. Or it is this run
+                with a schedule that ended before the new last milestone.
         """
         changed: list[str] = []
-        if not self.belongs_to(identity):
+        if not self.belongs_to(identity) and self.has_begun:
             changed = self.differences(identity)
+            if refusal := extension_refusal(experiment, self.identity, identity):
+                raise IdentityError(refusal)
             if not supersede:
                 raise IdentityError(
                     f"{self.path} holds another run. What differs:\n  "

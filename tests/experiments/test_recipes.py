@@ -205,6 +205,22 @@ def test_folders_of_openlm_recipes(write: Write, monkeypatch: pytest.MonkeyPatch
         recipe_names()
 
 
+def test_a_recipe_of_yours_takes_the_place_of_a_shipped_one_that_it_extends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped_milestones = load_experiment("demo").milestones
+    (tmp_path / "demo.yaml").write_text("extends: demo\nmilestones: [300K]\n")
+    (tmp_path / "other.yaml").write_text("extends: demo\nname: other\ntraining: {lr: 1.0e-4}\n")
+    (tmp_path / "round.yaml").write_text("extends: trip\n")
+    (tmp_path / "trip.yaml").write_text("extends: round\n")
+    monkeypatch.setenv("OPENLM_RECIPES", str(tmp_path))
+    assert shipped_milestones != (300_000,)
+    assert load_experiment("demo").milestones == load_experiment("other").milestones == (300_000,)
+    assert load_experiment("other").training.warmup == load_experiment("demo").training.warmup == 40_000
+    with pytest.raises(ConfigError, match="extend each other in a circle"):
+        load_experiment("round")
+
+
 def test_a_recipe_of_a_folder_has_its_files_name(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write("folder/other.yaml")
     assert load_experiment(str(file)).name == "mine"  # a file given by path may have any name

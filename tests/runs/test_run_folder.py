@@ -52,6 +52,9 @@ def test_a_folder_belongs_to_the_run_that_claimed_it(run: RunFolder, tmp_path: P
     mine, other = {"training": {"lr": 0.1, "eps": 1e-8}}, {"training": {"lr": 0.2, "eps": 1e-8}}
     assert run.claim(experiment, mine, supersede=False) == []
     assert run.belongs_to(mine) and not run.belongs_to(other)
+    assert run.claim(experiment, other, supersede=False) == []  # nothing was trained yet
+    assert run.claim(experiment, mine, supersede=False) == []
+    run.append_metrics({"step": 1, "loss": 2.0})
     with pytest.raises(IdentityError, match=r"training\.lr 0\.1 -> 0\.2\n.*--supersede"):
         run.claim(experiment, other, supersede=False)
     assert run.claim(experiment, other, supersede=True) == ["training.lr 0.1 -> 0.2"]

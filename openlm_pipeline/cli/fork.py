@@ -1,0 +1,61 @@
+"""`openlm fork`: a new run from a milestone of another."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from openlm_pipeline.errors import ConfigError
+from openlm_pipeline.units import parse_tokens
+
+
+def fork(
+    origin: Annotated[
+        str, typer.Argument(metavar="RECIPE@MILESTONE", help="Where to begin, such as pretrain_1b@250B.")
+    ],
+    name: Annotated[str, typer.Argument(help="Name of the new run.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, such as training.lr=1e-4.")
+    ] = None,
+    recipes: Annotated[
+        Path | None, typer.Option(help="Folder for the recipe; default: the first one of OPENLM_RECIPES.")
+    ] = None,
+) -> None:
+    """Write the recipe of a run that goes on from a milestone of another: weights, optimizer, tokens, sample order.
+
+    It starts nothing: the new recipe is planned, trained and launched like any other. parent.optimizer=reset begins
+    with a new optimizer, parent.schedule=restart with the warm-up.
+
+    Examples:
+
+    openlm fork pretrain_1b@250B pretrain_1b_cooled training.schedule=wsd training.decay=50B milestones=[300B]
+
+    openlm fork demo@400K demo_longer milestones=[1M] --recipes my_recipes
+    """
+    from openlm_pipeline.experiments import load_experiment
+    from openlm_pipeline.experiments.fork import write_fork
+    from openlm_pipeline.experiments.load import user_folders
+    from openlm_pipeline.lineage.fingerprint import differences
+    from openlm_pipeline.lineage.run_identity import settings_identity
+
+    recipe, at, tokens = origin.partition("@")
+    if not at:
+        raise ConfigError(f"{origin!r} does not say where to begin; write RECIPE@MILESTONE, such as demo@400K")
+    try:
+        milestone = parse_tokens(tokens)
+    except ValueError as e:
+        raise ConfigError(f"the milestone in {origin!r}: {e}") from e
+    folder = recipes or next(iter(user_folders()), None)
+    if folder is None:
+        raise ConfigError(
+            "where shall the recipe go? Set OPENLM_RECIPES to a folder of yours, or give --recipes FOLDER"
+        )
+    console = Console(highlight=False, soft_wrap=True)
+    path, made = write_fork(recipe, milestone, name, overrides or [], folder)
+    console.print(f"{path}: {made.description}", markup=False)
+    for line in differences(settings_identity(load_experiment(recipe)), settings_identity(made)):
+        console.print(f"  {line}", markup=False)
+    if folder.absolute() not in [f.absolute() for f in user_folders()]:
+        console.print(f"export OPENLM_RECIPES={folder}  # so that {name} is known by its name", markup=False)
+    console.print(f"`openlm plan {name}` says what it takes, `openlm launch {name}` starts it", markup=False)

@@ -1,0 +1,187 @@
+"""A fork goes on from a milestone of another run; a finished schedule is not made longer in silence."""
+
+import shutil
+
+import pytest
+import torch
+from small_run import BATCH, SmallRun, train_here
+
+from openlm_pipeline.errors import ConfigError, DataError, IdentityError, MissingInputError
+from openlm_pipeline.experiments import load_experiment
+from openlm_pipeline.files import read_json
+from openlm_pipeline.runs.checkpoints import Checkpoint, read_checkpoint
+from openlm_pipeline.runs.folder import RunFolder
+from openlm_pipeline.runs.weights import load_model
+
+TO_8 = f"milestones=[{8 * BATCH}]"
+
+
+class Fork:
+    """A run that goes on from step 4 of a small run."""
+
+    def __init__(self, small: SmallRun, *overrides: str, name: str = "twig") -> None:
+        parent = f"parent={{run: small, milestone: {4 * BATCH}}}"
+        self.home = small.home
+        self.experiment = load_experiment(str(small.recipe), [f"name={name}", parent, TO_8, *overrides])
+        self.run = RunFolder(self.home.run(name, "v1"))
+
+    def train(self) -> "Fork":
+        train_here(self.experiment, self.home)
+        return self
+
+    def records(self) -> dict[int, dict[str, float]]:
+        return {r["step"]: r for r in self.run.read_metrics() if "loss" in r}
+
+    def losses(self) -> dict[int, float]:
+        return {step: r["loss"] for step, r in self.records().items()}
+
+
+def _at(run: RunFolder, step: int) -> Checkpoint:
+    return read_checkpoint(run.checkpoints / f"step-{step:08d}")
+
+
+def _weights(run: RunFolder, step: int) -> dict[str, torch.Tensor]:
+    return load_model(_at(run, step)).state_dict()
+
+
+@pytest.fixture
+def parent(small: SmallRun) -> SmallRun:
+    small.train()
+    return small
+
+
+def _tail(small: SmallRun) -> dict[int, float]:
+    return {step: loss for step, loss in small.losses().items() if step > 4}
+
+
+def test_a_fork_that_changes_nothing_is_the_run_itself_bitwise(parent):
+    fork = Fork(parent).train()
+    assert fork.losses() == _tail(parent)
+    theirs, ours = _weights(parent.run, 8), _weights(fork.run, 8)
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+    assert fork.run.identity["parent"]["checkpoint"] == _at(parent.run, 4).digest
+    assert fork.run.fingerprint != parent.run.fingerprint
+
+
+def test_changed_settings_hold_from_the_fork_on(parent):
+    slower = Fork(parent, "training.lr=1e-3").train()
+    assert {r["lr"] for r in slower.records().values()} == {1e-3}
+    losses, tail = slower.losses(), _tail(parent)
+    assert losses[5] == tail[5]
+    assert all(losses[step] != tail[step] for step in (6, 7, 8))
+    undecayed = Fork(parent, "training.weight_decay=0", name="undecayed").train().losses()
+    assert undecayed[5] == tail[5]
+    assert undecayed[8] != tail[8]
+
+
+def test_a_schedule_goes_on_or_begins_again(parent):
+    cosine = ("training.schedule=cosine", "training.warmup=512", f"milestones=[{12 * BATCH}]")
+    lrs = [r["lr"] for r in Fork(parent, *cosine, name="goes_on").train().records().values()]
+    again = [r["lr"] for r in Fork(parent, *cosine, "parent.schedule=restart", name="again").train().records().values()]
+    whole = 2  # warm-up steps
+    assert again[:whole] == pytest.approx([0.005, 0.01])
+    assert again[whole:] == sorted(again[whole:], reverse=True)
+    assert again[whole] == pytest.approx(0.01)
+    assert lrs == sorted(lrs, reverse=True)
+    assert lrs[0] < 0.01
+
+
+def test_a_new_optimizer_gives_other_steps_from_the_same_weights(parent):
+    losses, tail = Fork(parent, "parent.optimizer=reset").train().losses(), _tail(parent)
+    assert losses[5] == tail[5]
+    assert losses[6] != tail[6]
+    with pytest.raises(ConfigError, match=r"optimizer adamw -> muon; parent.optimizer=reset"):
+        Fork(parent, "training.optimizer=muon", name="muon").train()
+    assert Fork(parent, "training.optimizer=muon", "parent.optimizer=reset", name="muon").train().losses()[5] == tail[5]
+
+
+def test_another_batch_goes_on_at_the_same_tokens_and_samples(parent):
+    fork = Fork(parent, f"training.global_batch={2 * BATCH}").train()
+    assert [(r["step"], r["tokens"]) for r in fork.records().values()] == [(3, 6 * BATCH), (4, 8 * BATCH)]
+    first = sum(_tail(parent)[step] for step in (5,))  # the same weights saw half of these samples
+    assert fork.losses()[3] == pytest.approx(first, abs=0.2)
+    with pytest.raises(ConfigError, match="no whole number of its steps of 384 tokens"):
+        Fork(parent, "training.global_batch=384", name="uneven").train()
+
+
+def test_averages_go_on_where_the_parent_has_them(small):
+    averaged = "training.averages=[ema_0.9_1]"
+    small.train(averaged)
+    kept = Fork(small, averaged).train()
+    theirs, ours = (load_model(_at(r, 8), average="ema_0.9_1").state_dict() for r in (small.run, kept.run))
+    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+    fresh = Fork(small, "training.averages=[ema_0.5_1]", name="fresh").train()
+    half = load_model(_at(fresh.run, 8), average="ema_0.5_1").state_dict()
+    assert all(torch.isfinite(value).all() for value in half.values())
+    assert not torch.equal(half["tok_embeddings.weight"], ours["tok_embeddings.weight"])
+
+
+def test_a_fork_of_a_fork_resumes_and_needs_its_parent_only_to_begin(parent):
+    twig = Fork(parent, f"milestones=[{6 * BATCH}]").train()
+    shutil.rmtree(parent.run.path)
+    longer = Fork(parent, f"milestones=[{6 * BATCH}, {8 * BATCH}]").train()
+    assert sorted(longer.losses()) == [5, 6, 7, 8]
+    leaf = Fork(parent, f"parent={{run: twig, milestone: {6 * BATCH}}}", name="leaf").train()
+    assert leaf.losses() == {step: loss for step, loss in twig.losses().items() if step > 6}
+    with pytest.raises(MissingInputError, match=r"`openlm train small --until 1\.024K` makes it"):
+        Fork(parent, name="orphan").train()
+
+
+def test_what_does_not_fit_or_is_damaged_is_named(parent):
+    with pytest.raises(ConfigError, match=r"a fork has its parent's model; here differ: n_layers 2 -> 3"):
+        Fork(parent, "model.n_layers=3").train()
+    with pytest.raises(ConfigError, match="is less than one global batch after the parent's 1.024K"):
+        Fork(parent, f"milestones=[{4 * BATCH}]")
+    with pytest.raises(ConfigError, match="a run cannot be its own parent"):
+        Fork(parent, name="small")
+    damaged = next(_at(parent.run, 4).path.glob("__0_*"))
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(DataError, match="does not have its recorded sha256"):
+        Fork(parent, name="twig2").train()
+
+
+def test_a_finished_cosine_is_extended_by_explicit_choice_only(small):
+    cosine = ("training.schedule=cosine", "training.lr_min=1e-4")
+    small.train(*cosine)
+    before = {p: p.stat().st_mtime_ns for p in small.run.path.rglob("*") if p.is_file()}
+    longer = f"milestones=[{4 * BATCH}, {8 * BATCH}, {12 * BATCH}]"
+    for supersede in (False, True):
+        with pytest.raises(IdentityError, match=r"cosine schedule of small ended at 2\.048K tokens") as refused:
+            small.train(*cosine, longer, supersede=supersede)
+        for choice in ("openlm fork small@", "training.horizon=3.072K", "training.horizon=2.048K: go on at the final"):
+            assert choice in str(refused.value)
+        assert small.steps_on_disk() == {4: "t1024", 8: "t2048"}
+    small.train(*cosine, longer, f"training.horizon={8 * BATCH}")
+    lrs = {r["step"]: r["lr"] for r in small.run.read_metrics() if "lr" in r}
+    assert [lrs[step] for step in (10, 11, 12)] == pytest.approx([1e-4] * 3)
+    checkpoints = {p: time for p, time in before.items() if p.parent.parent == small.run.checkpoints}
+    assert checkpoints
+    assert {p: p.stat().st_mtime_ns for p in checkpoints} == checkpoints
+    small.train(*cosine, longer, f"training.horizon={12 * BATCH}", supersede=True)
+    assert small.run.path.with_name("v1.superseded-1").exists()
+    assert len(small.losses()) == 12
+
+
+def test_a_wsd_run_goes_on_from_before_its_decay(small):
+    wsd = ("training.schedule=wsd", f"training.decay={2 * BATCH}")
+    small.train(*wsd)
+    with pytest.raises(IdentityError, match=r"the one at 1\.024K is the last before the decay"):
+        small.train(*wsd, f"milestones=[{4 * BATCH}, {8 * BATCH}, {16 * BATCH}]")
+    fork = Fork(small, *wsd, f"milestones=[{16 * BATCH}]").train()
+    lrs = {r["step"]: r["lr"] for r in fork.run.read_metrics() if "lr" in r}
+    assert [lrs[step] for step in (5, 12)] == [0.01, 0.01]
+    assert lrs[16] == pytest.approx(0.005)
+
+
+def test_a_constant_schedule_is_simply_extended(small):
+    small.train()
+    fingerprint = read_json(small.run.path / "run.json")["fingerprint"]
+    saved = {p: p.stat().st_mtime_ns for p in small.run.checkpoints.rglob("*") if p.is_file()}
+    small.train(f"milestones=[{4 * BATCH}, {8 * BATCH}, {10 * BATCH}]")
+    assert read_json(small.run.path / "run.json")["fingerprint"] == fingerprint
+    assert {p: p.stat().st_mtime_ns for p in saved} == saved
+    trained = [r["step"] for r in small.run.new_metrics(0)[0] if "loss" in r]
+    assert trained == list(range(1, 11))
