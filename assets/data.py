@@ -1,6 +1,7 @@
 """From raw files to shards: `corpus/embedded`, `raw_files/*`, `tokenizer/*`, `tokenized/*`, `shards/*`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import dagster as dg
 
@@ -12,24 +13,36 @@ from assets.common import (
     DaskResource,
     code_version,
     metadata,
+    place,
     raw_key,
     shards_key,
+    shown,
+    table,
     tokenized_key,
     tokenizer_key,
     user_errors,
 )
 from openlm_pipeline import stages
 from openlm_pipeline.corpus.discovery import discover
+from openlm_pipeline.errors import DataError
 from openlm_pipeline.experiments import Dataset, Experiment
 from openlm_pipeline.layout import Home
-from openlm_pipeline.result import ProgressLine, Report
-from openlm_pipeline.shards.opening import open_dataset
+from openlm_pipeline.remote import public
+from openlm_pipeline.result import ProgressLine, Report, StageResult
+from openlm_pipeline.shards.dataset import ShardedDataset
+from openlm_pipeline.shards.opening import open_dataset, published_url
 from openlm_pipeline.tokenization.cluster import DaskSettings
 from openlm_pipeline.tokenization.documents import STAGE_VERSION, FileTokens
 from openlm_pipeline.tokenization.packing import PACKING_VERSION
 from openlm_pipeline.tokenization.tokenizer import TRAINING_VERSION
 
 GROUP = "data"
+_CHECKS = (  # name, whether it blocks, what it says
+    ("tokens_conserved", True, "Tokens of the raw files = tokens in the shards + those of the tail that is left out."),
+    ("shard_checksums", True, "Every shard has the sha256 of the manifest; one in a store alone its size."),
+    ("round_trip", True, "Documents drawn from the shards are, token by token, the text of their raw records."),
+    ("quarantine_rate", False, "Share of bad records, against the source's max_bad_fraction."),
+)
 _EVENTS_PER_QUERY = 1000
 
 
@@ -103,18 +116,19 @@ def _observe(context: dg.OpExecutionContext, dataset: Dataset) -> None:
     context.instance.add_dynamic_partitions(partitions_name, [n for n in names if n not in known])
     for gone in set(known) - set(names):
         context.instance.delete_dynamic_partition(partitions_name, gone)
-    latest = _latest(context, raw_key(dataset), dg.DagsterEventType.ASSET_OBSERVATION)
-    for raw in files:
-        _, tags = latest.get(raw.name, (None, {}))
-        if tags.get(DATA_VERSION_TAG) != raw.stamp:
-            context.log_event(
-                dg.AssetObservation(
-                    raw_key(dataset),
-                    partition=raw.name,
-                    metadata={"url": raw.url, "size_bytes": raw.size_bytes},
-                    tags={DATA_VERSION_TAG: raw.stamp},
-                )
-            )
+    # The version that staleness goes by is that of the latest observation; only a materialization fills a partition.
+    for event, kind in (
+        (dg.AssetObservation, dg.DagsterEventType.ASSET_OBSERVATION),
+        (dg.AssetMaterialization, dg.DagsterEventType.ASSET_MATERIALIZATION),
+    ):
+        latest = _latest(context, raw_key(dataset), kind)
+        for raw in files:
+            _, tags = latest.get(raw.name, (None, {}))
+            if tags.get(DATA_VERSION_TAG) != raw.stamp:
+                uri = public(raw.url) if "://" in raw.url else Path(raw.url).as_uri()
+                facts = shown({"url": public(raw.url), "size_bytes": raw.size_bytes}) | {"dagster/uri": uri}
+                version = {DATA_VERSION_TAG: raw.stamp}
+                context.log_event(event(raw_key(dataset), partition=raw.name, metadata=facts, tags=version))
 
 
 def _latest(
@@ -140,23 +154,29 @@ def _report_files(
     context: dg.OpExecutionContext, dataset: Dataset, files: Sequence[FileTokens], done: set[str]
 ) -> None:
     """Log a materialization for each file that was tokenized, or that Dagster does not know in this version."""
+    folder = Home.from_env().tokenized(dataset.name, dataset.version)
     known = _latest(context, tokenized_key(dataset), dg.DagsterEventType.ASSET_MATERIALIZATION)
     observed = _latest(context, raw_key(dataset), dg.DagsterEventType.ASSET_OBSERVATION)
-    raw = raw_key(dataset).to_user_string()
+    raw, code = raw_key(dataset).to_user_string(), _files_code_version(dataset)
+    tokenizer = tokenizer_key(dataset.tokenizer.name).to_user_string()
     for file in files:
         storage_id, seen = observed[file.name]
         tags = {
             DATA_VERSION_TAG: file.version,
-            CODE_VERSION_TAG: _files_code_version(dataset),
+            CODE_VERSION_TAG: code,
             # The provenance that Dagster itself records for an asset's own step: without it a partition that is
             # logged from another step would show as stale, or never.
             f"dagster/input_data_version/{raw}": seen[DATA_VERSION_TAG],
             f"dagster/input_event_pointer/{raw}": str(storage_id),
+            f"dagster/input_data_version/{tokenizer}": file.identity["tokenizer_sha256"],
+            f"dagster/input_event_pointer/{tokenizer}": "NULL",  # its version says all: it has no partitions
         }
         _, recorded = known.get(file.name, (None, {}))
         if file.name not in done and all(recorded.get(k) == v for k, v in tags.items()):
             continue
         facts = {
+            **place(folder / f"{file.name}.tokens"),
+            "dagster/partition_row_count": file.documents,
             "documents": file.documents,
             "quarantined": file.quarantined,
             "tokens": file.tokens,
@@ -171,12 +191,12 @@ def _report_files(
 
 
 def _progress(context: dg.OpExecutionContext, key: dg.AssetKey) -> Report:
-    """Logs each line of a stage; the numbers of those that tell progress become observations of the asset."""
+    """Logs each line of a stage; what those that tell progress hold becomes observations of the asset."""
 
     def report(line: str) -> None:
         context.log.info(line)
         if isinstance(line, ProgressLine):
-            context.log_event(dg.AssetObservation(key, metadata={"progress": str(line), **line.facts}))
+            context.log_event(dg.AssetObservation(key, metadata={"progress": str(line), **shown(line.facts)}))
 
     return report
 
@@ -207,6 +227,7 @@ def dataset_assets(dataset: Dataset) -> list[dg.AssetsDefinition | dg.AssetCheck
                 skippable=True,
                 group_name=GROUP,
                 kinds={"raw_files"},
+                code_version="1",
                 description=f"Raw text: {', '.join(dataset.source.files)}",
             )
         ],
@@ -251,7 +272,7 @@ def dataset_assets(dataset: Dataset) -> list[dg.AssetsDefinition | dg.AssetCheck
         with user_errors():
             done, _ = stages.tokenize(dataset, home, pools, context.log.debug)
             made = stages.make_shards(dataset, done, home, pools, _progress(context, shards_key(dataset)))
-        return dg.Output(None, data_version=dg.DataVersion(made.version), metadata=metadata(made))
+        return dg.Output(None, data_version=dg.DataVersion(made.version), metadata=_shards_metadata(dataset, made))
 
     def nothing(key: dg.AssetKey, **kwargs: dg.PartitionMapping) -> dg.AssetIn:
         return dg.AssetIn(key=key, dagster_type=dg.Nothing, **kwargs)
@@ -273,37 +294,63 @@ def dataset_assets(dataset: Dataset) -> list[dg.AssetsDefinition | dg.AssetCheck
     @dg.multi_asset_check(
         name=f"check_shards_{dataset.name}",
         specs=[
-            dg.AssetCheckSpec("tokens_conserved", asset=shards_key(dataset), blocking=True),
-            dg.AssetCheckSpec("shard_checksums", asset=shards_key(dataset), blocking=True),
-            dg.AssetCheckSpec("quarantine_rate", asset=shards_key(dataset)),
+            dg.AssetCheckSpec(name, asset=shards_key(dataset), blocking=blocking, description=description)
+            for name, blocking, description in _CHECKS
         ],
     )
-    def shard_checks():
-        with user_errors():
-            made = open_dataset(dataset, Home.from_env())
-            made.verify(fetch=False)
-        totals = made.info["totals"]
-        in_shards = sum(e.tokens for e in made.entries)
-        conserved = in_shards - totals["padding_tokens"] + totals["tail_tokens"] == totals["tokens"]
-        key = shards_key(dataset)
-        yield dg.AssetCheckResult(
-            asset_key=key,
-            check_name="tokens_conserved",
-            passed=conserved,
-            metadata={"tokens": totals["tokens"], "in_shards": in_shards, "tail": totals["tail_tokens"]},
-        )
-        yield dg.AssetCheckResult(
-            asset_key=key, check_name="shard_checksums", passed=True, metadata={"shards": len(made.entries)}
-        )
-        rate = totals["quarantined"] / max(1, totals["documents"] + totals["quarantined"])
-        yield dg.AssetCheckResult(
-            asset_key=key,
-            check_name="quarantine_rate",
-            passed=rate <= dataset.source.max_bad_fraction,
-            metadata={"rate": rate, "quarantined": totals["quarantined"]},
-        )
+    def shard_checks() -> Iterator[dg.AssetCheckResult]:
+        yield from _check_shards(dataset)
 
     return [raw_files, tokenized, shards, shard_checks]
+
+
+def _shards_metadata(dataset: Dataset, made: StageResult) -> dict[str, object]:
+    """As `metadata`, with the provenance's columns, and the shards' size and place in a store."""
+    shards = ShardedDataset(made.path)
+    facts = metadata(made) | table(sorted(made.path.glob("*.provenance.parquet")))
+    facts["size_bytes"] = sum(entry.bytes for entry in shards.entries)
+    if url := published_url(dataset):
+        facts["dagster/uri"] = public(url)
+    return facts
+
+
+def _check_shards(dataset: Dataset) -> Iterator[dg.AssetCheckResult]:
+    """Results of `_CHECKS`; damage is a failed check, and what else is wrong, such as no shards, is an error."""
+    from openlm_pipeline.shards.round_trip import round_trip  # slow to import
+
+    def result(name: str, passed: bool, why: str | None = None, **facts: object) -> dg.AssetCheckResult:
+        return dg.AssetCheckResult(
+            asset_key=shards_key(dataset), check_name=name, passed=passed, description=why, metadata=shown(facts)
+        )
+
+    home = Home.from_env()
+    with user_errors():
+        made = open_dataset(dataset, home)
+        totals = made.info["totals"]
+        in_shards = len(made) * made.format.sample_tokens - totals["padding_tokens"]
+        yield result(
+            "tokens_conserved",
+            in_shards + totals["tail_tokens"] == totals["tokens"],
+            tokens=totals["tokens"],
+            in_shards=in_shards,
+            tail=totals["tail_tokens"],
+        )
+        rate = totals["quarantined"] / max(1, totals["documents"] + totals["quarantined"])
+        limit = dataset.source.max_bad_fraction
+        yield result("quarantine_rate", rate <= limit, rate=rate, limit=limit, quarantined=totals["quarantined"])
+        try:
+            made.verify(fetch=False)
+        except DataError as e:
+            yield result("shard_checksums", False, str(e))
+        else:
+            yield result("shard_checksums", True, shards=len(made.entries))
+        try:
+            found = round_trip(made, discover(dataset, home), dataset.source.text_key)
+        except DataError as e:
+            yield result("round_trip", False, str(e))
+        else:
+            wrong = "\n".join(found.damaged)
+            yield result("round_trip", not wrong, wrong or None, exact=found.exact, lossy=found.lossy)
 
 
 def _ready_made(dataset: Dataset) -> list[dg.AssetsDefinition | dg.AssetChecksDefinition]:
@@ -327,7 +374,8 @@ def _ready_made(dataset: Dataset) -> list[dg.AssetsDefinition | dg.AssetChecksDe
     def shards_are_there() -> dg.AssetCheckResult:
         with user_errors():
             made = open_dataset(dataset, Home.from_env())
-            made.verify(fetch=False)
-        return dg.AssetCheckResult(passed=True, metadata={"shards": len(made.entries)})
+            if isinstance(made, ShardedDataset):  # synthetic ones are made as they are read
+                made.verify(fetch=False)
+        return dg.AssetCheckResult(passed=True, metadata={"shards": len(made.shard_sizes)})
 
     return [shards, shards_are_there]

@@ -1,5 +1,7 @@
 """`scorecard/<run>/<milestone>` and `scorecard/baseline/<name>`: the scores of one model on a suite."""
 
+from collections.abc import Callable, Iterator
+
 import dagster as dg
 
 from assets.common import (
@@ -8,44 +10,76 @@ from assets.common import (
     checkpoint_key,
     code_version,
     metadata,
+    run_links,
     scorecard_key,
+    table,
     user_errors,
     when_ready,
 )
 from openlm_pipeline import scoring
-from openlm_pipeline.evaluation.suite import HARNESS_VERSION, load_suite
+from openlm_pipeline.errors import DataError, MissingInputError
+from openlm_pipeline.evaluation.suite import HARNESS_VERSION, Suite, load_suite
 from openlm_pipeline.experiments import Baseline, Experiment
 from openlm_pipeline.layout import Home
 from openlm_pipeline.result import StageResult
+from openlm_pipeline.scoring import CARD
 
+_ITEMS = "items.parquet"
 COMPLETE, REGRESSION = "complete_suite", "no_significant_regression"
 
 
-def _version(experiment: Experiment, **more: str | None) -> str:
-    evaluation = experiment.evaluation
-    how = evaluation.model_dump(include={"backend", "precision", "average"})
-    return code_version({"suite": load_suite(evaluation.suite).digest, "harness": HARNESS_VERSION, **how, **more})
+def _version(experiment: Experiment, suite: Suite, **more: str | None) -> str:
+    how = experiment.evaluation.model_dump(include={"backend", "precision", "average"})
+    return code_version({"suite": suite.digest, "harness": HARNESS_VERSION, **how, **more})
 
 
-def _result(key: dg.AssetKey, made: StageResult, compared: bool) -> dg.MaterializeResult:
+def _specs(key: dg.AssetKey) -> list[dg.AssetCheckSpec]:
+    return [
+        dg.AssetCheckSpec(COMPLETE, asset=key, description="Every task of the suite is scored."),
+        dg.AssetCheckSpec(REGRESSION, asset=key, description="Since the milestone before, by paired tests."),
+    ]
+
+
+def _events(
+    key: dg.AssetKey, score: Callable[[], StageResult], checks: int, links: Callable[[], dict[str, dg.MetadataValue]]
+) -> Iterator[dg.AssetCheckResult | dg.MaterializeResult]:
+    """What scoring gave, with the first `checks` of `_specs`; what can't be scored fails `COMPLETE` and the step."""
+    with user_errors():
+        try:
+            made = score()
+        except (DataError, MissingInputError) as e:
+            yield dg.AssetCheckResult(asset_key=key, check_name=COMPLETE, passed=False, description=str(e))
+            raise
+    fell = made.facts["significant_regressions"]
     results = [
         dg.AssetCheckResult(asset_key=key, check_name=COMPLETE, passed=made.facts["average"] is not None),
         dg.AssetCheckResult(
             asset_key=key,
             check_name=REGRESSION,
-            passed=not made.facts["significant_regressions"],
+            passed=not fell,
             severity=dg.AssetCheckSeverity.WARN,
-            description=", ".join(f"{what} {by:+.3f}" for what, by in made.facts["significant_regressions"].items()),
+            description=", ".join(f"{what} {by:+.3f}" for what, by in fell.items()),
         ),
     ]
-    return dg.MaterializeResult(
-        metadata=metadata(made), data_version=dg.DataVersion(made.version), check_results=results[: 1 + compared]
+    items = made.path / _ITEMS
+    files = {"scorecard": dg.MetadataValue.path(str(made.path / CARD)), "items": dg.MetadataValue.path(str(items))}
+    yield dg.MaterializeResult(
+        metadata={**metadata(made), **table([items]), **files, **links()},
+        data_version=dg.DataVersion(made.version),
+        check_results=results[:checks],
     )
 
 
-def scorecard_asset(experiment: Experiment, label: str) -> dg.AssetsDefinition:
-    """The scorecard of one milestone."""
+def scorecard_assets(experiment: Experiment) -> list[dg.AssetsDefinition]:
+    """The scorecard of each milestone; none where the recipe has no evaluation."""
+    if experiment.evaluation is None:
+        return []
     suite = load_suite(experiment.evaluation.suite)
+    version = _version(experiment, suite)
+    return [_scorecard_asset(experiment, label, suite, version) for label, _ in experiment.labelled_milestones()]
+
+
+def _scorecard_asset(experiment: Experiment, label: str, suite: Suite, version: str) -> dg.AssetsDefinition:
     key = scorecard_key(experiment.name, label)
 
     @dg.asset(
@@ -53,19 +87,19 @@ def scorecard_asset(experiment: Experiment, label: str) -> dg.AssetsDefinition:
         deps=[checkpoint_key(experiment.name, label), *(baseline_key(b.name) for b in experiment.evaluation.baselines)],
         group_name=experiment.name,
         kinds={"pytorch", "scorecard"},
-        code_version=_version(experiment),
+        code_version=version,
         automation_condition=when_ready(),
         pool=EVALUATION_POOL,
-        check_specs=[
-            dg.AssetCheckSpec(COMPLETE, asset=key),
-            dg.AssetCheckSpec(REGRESSION, asset=key, description="Since the milestone before, by paired tests."),
-        ],
+        check_specs=_specs(key),
         description=f"Accuracy on the suite {suite.name} with 95% intervals, from one Parquet row an item.",
     )
-    def scorecard(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        with user_errors():
-            made = scoring.score(experiment, Home.from_env(), label, context.log.info)
-        return _result(key, made, compared=True)
+    def scorecard(context: dg.AssetExecutionContext):
+        yield from _events(
+            key,
+            lambda: scoring.score(experiment, Home.from_env(), label, context.log.info),
+            2,
+            lambda: run_links(experiment),
+        )
 
     return scorecard
 
@@ -79,14 +113,14 @@ def baseline_asset(experiment: Experiment, baseline: Baseline) -> dg.AssetsDefin
         key=key,
         group_name="baselines",
         kinds={"huggingface", "scorecard"},
-        code_version=_version(experiment, model=baseline.model, revision=baseline.revision),
+        code_version=_version(experiment, suite, model=baseline.model, revision=baseline.revision),
         pool=EVALUATION_POOL,
-        check_specs=[dg.AssetCheckSpec(COMPLETE, asset=key)],
+        check_specs=_specs(key)[:1],
         description=f"{baseline.model} on the suite {suite.name}, scored by the same harness as the runs.",
     )
-    def scorecard(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        with user_errors():
-            made = scoring.score_baseline(experiment, Home.from_env(), baseline.name, context.log.info)
-        return _result(key, made, compared=False)
+    def scorecard(context: dg.AssetExecutionContext):
+        yield from _events(
+            key, lambda: scoring.score_baseline(experiment, Home.from_env(), baseline.name, context.log.info), 1, dict
+        )
 
     return scorecard

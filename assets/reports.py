@@ -2,7 +2,17 @@
 
 import dagster as dg
 
-from assets.common import baseline_key, checkpoint_key, metadata, report_key, scorecard_key, user_errors, when_ready
+from assets.common import (
+    baseline_key,
+    checkpoint_key,
+    metadata,
+    report_key,
+    run_links,
+    scorecard_key,
+    table,
+    user_errors,
+    when_ready,
+)
 from openlm_pipeline import reporting
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.layout import Home
@@ -28,9 +38,15 @@ def report_asset(experiment: Experiment) -> dg.AssetsDefinition:
     def report(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         with user_errors():
             made = reporting.make_report(experiment, Home.from_env(), context.log.info)
-        table = made.path.with_name("report.md").read_text()
+        text = made.path.with_name("report.md").read_text()
         return dg.MaterializeResult(
-            metadata=metadata(made) | {"report": dg.MetadataValue.md(table)}, data_version=dg.DataVersion(made.version)
+            metadata={
+                **metadata(made),
+                **table([made.path.with_name("table.parquet")]),
+                **run_links(experiment),
+                "report": dg.MetadataValue.md(text),
+            },
+            data_version=dg.DataVersion(made.version),
         )
 
     return report

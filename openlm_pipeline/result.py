@@ -20,11 +20,11 @@ class StageResult:
 
 
 class ProgressLine(str):
-    """A line of progress that also has its numbers, for those who store them."""
+    """A line of progress that also has its numbers and web addresses, for those who store them."""
 
-    facts: dict[str, int | float]
+    facts: dict[str, int | float | str]
 
-    def __new__(cls, text: str, facts: dict[str, int | float]) -> "ProgressLine":
+    def __new__(cls, text: str, facts: dict[str, int | float | str]) -> "ProgressLine":
         line = super().__new__(cls, text)
         line.facts = facts
         return line

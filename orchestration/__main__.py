@@ -1,57 +1,37 @@
 """`python -m orchestration JOB`: run a job in this process, with its events kept where the Dagster UI shows them."""
 
+import logging
 import os
-import socket
 import sys
 import warnings
 from pathlib import Path
 
 import dagster as dg
-import psutil
 from rich.console import Console
 
 from openlm_pipeline.errors import OpenLMError
 from openlm_pipeline.experiments import load_experiment, recipe_names
 from openlm_pipeline.layout import Home
-
-_PROCESS_TAG = "openlm/process"
-
-
-def _this_process() -> str:
-    """Names a process for as long as its host is up: a process id alone is used again."""
-    return f"{socket.gethostname()}:{os.getpid()}:{psutil.Process().create_time():.2f}"
+from orchestration.dead_runs import PROCESS_TAG, fail_dead_runs, free_slots_of_ended_runs, this_process
 
 
-def _is_alive(tag: str) -> bool:
-    host, pid, created = tag.rsplit(":", 2)
-    if host != socket.gethostname():
-        return True  # it cannot be looked at from here
-    try:
-        return f"{psutil.Process(int(pid)).create_time():.2f}" == created
-    except psutil.NoSuchProcess:
-        return False
+def _database_error(error: BaseException | None) -> str | None:
+    """The reason of a database that is away, full or unreadable, if that is what an error comes from."""
+    from sqlalchemy.exc import InterfaceError, OperationalError
 
-
-def bury_dead_runs(instance: dg.DagsterInstance) -> None:
-    """Fail runs of this program whose process is gone, and free the pool slots they still hold."""
-    running = dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.STARTING])
-    for record in instance.get_run_records(running):
-        tag = record.dagster_run.tags.get(_PROCESS_TAG)
-        if tag and not _is_alive(tag):
-            instance.report_run_failed(record.dagster_run, "Its process was killed.")
-    storage = instance.event_log_storage
-    for pool in storage.get_concurrency_keys():
-        info = storage.get_concurrency_info(pool)
-        for run_id in info.active_run_ids | info.pending_run_ids:
-            run = instance.get_run_by_id(run_id)
-            if run is None or run.is_finished:
-                storage.free_concurrency_slots_for_run(run_id)
+    while error is not None:
+        if isinstance(error, InterfaceError | OperationalError):
+            return str(error.orig).strip().splitlines()[0]
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def run(job_name: str) -> int:
     """Run a job; 0 if it succeeded."""
     console = Console(highlight=False, soft_wrap=True)
     warnings.filterwarnings("ignore", category=dg.BetaWarning)  # for whoever changes the code, not for whoever runs it
+    # Dagster's six attempts at a database, each of several lines; how they end is told in one.
+    logging.getLogger().addFilter(lambda record: not record.getMessage().startswith("Retrying failed database"))
     os.environ.setdefault("DAGSTER_HOME", str(Path(".dagster").absolute()))
     if not (Path(os.environ["DAGSTER_HOME"]) / "dagster.yaml").exists():
         print(f"error: DAGSTER_HOME is {os.environ['DAGSTER_HOME']}, which has no dagster.yaml; run this from the "
@@ -65,12 +45,13 @@ def run(job_name: str) -> int:
     home = Home.from_env()
     console.print(f"{job_name}: state is under {home.root}")
     with dg.DagsterInstance.get() as instance:
-        bury_dead_runs(instance)
+        fail_dead_runs(instance)
+        free_slots_of_ended_runs(instance)
         result = defs.resolve_job_def(job_name).execute_in_process(
             instance=instance,
             raise_on_error=False,
             run_config={"loggers": {"live": {}}},
-            tags={_PROCESS_TAG: _this_process()},
+            tags={PROCESS_TAG: this_process()},
         )
     if not result.success:
         console.print(f"{job_name} did not finish. Run the same command again: what is done stays done.")
@@ -91,3 +72,10 @@ if __name__ == "__main__":
     except OpenLMError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except Exception as error:
+        reason = _database_error(error)
+        if reason is None:
+            raise
+        print(f"error: Dagster's database fails: {reason}. What is done stays done: see to the database, then run the "
+              "same command again.", file=sys.stderr)  # fmt: skip
+        sys.exit(1)

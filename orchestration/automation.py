@@ -5,7 +5,6 @@ folders, for those that `torchrun -m train` or `openlm train` made. The schedule
 Whatever asks twice finds every task scored.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 
 import dagster as dg
@@ -27,10 +26,21 @@ _UNDER_WAY = [
 ]
 
 
-def _known_version(instance: dg.DagsterInstance, key: dg.AssetKey) -> str | None:
+def _known(instance: dg.DagsterInstance, key: dg.AssetKey) -> tuple[str | None, bool]:
+    """The data version that Dagster knows of an asset, and whether a run here made it."""
     event = instance.get_latest_materialization_event(key)
-    made = event.asset_materialization if event else None
-    return (made.tags or {}).get(DATA_VERSION_TAG) if made else None
+    if event is None or event.asset_materialization is None:
+        return None, False
+    return (event.asset_materialization.tags or {}).get(DATA_VERSION_TAG), bool(event.run_id)
+
+
+def _keys_under_way(instance: dg.DagsterInstance) -> set[dg.AssetKey]:
+    """Assets that runs which have not ended are to make."""
+    return {
+        planned.get_dagster_event().asset_key
+        for run in instance.get_runs(dg.RunsFilter(statuses=_UNDER_WAY))
+        for planned in instance.all_logs(run.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED)
+    }
 
 
 def _found(experiment: Experiment, home: Home, log) -> Iterator[tuple[str, Checkpoint, bool]]:
@@ -41,7 +51,10 @@ def _found(experiment: Experiment, home: Home, log) -> Iterator[tuple[str, Check
 
 
 def checkpoint_sensor(experiments: Sequence[Experiment]) -> dg.SensorDefinition:
-    """Reports checkpoints made outside Dagster, and asks once for the score of each; all experiments are evaluated."""
+    """Reports checkpoints made outside Dagster, and asks for the score of each; all experiments are evaluated.
+
+    Those that a run here makes are left to the automation condition, so that nothing is scored twice.
+    """
 
     @dg.sensor(
         name="checkpoints_in_run_folders",
@@ -53,25 +66,28 @@ def checkpoint_sensor(experiments: Sequence[Experiment]) -> dg.SensorDefinition:
     )
     def checkpoints_in_run_folders(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         home = Home.from_env()
-        asked: dict[str, str] = json.loads(context.cursor or "{}")
+        under_way = _keys_under_way(context.instance)
         events, requests = [], []
         for experiment in experiments:
             for label, checkpoint, has_score in _found(experiment, home, context.log):
                 key = checkpoint_key(experiment.name, label)
-                if _known_version(context.instance, key) != checkpoint.digest:
+                version, made_here = _known(context.instance, key)
+                is_told = version == checkpoint.digest
+                if key in under_way or (is_told and made_here):
+                    continue
+                if not is_told:
                     facts = {"step": checkpoint.step, "tokens": checkpoint.tokens, "path": str(checkpoint.path)}
                     tags = {DATA_VERSION_TAG: checkpoint.digest}
                     events.append(dg.AssetMaterialization(key, metadata=facts, tags=tags))
-                name = f"{experiment.name}/{label}"
-                if not has_score and asked.get(name) != checkpoint.digest:
-                    asked[name] = checkpoint.digest
+                # Also where it is told: the daemon may have died since. Dagster runs the same run_key once.
+                if not has_score:
                     requests.append(
                         dg.RunRequest(
-                            run_key=f"{name}/{checkpoint.digest}",
+                            run_key=f"{experiment.name}/{label}/{checkpoint.digest}",
                             asset_selection=[scorecard_key(experiment.name, label)],
                         )
                     )
-        return dg.SensorResult(run_requests=requests, asset_events=events, cursor=json.dumps(asked))
+        return dg.SensorResult(run_requests=requests, asset_events=events)
 
     return checkpoints_in_run_folders
 
@@ -89,11 +105,7 @@ def gap_schedule(experiments: Sequence[Experiment]) -> dg.ScheduleDefinition:
     )
     def missing_scores(context: dg.ScheduleEvaluationContext) -> Iterator[dg.RunRequest | dg.SkipReason]:
         home = Home.from_env()
-        under_way = {
-            key
-            for run in context.instance.get_runs(dg.RunsFilter(statuses=_UNDER_WAY))
-            for key in run.asset_selection or ()
-        }
+        under_way = _keys_under_way(context.instance)
         missing = [
             key
             for experiment in experiments

@@ -2,14 +2,15 @@
 
 import dagster as dg
 
-from assets.common import DaskResource
+from assets.common import DaskResource, owners
 from assets.data import corpus_asset, dataset_assets, tokenizer_asset
-from assets.evaluation import baseline_asset, scorecard_asset
+from assets.evaluation import baseline_asset, scorecard_assets
 from assets.reports import report_asset
 from assets.training import checkpoint_assets
 from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.experiments import Baseline, Dataset, Experiment, load_experiment, recipe_names
 from orchestration.automation import alert_sensors, checkpoint_sensor, gap_schedule
+from orchestration.dead_runs import dead_run_sensor
 from orchestration.jobs import dataset_job, evaluation_job, recipe_job, training_job
 from orchestration.live import live_logger
 
@@ -72,9 +73,9 @@ def build_definitions(experiments: list[Experiment]) -> dg.Definitions:
         checks.append(check)
     assets += [baseline_asset(*owned) for owned in _baselines(experiments).values()]
     for experiment in experiments:
-        assets += [checkpoint_assets(experiment), report_asset(experiment)]
-        if experiment.evaluation:
-            assets += [scorecard_asset(experiment, label) for label, _ in experiment.labelled_milestones()]
+        assets += [checkpoint_assets(experiment), report_asset(experiment), *scorecard_assets(experiment)]
+    owned_by = owners()
+    assets = list(dg.map_asset_specs(lambda spec: spec.replace_attributes(owners=owned_by), assets))
     jobs = [
         *(recipe_job(e) for e in experiments),
         *(training_job(e) for e in experiments),
@@ -86,7 +87,7 @@ def build_definitions(experiments: list[Experiment]) -> dg.Definitions:
         assets=assets,
         asset_checks=checks,
         jobs=jobs,
-        sensors=[*([checkpoint_sensor(scored)] if scored else []), *alert_sensors()],
+        sensors=[*([checkpoint_sensor(scored)] if scored else []), *alert_sensors(), dead_run_sensor()],
         schedules=[gap_schedule(scored)] if scored else [],
         resources={"dask": DaskResource()},
         executor=dg.in_process_executor,

@@ -8,7 +8,7 @@ import pytest
 # A shell starts what it puts into the background with Ctrl-C ignored, and so would be all programs under test.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-pytest_plugins = ["tiny_pipeline", "pretrained"]
+pytest_plugins = ["tiny_pipeline", "pretrained", "slurm_cluster"]
 
 
 @pytest.fixture(scope="session")

@@ -84,7 +84,7 @@ def read_spans(dataset: ShardedDataset, k: int) -> Spans:
     return spans
 
 
-def _tokens(dataset: ShardedDataset, k: int) -> np.ndarray:
+def shard_tokens(dataset: ShardedDataset, k: int) -> np.ndarray:
     """All tokens of shard `k` one after the other: ids[n * (seq_len + 1)]."""
     return open_shard(dataset.shard_path(k), dataset.entries[k].num_sequences, dataset.format).reshape(-1)
 
@@ -115,7 +115,7 @@ def iterate_documents(folder: Path) -> Iterator[tuple[str, int, np.ndarray]]:
         return *open_document, ids[:-1]
 
     for k in range(len(dataset.entries)):
-        spans, tokens = read_spans(dataset, k), _tokens(dataset, k)
+        spans, tokens = read_spans(dataset, k), shard_tokens(dataset, k)
         heads = np.flatnonzero(spans.document_start == 0)
         cuts = [*spans.begin[heads].tolist(), spans.end]
         if cuts[0] > 0:
@@ -144,7 +144,7 @@ def document_tokens(folder: Path, file: str, record: int) -> np.ndarray:
         rows = np.flatnonzero((spans.record == record) & (np.array(spans.files)[spans.file] == file))
         if len(rows):
             begin, end = spans.begin[rows[0]], spans.begin[rows[-1]] + spans.length[rows[-1]]
-            parts.append(_tokens(dataset, k)[begin:end])
+            parts.append(shard_tokens(dataset, k)[begin:end])
         elif parts:
             break  # its parts follow one another
     if not parts:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from pydantic import Field, ValidationError, model_validator
 
 from openlm_pipeline.errors import ClusterError, ConfigError, MissingInputError
-from openlm_pipeline.result import Report
+from openlm_pipeline.result import ProgressLine, Report
 from openlm_pipeline.strict import Strict, explain
 from openlm_pipeline.yaml_files import expand_variables, read_mapping
 
@@ -211,7 +211,7 @@ class DaskSettings(Strict):
                     f"no Dask scheduler answers at {self.address or self.cluster} within {self.wait_seconds:g} s "
                     f"({e or type(e).__name__})"
                 ) from e
-            report(f"Dask dashboard: {client.dashboard_link}")
+            report(ProgressLine(f"Dask dashboard: {client.dashboard_link}", {"dask_dashboard": client.dashboard_link}))
             try:
                 client.wait_for_workers(1, timeout=self.wait_seconds)
             except TimeoutError as e:

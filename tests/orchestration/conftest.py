@@ -32,6 +32,21 @@ def stale_status() -> Callable[[TinyPipeline], Status]:
 
 
 @pytest.fixture
+def partition_status() -> Callable[[TinyPipeline, str], dict[str, str]]:
+    """Partition of an asset -> FRESH, STALE or MISSING."""
+
+    def status(pipeline: TinyPipeline, name: str) -> dict[str, str]:
+        key = dg.AssetKey.from_user_string(name)
+        with pipeline.active() as definitions, dg.DagsterInstance.get() as instance:
+            graph = definitions.resolve_asset_graph()
+            resolver = CachingStaleStatusResolver(instance, graph, LoadingContextForTest(instance))
+            keys = graph.get(key).partitions_def.get_partition_keys(dynamic_partitions_store=instance)
+            return {partition: resolver.get_status(key, partition).value for partition in keys}
+
+    return status
+
+
+@pytest.fixture
 def wait_until() -> Callable[[Callable[[], bool], str], None]:
     """Wait for another process to bring something about."""
 

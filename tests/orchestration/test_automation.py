@@ -27,9 +27,9 @@ def unscored(finished, tmp_path):
     return pipeline
 
 
-def tick(definitions: dg.Definitions, instance: dg.DagsterInstance, cursor: str | None = None) -> dg.SensorResult:
+def tick(definitions: dg.Definitions, instance: dg.DagsterInstance) -> dg.SensorResult:
     sensor = definitions.get_sensor_def("checkpoints_in_run_folders")
-    return sensor(dg.build_sensor_context(instance=instance, cursor=cursor, definitions=definitions))
+    return sensor(dg.build_sensor_context(instance=instance, definitions=definitions))
 
 
 def test_checkpoints_made_by_hand_are_told_to_dagster_and_scored_once(unscored):
@@ -41,8 +41,10 @@ def test_checkpoints_made_by_hand_are_told_to_dagster_and_scored_once(unscored):
         assert len({r.run_key for r in found.run_requests}) == 2
         for event in found.asset_events:
             instance.report_runless_asset_event(event)
-        again = tick(definitions, instance, found.cursor)
-        assert (again.asset_events, again.run_requests) == ([], [])
+        again = tick(definitions, instance)
+        assert again.asset_events == []
+        # Dagster runs the same keys once; a daemon that died before it did is asked again.
+        assert [r.run_key for r in again.run_requests] == [r.run_key for r in found.run_requests]
 
 
 def test_what_is_scored_already_is_not_asked_for(finished, tmp_path):
@@ -50,6 +52,20 @@ def test_what_is_scored_already_is_not_asked_for(finished, tmp_path):
     with pipeline.active() as definitions, dg.DagsterInstance.get() as instance:
         found = tick(definitions, instance)
         assert (found.asset_events, found.run_requests) == ([], [])
+
+
+def test_what_a_run_here_made_or_is_making_is_left_to_the_condition(finished, unscored, tmp_path):
+    made = finished.copy(tmp_path / "made")
+    shutil.rmtree(made.home / "scorecards")
+    with made.active() as definitions, dg.DagsterInstance.get() as instance:
+        assert tick(definitions, instance).run_requests == []
+    with unscored.active() as definitions, dg.DagsterInstance.get() as instance:
+        job = definitions.resolve_job_def("tiny_checkpoints")
+        making = instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED)
+        found = tick(definitions, instance)
+        assert (found.asset_events, found.run_requests) == ([], [])
+        instance.report_run_failed(making)
+        assert len(tick(definitions, instance).run_requests) == 2
 
 
 def test_a_run_folder_of_other_settings_is_passed_over(unscored):

@@ -1,14 +1,24 @@
 """One job makes everything from raw files to the report; running it again does only what is not done."""
 
+import json
 import shutil
+import urllib.request
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import dagster as dg
-from tiny_pipeline import LABELS
+import pyarrow.parquet as pq
+import pytest
+from tiny_pipeline import LABELS, TinyPipeline
 
+from assets.common import run_links
+from openlm_pipeline.experiments import load_experiment
 from openlm_pipeline.files import read_json
+from train.reporting import WANDB_URL
 
 FIRST, LAST = LABELS
 TRAIN_STEP = "train_tiny"
+SHARD_CHECKS = ("tokens_conserved", "shard_checksums", "round_trip", "quarantine_rate")
 CHECKPOINTS = [f"checkpoint/tiny/{label}" for label in LABELS]
 SCORECARDS = [f"scorecard/tiny/{label}" for label in LABELS]
 
@@ -31,7 +41,7 @@ def _reused(result: dg.ExecuteInProcessResult) -> dict[str, bool]:
 
 def test_the_job_makes_every_asset_from_raw_files_to_report(finished, instance_of):
     made = _materialized(finished.result)
-    files = {"tokenized/tiny_text[a.jsonl]", "tokenized/tiny_text[b.jsonl]"}
+    files = {f"{stage}/tiny_text[{name}.jsonl]" for stage in ("raw_files", "tokenized") for name in "ab"}
     assert set(made) == {"tokenizer/tiny_bpe", "shards/tiny_text", *files, *CHECKPOINTS, *SCORECARDS, "report/tiny"}
     instance = instance_of(finished.pipeline)
     assert sorted(instance.get_dynamic_partitions("tiny_text_files")) == ["a.jsonl", "b.jsonl"]
@@ -46,7 +56,7 @@ def test_every_check_is_evaluated_and_passes(finished):
         (check.asset_key.to_user_string(), check.check_name): check.passed
         for check in finished.result.get_asset_check_evaluations()
     }
-    expected = {("shards/tiny_text", name) for name in ("tokens_conserved", "shard_checksums", "quarantine_rate")}
+    expected = {("shards/tiny_text", name) for name in SHARD_CHECKS}
     expected |= {(key, name) for key in CHECKPOINTS for name in ("finite_loss", "integrity")}
     expected |= {(key, name) for key in SCORECARDS for name in ("complete_suite", "no_significant_regression")}
     assert evaluated == dict.fromkeys(expected, True)
@@ -68,6 +78,116 @@ def test_metadata_says_what_was_made_in_numbers(finished):
     assert 0 <= made[f"scorecard/tiny/{LAST}"]["average"] <= 1
     assert made["report/tiny"]["scorecards"] == 2
     assert "| " in made["report/tiny"]["report"]
+
+
+def test_tables_and_places_come_from_the_files_themselves(finished):
+    made, home = _materialized(finished.result), finished.pipeline.home
+    tables = {
+        "shards/tiny_text": sorted((home / "shards" / "tiny_text" / "v1").glob("*.provenance.parquet")),
+        SCORECARDS[0]: [home / "scorecards" / "tiny" / "v1" / FIRST / "items.parquet"],
+        "report/tiny": [home / "reports" / "tiny" / "v1" / "table.parquet"],
+    }
+    for name, files in tables.items():
+        schema = made[name]["dagster/column_schema"]
+        assert [(c.name, c.type) for c in schema.columns] == [(f.name, str(f.type)) for f in pq.read_schema(files[0])]
+        assert made[name]["dagster/row_count"] == sum(pq.read_table(file).num_rows for file in files) > 0
+    required = {c.name for c in made[SCORECARDS[0]]["dagster/column_schema"].columns if not c.constraints.nullable}
+    assert {"run", "task", "correct"} <= required
+    assert made["tokenized/tiny_text[a.jsonl]"]["dagster/partition_row_count"] == 30
+    for name, facts in made.items():
+        place = Path(urllib.request.url2pathname(urlsplit(facts["dagster/uri"]).path))
+        files = [place] if place.is_file() else [p for p in place.rglob("*") if p.is_file()]
+        if name == "shards/tiny_text":
+            files = list(place.glob("*.tar"))
+        assert facts["size_bytes"] == sum(p.stat().st_size for p in files) > 0, name
+
+
+def test_a_run_leads_to_its_folder_and_its_pages(finished, tmp_path):
+    for name in [*CHECKPOINTS, *SCORECARDS, "report/tiny"]:
+        facts = _materialized(finished.result)[name]
+        assert Path(facts["run_folder"]) == finished.pipeline.run_folder
+        assert not {"tensorboard", "wandb"} & set(facts)
+    pipeline = finished.copy(tmp_path)
+    recipe = pipeline.root / "recipes" / "tiny.yaml"
+    recipe.write_text(recipe.read_text().replace("log_every: 20", "log_every: 20, report_to: [tensorboard, wandb]"))
+    with pipeline.active():
+        experiment = load_experiment("tiny")
+        assert set(run_links(experiment)) == {"run_folder", "tensorboard"}
+        (pipeline.run_folder / WANDB_URL).write_text("https://wandb.example.org/me/tiny/runs/1")
+        assert run_links(experiment)["wandb"] == dg.MetadataValue.url("https://wandb.example.org/me/tiny/runs/1")
+
+
+def _change(pipeline: TinyPipeline, name: str) -> None:
+    """Other text in one document of a raw file."""
+    path = pipeline.home / "raw" / "tiny_text" / name
+    first, *others = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([json.dumps({"text": "Changed. " + json.loads(first)["text"]}) + "\n", *others]))
+
+
+def _execute(pipeline: TinyPipeline, asset: str, partition: str, workers: int = 1) -> dg.ExecuteInProcessResult:
+    """Materialize, or observe, one partition as the UI does."""
+    with pipeline.active() as definitions, dg.DagsterInstance.get() as instance:
+        return definitions.resolve_implicit_global_asset_job_def().execute_in_process(
+            asset_selection=[dg.AssetKey.from_user_string(asset)],
+            partition_key=partition,
+            instance=instance,
+            run_config={"resources": {"dask": {"config": {"workers": workers}}}, "loggers": {"live": {}}},
+        )
+
+
+def _tokenized(pipeline: TinyPipeline, name: str) -> dict[str, tuple[int, int]]:
+    files = pipeline.snapshot("tokenized", "tiny_text", "v1")
+    return {path: found for path, found in files.items() if path.startswith(name)}
+
+
+@pytest.fixture
+def sharded(finished, tmp_path) -> TinyPipeline:
+    """A pipeline that has its shards. Its tokenizer is a file, not made from the raw files."""
+    pipeline = TinyPipeline.create(tmp_path / "sharded")
+    recipe = pipeline.root / "recipes" / "tiny.yaml"
+    ready = shutil.copy(finished.pipeline.home / "tokenizers" / "tiny_bpe" / "tokenizer.json", pipeline.root)
+    text = recipe.read_text().replace("train: {vocab_size: 300}", f"source: {ready}")
+    recipe.write_text(text.replace("model: {", "model: {vocab_size: 300, "))
+    assert pipeline.execute("tokenize_tiny_text").success
+    return pipeline
+
+
+def test_a_changed_raw_file_is_tokenized_again_alone(sharded, stale_status, partition_status, instance_of):
+    pipeline = sharded
+    before = {name: _tokenized(pipeline, name) for name in ("a.jsonl", "b.jsonl")}
+    assert partition_status(pipeline, "tokenized/tiny_text") == {"a.jsonl": "FRESH", "b.jsonl": "FRESH"}
+
+    _change(pipeline, "b.jsonl")
+    assert _execute(pipeline, "raw_files/tiny_text", "b.jsonl").success
+    assert partition_status(pipeline, "tokenized/tiny_text") == {"a.jsonl": "FRESH", "b.jsonl": "STALE"}
+
+    result = _execute(pipeline, "tokenized/tiny_text", "b.jsonl", workers=2)
+    assert set(_materialized(result)) == {"tokenized/tiny_text[b.jsonl]"}
+    assert partition_status(pipeline, "tokenized/tiny_text") == {"a.jsonl": "FRESH", "b.jsonl": "FRESH"}
+    assert _tokenized(pipeline, "a.jsonl") == before["a.jsonl"]
+    assert _tokenized(pipeline, "b.jsonl") != before["b.jsonl"]
+    seen = instance_of(pipeline).fetch_observations(dg.AssetKey(["tokenized", "tiny_text"]), limit=20).records
+    links = [r.asset_observation.metadata.get("dask_dashboard") for r in seen]
+    (link,) = [link for link in links if link]
+    assert isinstance(link, dg.UrlMetadataValue) and link.url.startswith("http://127.0.0.1:")
+    assert stale_status(pipeline)["shards/tiny_text"][0] == "STALE"
+
+    before["b.jsonl"] = _tokenized(pipeline, "b.jsonl")
+    _change(pipeline, "a.jsonl")
+    result = pipeline.execute("tokenize_tiny_text")
+    assert result.success
+    made = _materialized(result)
+    files = {"raw_files/tiny_text[a.jsonl]", "tokenized/tiny_text[a.jsonl]"}
+    assert set(made) == {"tokenizer/tiny_bpe", "shards/tiny_text", *files}
+    assert _tokenized(pipeline, "b.jsonl") == before["b.jsonl"]
+    assert _tokenized(pipeline, "a.jsonl") != before["a.jsonl"]
+    assert made["shards/tiny_text"]["reused"] is False
+    assert stale_status(pipeline)["shards/tiny_text"][0] == "FRESH"
+
+
+def test_every_raw_file_fills_its_partition(finished, instance_of):
+    key = dg.AssetKey(["raw_files", "tiny_text"])
+    assert instance_of(finished.pipeline).get_materialized_partitions(key) == {"a.jsonl", "b.jsonl"}
 
 
 def test_a_milestone_is_reported_while_training_goes_on(finished, instance_of):

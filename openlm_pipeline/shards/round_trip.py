@@ -1,0 +1,136 @@
+"""From shards back to text: documents of a finished dataset, found by their provenance, against the raw records.
+
+This catches what no checksum can: shards that are whole and wrong, such as those of another tokenizer, or a provenance
+that names the wrong documents.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from openlm_pipeline.corpus.discovery import RawFile
+from openlm_pipeline.corpus.reader import RecordReader
+from openlm_pipeline.errors import IdentityError, MissingInputError
+from openlm_pipeline.remote import download, join
+from openlm_pipeline.shards.dataset import ShardedDataset
+from openlm_pipeline.shards.inspect import tokenizer_of
+from openlm_pipeline.shards.provenance import Spans, provenance_path, read_spans, shard_tokens
+from openlm_pipeline.tokenization.engine import load_reference
+from openlm_pipeline.tokenization.raw_hash import sha256_url
+
+_SHARDS, _FILES = 8, 3  # at most: a raw file is read from its start to reach a record
+
+
+@dataclass(frozen=True)
+class RoundTrip:
+    """What became of the documents that were looked at."""
+
+    exact: int
+    """Decode to the raw record's text."""
+    lossy: int
+    """Have the ids of the raw text, but the tokenizer does not decode them to it: it normalises Unicode, say."""
+    damaged: tuple[str, ...]
+    """A line for each document whose ids are not those of its raw text."""
+
+
+def round_trip(
+    dataset: ShardedDataset, raw_files: Sequence[RawFile], text_key: str, *, documents: int = 16, seed: int = 0
+) -> RoundTrip:
+    """Decode documents of a dataset and compare them with the raw records that they came from.
+
+    Args:
+        raw_files: those that the dataset was made from.
+        documents: at most so many, drawn by `seed` from up to 8 shards and 3 raw files.
+
+    Raises:
+        MissingInputError: a raw file, the tokenizer or the provenance is not there.
+        IdentityError: a raw file is no longer the one that the dataset was made from.
+        DataError: a shard, its provenance or a raw file is damaged.
+    """
+    tokenizer = load_reference(tokenizer_of(dataset.folder))
+    by_name = {raw.name: raw for raw in raw_files}
+    exact, lossy, damaged = 0, 0, []
+    for name, drawn in _draw(dataset, documents, np.random.default_rng(seed)).items():
+        if name not in by_name:
+            raise MissingInputError(f"{dataset.folder} was made from a raw file {name}, which is not there any more")
+        raw, wrong = by_name[name], []
+        texts = _texts(raw, text_key, {record for record, _ in drawn})
+        for record, ids in drawn:
+            text = texts.get(record)
+            if text is None:
+                wrong.append(f"record {record} of {name} is not in the raw file")
+            elif ids != [*(expected := tokenizer.encode(text, add_special_tokens=False).ids), dataset.info["eot_id"]]:
+                same = next((i for i, (a, b) in enumerate(zip(ids, expected)) if a != b), min(len(ids), len(expected)))
+                wrong.append(f"record {record} of {name} differs in the shards from its raw text, from token {same} on")
+            elif tokenizer.decode(ids[:-1], skip_special_tokens=False) == text:
+                exact += 1
+            else:
+                lossy += 1
+        if wrong and sha256_url(raw.url) != dataset.info["inputs"][name]["raw_sha256"]:
+            raise IdentityError(
+                f"raw file {raw.url} is not the one that {dataset.folder} was made from; tokenize again"
+            )
+        damaged += wrong
+    return RoundTrip(exact, lossy, tuple(damaged))
+
+
+def _draw(dataset: ShardedDataset, count: int, rng: np.random.Generator) -> dict[str, list[tuple[int, list[int]]]]:
+    """Raw file -> (record, its ids with the end-of-text)."""
+    drawn: dict[str, list[tuple[int, list[int]]]] = defaultdict(list)
+    shards = rng.permutation(len(dataset.entries))[:_SHARDS].tolist()
+    for place, k in enumerate(shards):
+        spans = _spans(dataset, k)
+        missing = count - sum(map(len, drawn.values()))
+        wanted = -(-missing // (len(shards) - place))
+        for head in rng.permutation(_heads(spans)).tolist():
+            file, record = spans.document(head)
+            if wanted and (file in drawn or len(drawn) < _FILES) and (ids := _document(dataset, k, spans, head)):
+                drawn[file].append((record, ids))
+                wanted -= 1
+    return drawn
+
+
+def _spans(dataset: ShardedDataset, k: int) -> Spans:
+    path = provenance_path(dataset, k)
+    if path.exists() or dataset.remote is None:
+        return read_spans(dataset, k)
+    download(join(dataset.remote, path.name), path)
+    spans = read_spans(dataset, k)
+    path.unlink()  # as it was: a folder has the provenance of all its shards or of none
+    return spans
+
+
+def _heads(spans: Spans) -> np.ndarray:
+    """Rows with which a document begins."""
+    return np.flatnonzero(spans.document_start == 0)
+
+
+def _document(dataset: ShardedDataset, k: int, spans: Spans, head: int) -> list[int]:
+    """Ids of the document that begins in row `head` of shard `k`, to its end in this shard or a later one; none if its
+    end may be among the tokens that are in no sample."""
+    begin, later = int(spans.begin[head]), _heads(spans)
+    later = later[later > head]
+    ids: list[int] = []
+    while not len(later):
+        ids += shard_tokens(dataset, k)[begin : spans.end].tolist()
+        if k + 1 == len(dataset.entries):
+            return [] if dataset.info["totals"]["tail_tokens"] else ids
+        begin, k = 0, k + 1
+        spans = _spans(dataset, k)
+        later = _heads(spans)
+    return ids + shard_tokens(dataset, k)[begin : int(spans.begin[later[0]])].tolist()
+
+
+def _texts(raw: RawFile, text_key: str, records: set[int]) -> dict[int, str]:
+    """Texts of some records of a raw file, by their numbers."""
+    reader = RecordReader(raw.url, text_key=text_key, max_bad_fraction=1.0, on_bad=lambda _: None)
+    found = {}
+    for record in reader:
+        if record.number in records:
+            found[record.number] = record.text
+        if record.number >= max(records):
+            break
+    reader.close()
+    return found
