@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 help:
 	@echo "make demo   run the whole pipeline on the embedded corpus (minutes on two CPU cores)"
 	@echo "make test   run all tests"
-	@echo "make drills run the long tests: a real Slurm, a PostgreSQL that crashes, a store as home"
+	@echo "make drills run the long tests: kills of every process, PostgreSQL, Slurm, a store as home"
 	@echo "make ui     open the Dagster UI on http://127.0.0.1:3000"
 	@echo "make foundry  build LLM Foundry's own environment in .foundry, for --backend foundry"
 	@echo "make lint   ruff and the import-direction check"

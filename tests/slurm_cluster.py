@@ -17,6 +17,7 @@ import pytest
 from small_run import wait_until
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "scontrol", "srun")
+CLEAR_STATE = "-c"
 CONFIGURATION = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -70,6 +71,36 @@ def _free_ports(number: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
+class SlurmCluster:
+    """The daemons, and what happens to them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._daemons: dict[str, psutil.Popen] = {}
+
+    def start(self, *command: str) -> psutil.Popen:
+        """Start a daemon that ends with this process, in the place of one of the same command line that was killed."""
+        with (self.folder / f"{command[0]}.out").open("ab") as out:
+            process = psutil.Popen(["setpriv", "--pdeathsig=TERM", *command], stdout=out, stderr=subprocess.STDOUT)
+        self._daemons[" ".join(word for word in command if word != CLEAR_STATE)] = process
+        return process
+
+    def kill_controller(self) -> None:
+        """As a crash of its machine would; its state is on disk."""
+        process = self._daemons["slurmctld -D"]
+        process.kill()
+        process.wait()
+
+    def start_controller(self) -> None:
+        """Start it again with the state that it left, and wait until it answers."""
+        wait_until(lambda: len(_states()) == 2, self.start("slurmctld", "-D"), seconds=60)
+
+    def stop(self) -> None:
+        for process in reversed(self._daemons.values()):
+            process.terminate()
+            process.wait(timeout=30)
+
+
 def _start(folder: Path) -> Iterator[list[str]]:
     """The commands of the daemons in the foreground, each when the one before may be there."""
     key = folder / "munge.key"
@@ -80,14 +111,14 @@ def _start(folder: Path) -> Iterator[list[str]]:
         for option in ("socket", "pid-file", "log-file", "seed-file")
     ]
     yield ["munged", "--foreground", "--force", f"--key-file={key}", *paths]
-    yield ["slurmctld", "-D", "-c"]
+    yield ["slurmctld", "-D", CLEAR_STATE]
     yield ["slurmd", "-D", "-N", "a"]
     yield ["slurmd", "-D", "-N", "b"]
 
 
 @pytest.fixture(scope="session")
-def slurm_cluster() -> Iterator[Path]:
-    """The folder of a running cluster, which `SLURM_CONF` names while tests use it."""
+def slurm_cluster() -> Iterator[SlurmCluster]:
+    """A running cluster, which `SLURM_CONF` names while tests use it."""
     missing = [program for program in PROGRAMS if not shutil.which(program)]
     if missing:
         pytest.skip(f"Slurm is not installed: there is no {', '.join(missing)}")
@@ -102,15 +133,15 @@ def slurm_cluster() -> Iterator[Path]:
         configuration.write_text(CONFIGURATION.format(**settings))
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setenv("SLURM_CONF", str(configuration))
+        cluster = SlurmCluster(folder)
+        stack.callback(cluster.stop)
         for daemon in _start(folder):
-            with (folder / f"{daemon[0]}.out").open("ab") as out:
-                process = psutil.Popen(["setpriv", "--pdeathsig=TERM", *daemon], stdout=out, stderr=subprocess.STDOUT)
-            stack.callback(_stop, process)
+            process = cluster.start(*daemon)
             if daemon[0] == "munged":
                 wait_until((folder / "munge.socket").exists, process, seconds=20)
         wait_until(lambda: _states() == ["idle", "idle"], process, seconds=60)
         stack.callback(_cancel_all)
-        yield folder
+        yield cluster
 
 
 def _states() -> list[str]:
@@ -124,8 +155,3 @@ def _cancel_all() -> None:
         command("scancel", "--full", "--signal=KILL", job_id)
         command("scancel", job_id)
     wait_until(lambda: not job_ids(), seconds=60)
-
-
-def _stop(process: psutil.Popen) -> None:
-    process.terminate()
-    process.wait(timeout=30)

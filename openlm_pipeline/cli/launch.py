@@ -1,11 +1,13 @@
-"""`openlm launch`: a recipe's job through Dagster, after a look at what it would take."""
+"""`openlm launch`: a recipe's job through Dagster, after a look at what it would take, or just that look."""
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 import uuid
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -13,7 +15,37 @@ from rich.console import Console
 from openlm_pipeline.cli.plan import Gpu, Mfu, Price
 from openlm_pipeline.errors import ConfigError, OpenLMError
 
+if TYPE_CHECKING:
+    from openlm_pipeline.experiments import Experiment
+    from openlm_pipeline.layout import Home
+
 _UI = "http://127.0.0.1:3000"
+_SECRET_NAME = re.compile(r"(.*_)?(KEY|TOKEN|SECRET|PASSWORD|WEBHOOK)S?(_.*)?", re.IGNORECASE)
+_SECRET_LETTERS = 8
+"""What is shorter is no secret, and would be found in other words."""
+
+
+def submission(experiment: "Experiment", home: "Home") -> str:
+    """What the recipe's launcher would start: a shell command, a batch script, or a manifest.
+
+    Where the recipe has put the value of a variable with a secret's name into it, it shows the variable.
+    """
+    from openlm_pipeline.runs.folder import RunFolder
+    from openlm_pipeline.runs.launchers import kubernetes, slurm
+    from openlm_pipeline.runs.launchers.job import torchrun_command
+
+    run, until = RunFolder(home.run(experiment.name, experiment.version)), experiment.milestones[-1]
+    if experiment.launcher.kind == "slurm":
+        text = slurm.job_script(experiment, home, run, until)
+    elif experiment.launcher.kind == "kubernetes":
+        text = kubernetes.manifest(experiment, home, until)
+    else:
+        command = torchrun_command(experiment.launcher, run.experiment_file, until, sys.executable, ["--standalone"])
+        text = shlex.join(command)
+    for name, value in sorted(os.environ.items(), key=lambda item: -len(item[1])):  # one may begin with another
+        if len(value) >= _SECRET_LETTERS and _SECRET_NAME.fullmatch(name):
+            text = text.replace(value, f"${{{name}}}")
+    return text
 
 
 def launch(
@@ -23,6 +55,9 @@ def launch(
         typer.Option(help="GPU-hours over which --yes is needed.", min=0, envvar="OPENLM_BUDGET_GPU_HOURS"),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Launch although it is over the budget.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Start nothing: the plan on stderr, what would be submitted on stdout.")
+    ] = False,
     gpu: Gpu = None,
     mfu: Mfu = 0.4,
     price: Price = None,
@@ -30,7 +65,9 @@ def launch(
 ) -> None:
     """Show the plan of a recipe, launch its job, and say its run id and link; the run outlives this command.
 
-    Run it from the project's root. With --budget a launch of more GPU-hours, or of unknown length, needs --yes.
+    Run it from the project's root. With --budget a launch of more GPU-hours, or of unknown length, needs --yes. With
+    --dry-run it starts nothing and shows what the recipe's launcher would start: the torchrun command, Slurm's batch
+    script or Kubernetes' manifest, which is empty where nothing is left to train.
 
     Example: openlm launch pretrain_1b --gpu H100 --budget 500
     """
@@ -40,12 +77,17 @@ def launch(
 
     if recipe not in recipe_names():
         raise ConfigError(f"there is no recipe {recipe!r}; a file becomes one in a folder of OPENLM_RECIPES")
-    if not Path("orchestration/definitions.py").is_file():
+    if not dry_run and not Path("orchestration/definitions.py").is_file():
         raise ConfigError("`openlm launch` runs from the project's root folder, where orchestration/ is")
-    console = Console(highlight=False, soft_wrap=True)
-    made = plan(load_experiment(recipe), Home.from_env(), device=gpu, mfu=mfu, price=price)
+    console = Console(highlight=False, soft_wrap=True, stderr=dry_run)
+    experiment, home = load_experiment(recipe), Home.from_env()
+    made = plan(experiment, home, device=gpu, mfu=mfu, price=price)
     for line in made.lines():
         console.print(line, markup=False)
+    if dry_run:
+        if made.cost.tokens:
+            print(submission(experiment, home))
+        return
     hours = made.cost.gpu_hours
     if budget is not None and made.cost.tokens and not yes and (hours is None or hours > budget):
         known = "of a length that is not known" if hours is None else f"of {hours:,.4g} GPU-hours"

@@ -327,7 +327,9 @@ def join_parts(
         seconds=round(sum(p.seconds for p in parts), 3),
     )
     write_json(final.done, asdict(result))
-    remove_parts(folder, {raw.name})
+    for paths in sources:
+        for path in (paths.tokens, paths.documents, paths.quarantine, paths.done):
+            path.unlink(missing_ok=True)
     return result
 
 

@@ -149,6 +149,7 @@ def tokenize_files(
                     what = f"joining the parts of {dataset.name}"
                     results |= _run(pool, _Meter(what, sum(sizes[n] for n in joins), report), sizes, joins)
             done |= {raw.name: results[raw.name] for raw in missing}
+            remove_parts(folder, set(done))  # of an attempt that cut them in another way
     return [done[raw.name] for raw in raw_files], sorted(raw.name for raw in missing)
 
 

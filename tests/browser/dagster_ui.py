@@ -1,4 +1,4 @@
-"""The Dagster UI in a real browser: a webserver of its own, and the few gestures that the tests need."""
+"""The Dagster UI in a real browser: a server of its own, its pages, and the graph."""
 
 import contextlib
 import os
@@ -24,7 +24,8 @@ _QUIET = (
     "--disable-component-update",
     "--disable-sync",
 )
-START_SECONDS = 90.0
+START_SECONDS = 240.0
+PAGE_SECONDS = 300.0
 
 
 def _free_port() -> int:
@@ -34,14 +35,19 @@ def _free_port() -> int:
 
 
 @contextlib.contextmanager
-def webserver(source: list[str], cwd: Path, variables: dict[str, str], log: Path) -> Iterator[str]:
+def webserver(
+    source: list[str], cwd: Path, variables: dict[str, str], log: Path, *, daemon: bool = False
+) -> Iterator[str]:
     """A running `dagster-webserver`; yields its address.
 
     Args:
         source: where the definitions are: `["-m", module]` or `["-f", file]`.
+        daemon: run `dagster dev` instead, which has the daemon too that backfills and automation need.
     """
     port = _free_port()
-    command = [str(Path(sys.executable).parent / "dagster-webserver"), *source, "-h", "127.0.0.1", "-p", str(port)]
+    programs = Path(sys.executable).parent
+    command = [str(programs / "dagster"), "dev"] if daemon else [str(programs / "dagster-webserver")]
+    command += [*source, "-h", "127.0.0.1", "-p", str(port)]
     address = f"http://127.0.0.1:{port}"
     with log.open("w") as output:
         server = subprocess.Popen(
@@ -60,7 +66,7 @@ def webserver(source: list[str], cwd: Path, variables: dict[str, str], log: Path
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(server.pid, signal.SIGTERM)
             try:
-                server.wait(15)
+                server.wait(30)
             except subprocess.TimeoutExpired:
                 os.killpg(server.pid, signal.SIGKILL)
                 server.wait()
@@ -72,7 +78,7 @@ def browser_page(width: int = 1600, height: int = 1000, scale: float = 1.0) -> I
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(_QUIET))
         page = browser.new_page(viewport={"width": width, "height": height}, device_scale_factor=scale)
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(PAGE_SECONDS * 1000)
         try:
             yield page
         finally:

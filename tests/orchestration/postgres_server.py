@@ -42,7 +42,7 @@ class PostgresServer:
             "--auth=scram-sha-256", "--encoding=UTF8", "--locale=C", "--no-sync",
         )  # fmt: skip
         self.start()
-        self._run("createdb", "--host=127.0.0.1", f"--port={self.port}", f"--username={USER}", DATABASE)
+        self._run("createdb", *self._client, DATABASE)
 
     @property
     def variables(self) -> dict[str, str]:
@@ -63,10 +63,26 @@ class PostgresServer:
         """End it at once, as a crash would, with all connections cut."""
         self._run("pg_ctl", *self._data, "stop", "--wait", "--mode=immediate")
 
+    def dump(self) -> Path:
+        """A backup of the database, made while it is in use."""
+        archive = self.folder / "dagster.dump"
+        self._run("pg_dump", *self._client, "--format=custom", f"--file={archive}", DATABASE)
+        return archive
+
+    def restore(self, archive: Path) -> None:
+        """Drop the database and make it anew from a backup."""
+        self._run("dropdb", *self._client, "--force", DATABASE)
+        self._run("createdb", *self._client, DATABASE)
+        self._run("pg_restore", *self._client, "--exit-on-error", f"--dbname={DATABASE}", str(archive))
+
     def close(self) -> None:
         if (self.folder / "data" / "postmaster.pid").exists():
             self.crash()
         shutil.rmtree(self.folder)
+
+    @property
+    def _client(self) -> tuple[str, ...]:
+        return ("--host=127.0.0.1", f"--port={self.port}", f"--username={USER}")
 
     @property
     def _data(self) -> tuple[str, ...]:

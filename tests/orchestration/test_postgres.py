@@ -63,6 +63,26 @@ def test_the_config_holds_no_secret_and_names_the_driver_that_is_installed():
     assert "scheme: postgresql+psycopg2" in text
 
 
+def _assert_one_line_says_it(output: str) -> None:
+    (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert "Dagster's database fails" in error and "run the same command again" in error
+    assert "Traceback" not in output
+
+
+def test_a_server_that_is_not_there_is_told_in_one_line(tmp_path):
+    pipeline = TinyPipeline.create(tmp_path / "pipeline")
+    shutil.copy(CONFIG, pipeline.root / "dagster" / "dagster.yaml")
+    nobody = {"USER": "dagster", "PASSWORD": "secret", "HOST": "127.0.0.1", "PORT": "9", "DB": "dagster"}
+    variables = {f"DAGSTER_POSTGRES_{name}": value for name, value in nobody.items()}
+    command = [sys.executable, "-m", "orchestration", "tiny"]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment(pipeline, **variables), capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    _assert_one_line_says_it(done.stderr)
+    assert "127.0.0.1" in done.stderr and "Connection refused" in done.stderr and "secret" not in done.stderr
+
+
 @pytest.mark.drill
 def test_runs_and_events_are_there_after_the_server_crashed(pipeline, postgres, instance_of):
     assert pipeline.execute("tiny").success
@@ -93,7 +113,8 @@ def test_a_run_under_which_the_server_goes_away_ends_cleanly_and_the_next_one_re
     wait_until(lambda: (first / COMPLETE).exists() or process.poll() is not None, "the first milestone", 300)
     trainers = [child for child in process.children(recursive=True) if "train" in child.cmdline()]
     postgres.crash()  # and now for longer than anyone waits
-    assert process.wait(timeout=300) != 0
+    assert process.wait(timeout=300) == 1
+    _assert_one_line_says_it((tmp_path / "output.txt").read_text())
     assert psutil.wait_procs(trainers, timeout=60)[1] == [], "trainers outlived the run"
     postgres.start()
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from slurm_cluster import command, job_field, job_ids
+from slurm_cluster import SlurmCluster, command, job_field, job_ids
 from small_run import BATCH, REPOSITORY, SmallRun, wait_until
 
 from openlm_pipeline import stages
@@ -126,6 +126,30 @@ def test_a_job_that_the_cluster_takes_away_goes_on_from_its_checkpoint(tmp_path:
     assert second.read_text().count("resumed from step-") == 1
     assert sum("submitted" in r for r in reports) == 2
     assert any("is pending: BeginTime" in r for r in reports)
+
+
+def test_a_controller_that_crashes_and_comes_back_finds_the_job_watched(tmp_path: Path, slurm_cluster: SlurmCluster):
+    small = SmallRun(tmp_path, (10, 100_000))
+    reports: list[str] = []
+    events = watch(small, reports)
+    next(events)
+    (job_id,) = job_ids()
+    slurm_cluster.kill_controller()
+    for _ in events:
+        if any("is not known of at the moment" in r for r in reports):
+            break
+    slurm_cluster.start_controller()
+    last = max(small.losses())
+    told = len(reports)
+    for event in events:
+        if isinstance(event, Progress) and event.record["step"] > last and len(reports) > told:
+            break
+    assert reports[told:] == [f"Slurm job {job_id} is running"]
+    assert job_ids() == [job_id]
+    events.close()
+    assert job_ids() == []
+    assert small.run.read_outcome()["step"] in small.steps_on_disk()
+    assert sum("submitted" in r for r in reports) == 1
 
 
 def test_a_job_that_a_person_cancels_saves_and_is_not_submitted_again(tmp_path: Path):
