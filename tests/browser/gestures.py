@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import dagster as dg
-from dagster_ui import browser_page, open_graph, webserver
+from dagster_ui import browser_page, webserver
 from playwright.sync_api import Locator, Page
 from tiny_pipeline import REPOSITORY, TinyPipeline, environment
 
@@ -101,7 +101,7 @@ class Ui:
 
     def reload_definitions(self) -> None:
         """Press "Reload definitions" on the graph."""
-        open_graph(self.page, self.address)
+        self.open("asset-groups")
         with self.page.expect_response(lambda response: "Reload" in response.url):
             self.button("Reload definitions").click()
 
@@ -111,7 +111,8 @@ class Ui:
         Returns:
             The assets that the dialog lists, and its button.
         """
-        open_graph(self.page, self.address)
+        self.open("asset-groups")
+        self.page.get_by_role("button", name="Materialize all").wait_for()
         self.page.locator('button:has([aria-label="arrow_drop_down"])').last.click()
         self.page.get_by_role("menuitem", name="Materialize unsynced").click()
         dialog = self.page.get_by_role("dialog").filter(has_text="Materialize unsynced assets")
@@ -127,11 +128,15 @@ class Ui:
                 return state.is_running, len(self.instance.get_ticks(state.instigator_origin_id, state.selector_id))
         return False, 0
 
+    def switch(self, name: str) -> Locator:
+        """The switch of a sensor or schedule on the Automation page, which is open."""
+        row = self.page.get_by_role("link", name=name).locator("xpath=ancestor::*[count(.//input)=2][1]")
+        return row.locator("label").last
+
     def turn(self, name: str, on: bool) -> None:
         """Click the switch of a sensor or schedule on the Automation page, and see it on or off."""
         self.open("automation")
-        row = self.page.get_by_role("link", name=name).locator("xpath=ancestor::*[count(.//input)=2][1]")
-        switch = row.locator("label").last
+        switch = self.switch(name)
         switch.click()
         self.wait_until(lambda: self.automation(name)[0] == on, f"{name} to change")
         self.wait_until(lambda: switch.locator("input").is_checked() == on, f"the switch of {name} to change")

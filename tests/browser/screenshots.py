@@ -15,7 +15,7 @@ from gestures import CONDITION, FAR, LOCATION, SCHEDULE, SENSOR, Ui, edit_recipe
 from PIL import Image
 from tiny_pipeline import LABELS, REPOSITORY, TinyPipeline
 
-_COLOURS = 64
+_COLOURS = 256
 
 
 def save(ui: Ui, name: str) -> None:
@@ -46,13 +46,14 @@ def main(folder: Path) -> None:
         ui.wait_until(lambda: number_of(ui, f"checkpoint/tiny/{FAR}", "observations") >= 12, "losses")
         ui.open(f"assets/checkpoint/tiny/{FAR}")
         ui.button("Plots").click()
-        ui.page.get_by_text("loss", exact=True).scroll_into_view_if_needed()
+        ui.page.get_by_text("loss", exact=True).evaluate("title => title.scrollIntoView()")
         save(ui, "live-loss")
 
         for label in LABELS:
             ui.wait_until(lambda: number_of(ui, f"scorecard/tiny/{label}", "materializations"), "scores")  # noqa: B023
         ui.open("automation")
-        ui.page.get_by_text(SCHEDULE).wait_for()
+        ui.page.get_by_text("Scheduled Every hour").wait_for()
+        ui.wait_until(lambda: ui.switch(SCHEDULE).locator("input").is_checked(), "the state of the last switch")
         save(ui, "automation")
         ui.open(f"locations/{LOCATION}/sensors/{CONDITION}")
         ui.page.get_by_text("materializations requested").first.wait_for()

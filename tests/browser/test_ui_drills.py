@@ -204,7 +204,7 @@ def test_automation_scores_each_milestone_once_while_training_goes_on(finished, 
 
         tokens = RunFolder(pipeline.run_folder).read_outcome()["tokens"] // 1000 + 10
         edit_recipe(pipeline, milestones=f"[10K, 40K, {tokens}K]")
-        label, _ = load_experiment("tiny").labelled_milestones()[-1]
+        label, _ = list(load_experiment("tiny").labelled_milestones())[-1]
         ui.reload_definitions()
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
         subprocess.run([*torchrun, "-m", "train", "tiny"], cwd=REPOSITORY, env=environment(pipeline), check=True)

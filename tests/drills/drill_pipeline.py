@@ -135,6 +135,10 @@ class DrillPipeline(TinyPipeline):
         names = {str(path.relative_to(self.home)) for path in done if path.suffix not in (".lock", ".tmp")}
         return {name: stamp for name, stamp in self.snapshot().items() if name in names}
 
+    def losses(self) -> dict[int, float]:
+        """By step. The first one after a stop is a mean over fewer steps where the stop was between two records."""
+        return {r["step"]: r["loss"] for r in self.run.read_metrics() if "loss" in r}
+
     def results(self) -> dict[str, Any]:
         """All that the pipeline made, less times and paths."""
         states = {}
@@ -149,7 +153,6 @@ class DrillPipeline(TinyPipeline):
         return {
             "tokenizers": {name: info["sha256"] for name, info in infos.items()},
             "shards": {path.parts[-3]: path.read_text() for path in self.home.glob("shards/*/v1/manifest.jsonl")},
-            "losses": {r["step"]: r["loss"] for r in self.run.read_metrics() if "loss" in r},
             "weights and optimizer": states,
             "items": {label: pq.read_table(folder / "items.parquet").to_pylist() for label, folder in cards.items()},
             "scorecards": {label: _without_place(read_json(path / "scorecard.json")) for label, path in cards.items()},
