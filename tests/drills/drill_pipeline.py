@@ -6,6 +6,7 @@ its seeds, all that it makes is the same to the bit, whatever happened on the wa
 
 import contextlib
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -88,9 +89,10 @@ class DrillPipeline(TinyPipeline):
         assert old in text
         file.write_text(text.replace(old, new))
 
-    def old_run_aside(self) -> None:
-        """As if it had never been trained."""
+    def untrain(self) -> None:
+        """As if it had never been trained and scored."""
         self.run_folder.rename(self.root / "old_run")
+        shutil.rmtree(self.home / "scorecards", ignore_errors=True)
 
     def free_slots_at_once(self) -> None:
         """Have the daemon look after dead runs every second: the same work, without the wait."""

@@ -84,7 +84,7 @@ def test_killed_inside_a_tick_of_the_checkpoint_sensor(moment, pipeline, undistu
 
 
 def test_killed_while_it_has_a_milestone_scored_and_training_goes_on(pipeline, undisturbed, programs_on, instance_of):
-    pipeline.old_run_aside()
+    pipeline.untrain()
     pipeline.write_recipe(last="160K")
     programs, instance = programs_on(pipeline), instance_of(pipeline)
     _switch_on(programs, SENSOR, CONDITION)

@@ -21,7 +21,7 @@ TRAIN = ("-m", "openlm_pipeline", "train", "tiny")
 def untrained(finished, tmp_path) -> DrillPipeline:
     """The tiny pipeline with its shards, before training."""
     pipeline = DrillPipeline(finished.copy(tmp_path).root)
-    pipeline.old_run_aside()
+    pipeline.untrain()
     return pipeline
 
 
@@ -63,7 +63,7 @@ def test_under_dagster_a_killed_torchrun_and_then_a_killed_rank_fail_the_run_wit
     undisturbed, tmp_path, programs_on, instance_of
 ):
     pipeline = undisturbed.copy(tmp_path / "pipeline")
-    pipeline.old_run_aside()
+    pipeline.untrain()
     pipeline.write_recipe(processes=2)
     programs, instance = programs_on(pipeline), instance_of(pipeline)
     for victim, beyond, said in (("torchrun", 140, "exit code -9"), ("rank", 260, "SIGKILL")):

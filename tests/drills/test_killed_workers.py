@@ -30,7 +30,7 @@ def test_a_killed_dask_worker_changes_no_byte(undisturbed, tmp_path, programs_on
 
 def test_after_a_power_cut_the_job_goes_on(undisturbed, tmp_path, programs_on, instance_of):
     pipeline = undisturbed.copy(tmp_path / "pipeline")
-    pipeline.old_run_aside()
+    pipeline.untrain()
     programs, instance = programs_on(pipeline), instance_of(pipeline)
     programs.finish("dagster", "job", "launch", "-j", "tiny")
     wait_until(lambda: pipeline.last_step() >= 140, "training to be under way")
@@ -48,7 +48,7 @@ def test_after_a_power_cut_the_daemon_tells_the_run_failed_and_frees_its_slot(
     undisturbed, tmp_path, programs_on, instance_of
 ):
     pipeline = undisturbed.copy(tmp_path / "pipeline")
-    pipeline.old_run_aside()
+    pipeline.untrain()
     pipeline.free_slots_at_once()
     programs, instance = programs_on(pipeline), instance_of(pipeline)
     programs.finish("dagster", "job", "launch", "-j", "tiny")
