@@ -91,7 +91,12 @@ def drill(root: Path, say: Callable[[str], None]) -> None:
             say(f"{time.monotonic() - began:5.0f} s  started")
             for what, victims in kills:
                 found: list[psutil.Process] = []
-                wait_until(lambda v=victims, f=found: f.extend(v(pipeline)) or f, f"the moment to kill {what}", demo)
+                wait_until(
+                    lambda v=victims, f=found: f.extend(v(pipeline)) or f,
+                    f"the moment to kill {what}",
+                    demo,
+                    seconds=3600,
+                )
                 kill(*found)
                 say(f"{time.monotonic() - began:5.0f} s  killed {what}")
             ended = demo.wait(timeout=3600)
