@@ -53,7 +53,8 @@ def main(folder: Path) -> None:
             ui.wait_until(lambda: number_of(ui, f"scorecard/tiny/{label}", "materializations"), "scores")  # noqa: B023
         ui.open("automation")
         ui.page.get_by_text("Scheduled Every hour").wait_for()
-        ui.wait_until(lambda: ui.switch(SCHEDULE).locator("input").is_checked(), "the state of the last switch")
+        for name in (SCHEDULE, SENSOR, CONDITION):
+            ui.wait_until(lambda: ui.switch(name).locator("input").is_checked(), f"{name} to show as on")  # noqa: B023
         save(ui, "automation")
         ui.open(f"locations/{LOCATION}/sensors/{CONDITION}")
         ui.page.get_by_text("materializations requested").first.wait_for()

@@ -30,7 +30,7 @@ from openlm_pipeline.runs.folder import RunFolder
 FIRST, LAST = "t0008K", "t0024K"
 NUM_FILES, NUM_TASKS = 8, 8
 POOLS = ("cpu", "training", "evaluation")
-WAIT_SECONDS = 300.0
+WAIT_SECONDS = 1200.0
 _RECIPE = """
 name: tiny
 description: A pipeline that can be killed anywhere.
@@ -260,7 +260,7 @@ class Programs:
         address = f"http://127.0.0.1:{port}"
 
         def answers() -> bool:
-            with contextlib.suppress(requests.ConnectionError):
+            with contextlib.suppress(requests.ConnectionError, requests.Timeout):
                 return requests.get(f"{address}/server_info", timeout=30).ok
             return False
 

@@ -4,6 +4,7 @@ import dagster as dg
 import pytest
 from drill_pipeline import (
     LAST,
+    WAIT_SECONDS,
     DrillPipeline,
     held_slots,
     kill,
@@ -31,7 +32,7 @@ def test_a_killed_torchrun_is_told_and_the_same_command_goes_on(untrained, finis
     wait_until(lambda: untrained.last_step() >= FIRST_STEP + 20, "the first milestone to be passed", trainer)
     (torchrun,), ranks = untrained.torchruns(), untrained.ranks()[0]
     kill(torchrun)
-    assert trainer.wait(timeout=60) == 6
+    assert trainer.wait(timeout=WAIT_SECONDS) == 6
     said = programs.last_printed()
     assert "training of tiny ended early" in said and "exit code -9" in said and "Traceback" not in said
     wait_until(lambda: not any(rank.is_running() for rank in ranks), "the rank to go with its torchrun")
@@ -51,7 +52,7 @@ def test_a_killed_rank_is_started_again_by_torchrun(untrained, finished, program
     wait_until(lambda: untrained.last_step() >= FIRST_STEP + 20, "the first milestone to be passed", trainer)
     (torchrun,), (rank,) = untrained.torchruns(), untrained.ranks()[0]
     kill(rank)
-    assert trainer.wait(timeout=300) == 0, programs.printed()
+    assert trainer.wait(timeout=WAIT_SECONDS) == 0, programs.printed()
     assert not torchrun.is_running()
     assert (untrained.run_folder / "train.log").read_text().count("resumed from step-00000157") == 1
     made, expected = untrained.results(), DrillPipeline(finished.pipeline.root).results()
@@ -72,7 +73,7 @@ def test_under_dagster_a_killed_torchrun_and_then_a_killed_rank_fail_the_run_wit
         ranks = [rank for same in pipeline.ranks().values() for rank in same]
         assert len(ranks) == 2
         kill(*(pipeline.torchruns() if victim == "torchrun" else pipeline.ranks()[1]))
-        assert run.wait(timeout=300) == 1, programs.printed()
+        assert run.wait(timeout=WAIT_SECONDS) == 1, programs.printed()
         assert not any(rank.is_running() for rank in ranks)
         run_id = newest_run(instance)
         assert status(instance, run_id) == dg.DagsterRunStatus.FAILURE

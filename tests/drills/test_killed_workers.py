@@ -2,7 +2,17 @@
 
 import dagster as dg
 import pytest
-from drill_pipeline import FIRST, NUM_FILES, DrillPipeline, held_slots, kill, newest_run, status, wait_until
+from drill_pipeline import (
+    FIRST,
+    NUM_FILES,
+    WAIT_SECONDS,
+    DrillPipeline,
+    held_slots,
+    kill,
+    newest_run,
+    status,
+    wait_until,
+)
 
 pytestmark = pytest.mark.drill
 
@@ -20,7 +30,7 @@ def test_a_killed_dask_worker_changes_no_byte(undisturbed, tmp_path, programs_on
     victim = _workers(pipeline, job)[0]
     kill(victim)
     assert 0 < len(pipeline.tokenized()) < NUM_FILES
-    assert job.wait(timeout=600) == 0, programs.printed()
+    assert job.wait(timeout=WAIT_SECONDS) == 0, programs.printed()
     for part in ("tokenized", "shards"):
         files = [name for name in undisturbed.snapshot(part) if name.endswith((".tokens", ".documents", ".tar"))]
         assert files

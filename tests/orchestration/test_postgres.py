@@ -107,13 +107,13 @@ def test_a_run_under_which_the_server_goes_away_ends_cleanly_and_the_next_one_re
     made = {part: pipeline.snapshot(part) for part in ("tokenizers", "tokenized", "shards")}
     with (tmp_path / "output.txt").open("w") as output:
         process = _start(pipeline, postgres, output)
-    wait_until(lambda: pipeline.run_folder.exists() or process.poll() is not None, "training to begin", 300)
+    wait_until(lambda: pipeline.run_folder.exists() or process.poll() is not None, "training to begin", 1200)
     postgres.crash()
     postgres.start()  # back in a moment: the run goes on, unless a statement was under way
-    wait_until(lambda: (first / COMPLETE).exists() or process.poll() is not None, "the first milestone", 300)
+    wait_until(lambda: (first / COMPLETE).exists() or process.poll() is not None, "the first milestone", 1200)
     trainers = [child for child in process.children(recursive=True) if "train" in child.cmdline()]
     postgres.crash()  # and now for longer than anyone waits
-    assert process.wait(timeout=300) == 1
+    assert process.wait(timeout=1200) == 1
     _assert_one_line_says_it((tmp_path / "output.txt").read_text())
     assert psutil.wait_procs(trainers, timeout=60)[1] == [], "trainers outlived the run"
     postgres.start()
@@ -121,7 +121,7 @@ def test_a_run_under_which_the_server_goes_away_ends_cleanly_and_the_next_one_re
     there = {path.name: pipeline.snapshot("runs", "tiny", "v1", "checkpoints", path.name)
              for path in pipeline.run_folder.glob("checkpoints/step-*")}  # fmt: skip
     with (tmp_path / "again.txt").open("w") as output:
-        again = _start(pipeline, postgres, output).wait(timeout=300)
+        again = _start(pipeline, postgres, output).wait(timeout=1200)
     assert again == 0, (tmp_path / "output.txt").read_text() + (tmp_path / "again.txt").read_text()
     assert {name: pipeline.snapshot("runs", "tiny", "v1", "checkpoints", name) for name in there} == there
     assert {part: pipeline.snapshot(part) for part in made} == made
