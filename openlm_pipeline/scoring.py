@@ -191,12 +191,13 @@ def items_of_others(
     folders = {label: home.scorecard(experiment.name, experiment.version, label) for label in earlier}
     home.pull(home.root / "scorecards" / experiment.name / experiment.version)
     folders |= {b.name: home.model_scorecard(b.name, suite.name) for b in evaluation_of(experiment).baselines}
+    previous = earlier[-1] if earlier else None
+    if previous is None and (parents := parent_scorecard(experiment, home)):
+        previous = milestone_label(experiment.parent.milestone)
+        folders[previous] = parents
     found = {name: items for name, folder in folders.items() if (items := items_of(folder)) is not None}
     of_suite = {name: t for name, t in found.items() if set(t["suite"].to_pylist()) <= {suite.name}}
-    if earlier or not experiment.parent:
-        return of_suite.pop(earlier[-1], None) if earlier else None, of_suite
-    before = items_of(parent_scorecard(experiment, home))
-    return before if before and set(before["suite"].to_pylist()) <= {suite.name} else None, of_suite
+    return of_suite.pop(previous, None), of_suite
 
 
 def parent_scorecard(experiment: Experiment, home: Home) -> Path | None:

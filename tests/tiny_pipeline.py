@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,6 +151,22 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> FinishedPipeline:
     ]
     assert result.success, failures
     return FinishedPipeline(pipeline, result)
+
+
+@pytest.fixture
+def instance_of() -> Iterator[Callable[[TinyPipeline], dg.DagsterInstance]]:
+    """The Dagster instance of a pipeline, for reading what happened."""
+    opened: list[dg.DagsterInstance] = []
+
+    def open_instance(pipeline: TinyPipeline) -> dg.DagsterInstance:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DAGSTER_HOME", str(pipeline.root / "dagster"))
+            opened.append(dg.DagsterInstance.get())
+        return opened[-1]
+
+    yield open_instance
+    for instance in opened:
+        instance.dispose()
 
 
 def environment(pipeline: TinyPipeline | None = None, **more: str) -> dict[str, str]:

@@ -43,6 +43,11 @@ class Spans:
         """Tokens of the shard that the spans cover."""
         return int(self.begin[-1] + self.length[-1]) if len(self) else 0
 
+    @property
+    def heads(self) -> np.ndarray:
+        """Rows with which a document begins."""
+        return np.flatnonzero(self.document_start == 0)
+
     def document(self, row: int) -> tuple[str, int]:
         """(file, record) of a row."""
         return self.files[self.file[row]], int(self.record[row])
@@ -116,7 +121,7 @@ def iterate_documents(folder: Path) -> Iterator[tuple[str, int, np.ndarray]]:
 
     for k in range(len(dataset.entries)):
         spans, tokens = read_spans(dataset, k), shard_tokens(dataset, k)
-        heads = np.flatnonzero(spans.document_start == 0)
+        heads = spans.heads
         cuts = [*spans.begin[heads].tolist(), spans.end]
         if cuts[0] > 0:
             if spans.document(0) != open_document or spans.document_start[0] != sum(map(len, parts)):

@@ -84,7 +84,7 @@ def _draw(dataset: ShardedDataset, count: int, rng: np.random.Generator) -> dict
         spans = _spans(dataset, k)
         missing = count - sum(map(len, drawn.values()))
         wanted = -(-missing // (len(shards) - place))
-        for head in rng.permutation(_heads(spans)).tolist():
+        for head in rng.permutation(spans.heads).tolist():
             file, record = spans.document(head)
             if wanted and (file in drawn or len(drawn) < _FILES) and (ids := _document(dataset, k, spans, head)):
                 drawn[file].append((record, ids))
@@ -102,15 +102,10 @@ def _spans(dataset: ShardedDataset, k: int) -> Spans:
     return spans
 
 
-def _heads(spans: Spans) -> np.ndarray:
-    """Rows with which a document begins."""
-    return np.flatnonzero(spans.document_start == 0)
-
-
 def _document(dataset: ShardedDataset, k: int, spans: Spans, head: int) -> list[int]:
     """Ids of the document that begins in row `head` of shard `k`, to its end in this shard or a later one; none if its
     end may be among the tokens that are in no sample."""
-    begin, later = int(spans.begin[head]), _heads(spans)
+    begin, later = int(spans.begin[head]), spans.heads
     later = later[later > head]
     ids: list[int] = []
     while not len(later):
@@ -119,7 +114,7 @@ def _document(dataset: ShardedDataset, k: int, spans: Spans, head: int) -> list[
             return [] if dataset.info["totals"]["tail_tokens"] else ids
         begin, k = 0, k + 1
         spans = _spans(dataset, k)
-        later = _heads(spans)
+        later = spans.heads
     return ids + shard_tokens(dataset, k)[begin : int(spans.begin[later[0]])].tolist()
 
 

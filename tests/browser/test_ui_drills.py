@@ -79,7 +79,6 @@ def test_a_training_is_watched_live_terminated_and_goes_on(tmp_path):
 
         alive = trainers(pipeline)
         assert len(alive) == 3  # torchrun and two ranks
-        per_cpu = max(1.0, os.getloadavg()[0] / os.cpu_count())  # a busy machine takes as much longer
         ui.open(f"runs/{run.run_id}")
         line = ui.page.get_by_text(re.compile(r"tokens, loss [\d.]+, tokens_per_second")).last
         seen = line.inner_text()
@@ -87,8 +86,10 @@ def test_a_training_is_watched_live_terminated_and_goes_on(tmp_path):
         clicked = ui.terminate(run)
         assert psutil.wait_procs(alive, timeout=60)[1] == []
         seconds = time.monotonic() - clicked
-        print(f"\ntrainers gone {seconds:.1f} s after the click, {per_cpu:.1f} processes a CPU")
-        assert seconds < TERMINATE_SECONDS * per_cpu
+        print(
+            f"\ntrainers gone {seconds:.1f} s after the click, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs"
+        )
+        assert seconds < TERMINATE_SECONDS
         assert ui.end_of(run) == CANCELED
         ui.page.get_by_text("Canceled", exact=True).first.wait_for()
         outcome = folder.read_outcome()

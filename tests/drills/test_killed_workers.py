@@ -7,6 +7,7 @@ from drill_pipeline import (
     NUM_FILES,
     WAIT_SECONDS,
     DrillPipeline,
+    Programs,
     held_slots,
     kill,
     newest_run,
@@ -38,14 +39,20 @@ def test_a_killed_dask_worker_changes_no_byte(undisturbed, tmp_path, programs_on
             assert (pipeline.home / part / name).read_bytes() == (undisturbed.home / part / name).read_bytes(), name
 
 
-def test_after_a_power_cut_the_job_goes_on(undisturbed, tmp_path, programs_on, instance_of):
-    pipeline = undisturbed.copy(tmp_path / "pipeline")
-    pipeline.untrain()
-    programs, instance = programs_on(pipeline), instance_of(pipeline)
+def _cut_power_while_it_trains(pipeline: DrillPipeline, programs: Programs, instance: dg.DagsterInstance) -> str:
+    """Launch the job and kill all of its processes; the run's id."""
     programs.finish("dagster", "job", "launch", "-j", "tiny")
     wait_until(lambda: pipeline.last_step() >= 140, "training to be under way")
     run_id = newest_run(instance)
     kill(*pipeline.processes())
+    return run_id
+
+
+def test_after_a_power_cut_the_job_goes_on(undisturbed, tmp_path, programs_on, instance_of):
+    pipeline = undisturbed.copy(tmp_path / "pipeline")
+    pipeline.untrain()
+    programs, instance = programs_on(pipeline), instance_of(pipeline)
+    run_id = _cut_power_while_it_trains(pipeline, programs, instance)
     assert pipeline.milestones() == {FIRST} and pipeline.processes() == []
     assert (status(instance, run_id), held_slots(instance)) == (dg.DagsterRunStatus.STARTED, {"training": {run_id}})
     programs.finish("-m", "orchestration", "tiny")
@@ -61,10 +68,7 @@ def test_after_a_power_cut_the_daemon_tells_the_run_failed_and_frees_its_slot(
     pipeline.untrain()
     pipeline.free_slots_at_once()
     programs, instance = programs_on(pipeline), instance_of(pipeline)
-    programs.finish("dagster", "job", "launch", "-j", "tiny")
-    wait_until(lambda: pipeline.last_step() >= 140, "training to be under way")
-    run_id = newest_run(instance)
-    kill(*pipeline.processes())
+    run_id = _cut_power_while_it_trains(pipeline, programs, instance)
     programs.daemon()
     wait_until(lambda: status(instance, run_id) == dg.DagsterRunStatus.FAILURE, "the dead run to be found")
     wait_until(lambda: held_slots(instance) == {}, "its slot to be free")

@@ -7,6 +7,7 @@ import dagster as dg
 import pytest
 from dagster._core.definitions.data_version import CachingStaleStatusResolver  # what the UI asks; no public name
 from dagster._core.loader import LoadingContextForTest
+from postgres_server import PostgresServer, programs
 from tiny_pipeline import TinyPipeline
 
 Status = dict[str, tuple[str, list[str]]]
@@ -46,6 +47,21 @@ def partition_status() -> Callable[[TinyPipeline, str], dict[str, str]]:
     return status
 
 
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[PostgresServer]:
+    """A server of its own, which the variables of `deploy/dagster-postgres.yaml` name."""
+    pytest.importorskip("dagster_postgres")
+    found = programs()
+    if found is None:
+        pytest.skip("no PostgreSQL server is installed (Debian: apt-get install postgresql)")
+    server = PostgresServer(found)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.variables.items():
+            patch.setenv(name, value)
+        yield server
+    server.close()
+
+
 @pytest.fixture
 def wait_until() -> Callable[[Callable[[], bool], str], None]:
     """Wait for another process to bring something about."""
@@ -57,19 +73,3 @@ def wait_until() -> Callable[[Callable[[], bool], str], None]:
             time.sleep(0.05)
 
     return wait
-
-
-@pytest.fixture
-def instance_of() -> Iterator[Callable[[TinyPipeline], dg.DagsterInstance]]:
-    """The Dagster instance of a pipeline, for reading what happened."""
-    opened: list[dg.DagsterInstance] = []
-
-    def open_instance(pipeline: TinyPipeline) -> dg.DagsterInstance:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("DAGSTER_HOME", str(pipeline.root / "dagster"))
-            opened.append(dg.DagsterInstance.get())
-        return opened[-1]
-
-    yield open_instance
-    for instance in opened:
-        instance.dispose()

@@ -5,13 +5,12 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import dagster as dg
 import psutil
 import pytest
-from postgres_server import PostgresServer, programs
+from postgres_server import PostgresServer
 from tiny_pipeline import LABELS, REPOSITORY, FinishedPipeline, TinyPipeline, environment
 
 from openlm_pipeline.files import read_json
@@ -89,20 +88,6 @@ def test_a_lost_history_loses_no_work(finished: FinishedPipeline, tmp_path, inst
     shutil.copy(REPOSITORY / ".dagster" / "dagster.yaml", copy.root / "dagster")
     assert instance_of(copy).get_runs() == []
     _assert_nothing_to_do(copy)
-
-
-@pytest.fixture
-def postgres() -> Iterator[PostgresServer]:
-    pytest.importorskip("dagster_postgres")
-    found = programs()
-    if found is None:
-        pytest.skip("no PostgreSQL server is installed (Debian: apt-get install postgresql)")
-    server = PostgresServer(found)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in server.variables.items():
-            patch.setenv(name, value)
-        yield server
-    server.close()
 
 
 def test_a_dump_of_postgresql_brings_back_runs_and_freshness(

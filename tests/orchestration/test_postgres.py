@@ -3,31 +3,17 @@
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import dagster as dg
 import psutil
 import pytest
-from postgres_server import PostgresServer, programs
+from postgres_server import PostgresServer
 from tiny_pipeline import LABELS, REPOSITORY, FinishedPipeline, TinyPipeline, environment
 
 from openlm_pipeline.runs.checkpoints import COMPLETE
 
 pytest.importorskip("dagster_postgres")
 CONFIG = REPOSITORY / "deploy" / "dagster-postgres.yaml"
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[PostgresServer]:
-    found = programs()
-    if found is None:
-        pytest.skip("no PostgreSQL server is installed (Debian: apt-get install postgresql)")
-    server = PostgresServer(found)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in server.variables.items():
-            patch.setenv(name, value)
-        yield server
-    server.close()
 
 
 @pytest.fixture
