@@ -4,6 +4,9 @@ VENV := .venv
 # LLM Foundry's environment wants 3.11 to 3.13.
 FOUNDRY_PYTHON ?= $(PYTHON)
 BIN := $(VENV)/bin
+# Processes that run tests side by side; a test starts up to four trainers of one thread each.
+TEST_WORKERS ?= 2
+DRILLS ?= tests
 
 .PHONY: demo test drills ui setup foundry lint clean
 .DEFAULT_GOAL := help
@@ -28,7 +31,7 @@ demo: setup
 	@$(BIN)/openlm demo
 
 test: setup
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 # LLM Foundry's requirements do not go together with ours, and its own metadata asks for CUDA: its packages come without
 # their dependencies, over the versions that work with them.
@@ -43,7 +46,7 @@ $(FOUNDRY)/.ready: $(FOUNDRY_REQUIREMENTS)
 foundry: $(FOUNDRY)/.ready
 
 drills: setup
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m drill
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m drill -n $(TEST_WORKERS) --dist loadfile $(DRILLS)
 
 ui: setup
 	@DAGSTER_HOME="$(CURDIR)/.dagster" $(BIN)/dagster dev --host 127.0.0.1 --port $${PORT:-3000}

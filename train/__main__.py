@@ -4,6 +4,7 @@ With OpenLM's flags (`torchrun -m train --model open_lm_1b --train-data ...`) th
 """
 
 import argparse
+import gc
 import sys
 
 from openlm_pipeline.errors import OpenLMError
@@ -64,6 +65,7 @@ def main() -> int:
                 from train.distributed import leave_process_group
 
                 leave_process_group()
+            gc.freeze()  # or the interpreter looks through all of torch for cycles as it ends, a second or two
     except OpenLMError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.exit_code

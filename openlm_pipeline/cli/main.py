@@ -6,6 +6,7 @@ another run, 6 training ended early, 7 another process is at it, 8 the Dask clus
 
 import subprocess
 import sys
+from gc import freeze
 from pathlib import Path
 from typing import Annotated
 
@@ -243,6 +244,8 @@ def main() -> None:
         sys.exit(e.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        freeze()  # at its end the interpreter looks for cycles, through all of torch where a command needed it
 
 
 if __name__ == "__main__":
