@@ -3,11 +3,12 @@
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
+from pydantic import PrivateAttr
 
 from openlm_pipeline.errors import ConfigError, OpenLMError
 from openlm_pipeline.experiments import Dataset, Experiment
@@ -37,6 +38,26 @@ class DaskResource(dg.ConfigurableResource):
 
     def settings(self) -> DaskSettings:
         return DaskSettings.from_env(address=self.address, workers=self.workers)
+
+
+class StepEnd(dg.ConfigurableResource):
+    """Closes what a step left open, at the latest when its run ends.
+
+    Interrupted while it handles an output, Dagster drops our generator where it stands. The interpreter closes it at
+    its own end, when a job on a cluster can't be cancelled any more.
+    """
+
+    _stack: contextlib.ExitStack = PrivateAttr()
+
+    @contextlib.contextmanager
+    def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator["StepEnd"]:
+        with contextlib.ExitStack() as self._stack:
+            yield self
+
+    def closes(self, events: Generator[Any, None, None]) -> Generator[Any, None, None]:
+        """`events`, which are closed if nobody reads them to their end."""
+        self._stack.callback(events.close)
+        return events
 
 
 def owners() -> list[str]:

@@ -74,7 +74,7 @@ def test_under_dagster_a_killed_torchrun_and_then_a_killed_rank_fail_the_run_wit
         assert len(ranks) == 2
         kill(*(pipeline.torchruns() if victim == "torchrun" else pipeline.ranks()[1]))
         assert run.wait(timeout=WAIT_SECONDS) == 1, programs.printed()
-        assert not any(rank.is_running() for rank in ranks)
+        wait_until(lambda ranks=ranks: not any(rank.is_running() for rank in ranks), "the ranks to be gone")
         run_id = newest_run(instance)
         assert status(instance, run_id) == dg.DagsterRunStatus.FAILURE
         assert "training of tiny ended early" in reason(instance, run_id)

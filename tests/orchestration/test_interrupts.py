@@ -1,0 +1,47 @@
+"""A run that is terminated at the worst moment: when Dagster handles an output, and our generator stands still."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tiny_pipeline import LABELS, REPOSITORY, FinishedPipeline, environment
+
+from openlm_pipeline.runs.folder import RunFolder
+
+# The run's process loads this file, interrupts itself then, and notes at its exit whether the trainer had ended.
+DEFINITIONS = """
+import atexit, os, pathlib, signal
+import dagster as dg
+from openlm_pipeline.experiments import load_experiment
+from orchestration.definitions import build_definitions
+
+defs = build_definitions([load_experiment("tiny")])
+handle = dg.DagsterInstance.handle_new_event
+
+def handle_and_interrupt(self, event, **options):
+    handle(self, event, **options)
+    key = event.dagster_event and event.dagster_event.asset_key
+    if key == dg.AssetKey(["checkpoint", "tiny", "{label}"]) and event.dagster_event.is_step_materialization:
+        atexit.register(lambda: pathlib.Path("{seen}").write_text(str(pathlib.Path("{outcome}").exists())))
+        os.kill(os.getpid(), signal.SIGINT)
+
+dg.DagsterInstance.handle_new_event = handle_and_interrupt
+"""
+
+
+def test_training_is_stopped_before_the_step_ends(finished: FinishedPipeline, tmp_path: Path):
+    pipeline = finished.copy(tmp_path)
+    recipe = pipeline.root / "recipes" / "tiny.yaml"
+    recipe.write_text(recipe.read_text().replace("[10K, 40K]", "[10K, 1B]").replace("lr: 1.0e-3", "lr: 2.0e-3"))
+    run, seen = RunFolder(pipeline.run_folder), tmp_path / "seen.txt"
+    definitions = pipeline.root / "interrupted.py"
+    definitions.write_text(DEFINITIONS.format(label=LABELS[0], seen=seen, outcome=run.path / "outcome.json"))
+    command = [str(Path(sys.executable).parent / "dagster"), "job", "execute", "-f", str(definitions)]
+    done = subprocess.run(
+        [*command, "-j", "tiny_checkpoints"], cwd=REPOSITORY, env=environment(pipeline), capture_output=True, text=True
+    )
+    assert done.returncode != 0 and "DagsterExecutionInterruptedError" in done.stderr, done.stderr
+    assert seen.read_text() == "True"
+    outcome = run.read_outcome()
+    assert outcome["status"] == "preempted"
+    assert (run.checkpoints / f"step-{outcome['step']:08d}" / "COMPLETE").exists()
