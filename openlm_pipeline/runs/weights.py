@@ -4,6 +4,7 @@ DCP's `.metadata` is a pickle; it is read here by an unpickler that knows the cl
 a foreign folder cannot run code.
 """
 
+import enum
 import io
 import pickle
 import warnings
@@ -43,8 +44,17 @@ _ALLOWED: dict[str, set[str]] = {
 }
 
 
+def _member(owner: object, name: str) -> enum.Enum:
+    """What `getattr` may stand for in a pickle: Python 3.11.0 to 3.11.3 write a member of an enum as one."""
+    if not (isinstance(owner, enum.EnumMeta) and name in owner.__members__):
+        raise DataError(f"the checkpoint's .metadata names {owner}.{name}, which no checkpoint of ours does")
+    return owner[name]
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> object:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if name not in _ALLOWED.get(module, ()):
             raise DataError(f"the checkpoint's .metadata names {module}.{name}, which no checkpoint of ours does")
         return super().find_class(module, name)

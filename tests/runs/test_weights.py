@@ -1,5 +1,6 @@
 """Loading a checkpoint's model: safe with folders of strangers, exact with our own."""
 
+import enum
 import hashlib
 import io
 import os
@@ -15,6 +16,20 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from openlm_pipeline.errors import DataError
 from openlm_pipeline.runs.checkpoints import Checkpoint, read_checkpoint
 from openlm_pipeline.runs.weights import load_model
+
+
+class Reaches:
+    """Pickles to an attribute of a class that descriptions may name."""
+
+    def __reduce__(self):
+        return getattr, (BytesStorageMetadata, "__init__")
+
+
+class OlderPickler(pickle.Pickler):
+    """Writes the members of enums as Python 3.11.0 to 3.11.3 do."""
+
+    def reducer_override(self, value: object):
+        return (getattr, (type(value), value.name)) if isinstance(value, enum.Enum) else NotImplemented
 
 
 class Runs:
@@ -57,6 +72,21 @@ def test_the_model_is_the_one_that_was_trained(trained: SmallRun):
     with torch.no_grad():
         logits = model(ids)
     assert logits.shape == (2, 32, 260) and torch.isfinite(logits).all()
+
+
+def test_a_description_that_an_older_python_wrote_is_read(foreign: Path):
+    metadata = pickle.loads((foreign / ".metadata").read_bytes())  # noqa: S301 - our own
+    older = io.BytesIO()
+    OlderPickler(older).dump(metadata)
+    assert b"getattr" in older.getvalue()
+    expected = load_model(read_checkpoint(foreign)).state_dict()
+    found = load_model(forge(foreign, ".metadata", older.getvalue())).state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_description_that_reaches_into_a_class_is_refused(foreign: Path):
+    with pytest.raises(DataError, match=r"BytesStorageMetadata'>\.__init__, which no checkpoint of ours does"):
+        load_model(forge(foreign, ".metadata", pickle.dumps(Reaches())))
 
 
 def test_a_description_that_would_run_a_command_is_refused(foreign: Path, tmp_path: Path):
