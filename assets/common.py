@@ -40,8 +40,8 @@ class DaskResource(dg.ConfigurableResource):
         return DaskSettings.from_env(address=self.address, workers=self.workers)
 
 
-class StepEnd(dg.ConfigurableResource):
-    """Closes what a step left open, at the latest when its run ends.
+class RunEnd(dg.ConfigurableResource):
+    """Closes at the end of a run what its steps left open.
 
     Interrupted while it handles an output, Dagster drops our generator where it stands. The interpreter closes it at
     its own end, when a job on a cluster can't be cancelled any more.
@@ -50,7 +50,7 @@ class StepEnd(dg.ConfigurableResource):
     _stack: contextlib.ExitStack = PrivateAttr()
 
     @contextlib.contextmanager
-    def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator["StepEnd"]:
+    def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator["RunEnd"]:
         with contextlib.ExitStack() as self._stack:
             yield self
 

@@ -9,7 +9,7 @@ import dagster as dg
 from assets.common import (
     DATA_VERSION_TAG,
     TRAINING_POOL,
-    StepEnd,
+    RunEnd,
     checkpoint_key,
     code_version,
     metadata,
@@ -68,14 +68,14 @@ def checkpoint_assets(experiment: Experiment) -> dg.AssetsDefinition:
             for name, description in _CHECKS
         ],
     )
-    def train(context: dg.AssetExecutionContext, step_end: StepEnd):
+    def train(context: dg.AssetExecutionContext, run_end: RunEnd):
         home = Home.from_env()
         selected = {label for label in labels if checkpoint_key(run, label) in context.selected_asset_keys}
         until = max(labels[label] for label in selected)
         folder = RunFolder(home.run(run, experiment.version))
         observed_at = 0.0
         with user_errors():
-            for event in step_end.closes(stages.train(experiment, home, until, context.log.info, supersede=True)):
+            for event in run_end.closes(stages.train(experiment, home, until, context.log.info, supersede=True)):
                 if isinstance(event, MilestoneReached):
                     yield from _milestone(context, experiment, folder, event, event.label in selected)
                 elif isinstance(event, StepSkipped):

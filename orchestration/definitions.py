@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from assets.common import DaskResource, StepEnd, owners
+from assets.common import DaskResource, RunEnd, owners
 from assets.data import corpus_asset, dataset_assets, tokenizer_asset
 from assets.evaluation import baseline_asset, scorecard_assets
 from assets.reports import report_asset
@@ -89,7 +89,7 @@ def build_definitions(experiments: list[Experiment]) -> dg.Definitions:
         jobs=jobs,
         sensors=[*([checkpoint_sensor(scored)] if scored else []), *alert_sensors(), dead_run_sensor()],
         schedules=[gap_schedule(scored)] if scored else [],
-        resources={"dask": DaskResource(), "step_end": StepEnd()},
+        resources={"dask": DaskResource(), "run_end": RunEnd()},
         executor=dg.in_process_executor,
         loggers={"live": live_logger, "console": dg.colored_console_logger},
     )

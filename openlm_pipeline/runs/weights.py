@@ -44,10 +44,14 @@ _ALLOWED: dict[str, set[str]] = {
 }
 
 
+def _foreign(name: str) -> DataError:
+    return DataError(f"the checkpoint's .metadata names {name}, which no checkpoint of ours does")
+
+
 def _member(owner: object, name: str) -> enum.Enum:
     """What `getattr` may stand for in a pickle: Python 3.11.0 to 3.11.3 write a member of an enum as one."""
     if not (isinstance(owner, enum.EnumMeta) and name in owner.__members__):
-        raise DataError(f"the checkpoint's .metadata names {owner}.{name}, which no checkpoint of ours does")
+        raise _foreign(f"{owner}.{name}")
     return owner[name]
 
 
@@ -56,7 +60,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         if (module, name) == ("builtins", "getattr"):
             return _member
         if name not in _ALLOWED.get(module, ()):
-            raise DataError(f"the checkpoint's .metadata names {module}.{name}, which no checkpoint of ours does")
+            raise _foreign(f"{module}.{name}")
         return super().find_class(module, name)
 
 

@@ -29,7 +29,7 @@ dg.DagsterInstance.handle_new_event = handle_and_interrupt
 """
 
 
-def test_training_is_stopped_before_the_step_ends(finished: FinishedPipeline, tmp_path: Path):
+def test_training_is_stopped_before_the_process_ends(finished: FinishedPipeline, tmp_path: Path):
     pipeline = finished.copy(tmp_path)
     recipe = pipeline.root / "recipes" / "tiny.yaml"
     recipe.write_text(recipe.read_text().replace("[10K, 40K]", "[10K, 1B]").replace("lr: 1.0e-3", "lr: 2.0e-3"))
