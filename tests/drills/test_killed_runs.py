@@ -72,6 +72,7 @@ def launcher(
             "{module: dagster._core.run_coordinator, class: DefaultRunCoordinator}",
             "{module: dagster._core.run_coordinator, class: QueuedRunCoordinator}",
         )
+    programs.finish("dagster", "instance", "info")  # as the webserver's unit does: see deploy/systemd
     programs.daemon()
     if request.param == "dagster job launch":
         return programs, by_job_launch
