@@ -12,11 +12,11 @@ from pydantic import PrivateAttr
 
 from openlm_pipeline.errors import ConfigError, OpenLMError
 from openlm_pipeline.experiments import Dataset, Experiment
-from openlm_pipeline.layout import Home
-from openlm_pipeline.lineage.fingerprint import Tree, fingerprint, short
+from openlm_pipeline.fingerprint import Tree, fingerprint, short
+from openlm_pipeline.pools import DaskSettings
 from openlm_pipeline.result import StageResult
-from openlm_pipeline.tokenization.cluster import DaskSettings
-from train.reporting import WANDB_URL
+from openlm_pipeline.runs.folder import WANDB_URL
+from openlm_pipeline.storage.home import Home
 
 DATA_VERSION_TAG = "dagster/data_version"
 CODE_VERSION_TAG = "dagster/code_version"

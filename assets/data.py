@@ -22,19 +22,19 @@ from assets.common import (
     tokenizer_key,
     user_errors,
 )
-from openlm_pipeline import stages
 from openlm_pipeline.corpus.discovery import discover
 from openlm_pipeline.errors import DataError
 from openlm_pipeline.experiments import Dataset, Experiment
-from openlm_pipeline.layout import Home
-from openlm_pipeline.remote import public
+from openlm_pipeline.pipeline import data as data_stages
+from openlm_pipeline.pools import DaskSettings
 from openlm_pipeline.result import ProgressLine, Report, StageResult
 from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.opening import open_dataset, published_url
-from openlm_pipeline.tokenization.cluster import DaskSettings
+from openlm_pipeline.storage.home import Home
+from openlm_pipeline.storage.remote import public
 from openlm_pipeline.tokenization.documents import STAGE_VERSION, FileTokens
 from openlm_pipeline.tokenization.packing import PACKING_VERSION
-from openlm_pipeline.tokenization.tokenizer import TRAINING_VERSION
+from openlm_pipeline.tokenizers.tokenizer import TRAINING_VERSION
 
 GROUP = "data"
 _CHECKS = (  # name, whether it blocks, what it says
@@ -60,7 +60,7 @@ def corpus_asset(experiment: Experiment) -> dg.AssetsDefinition:
     )
     def embedded_corpus(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         with user_errors():
-            made = stages.make_corpus(experiment, Home.from_env(), context.log.info)
+            made = data_stages.make_corpus(experiment, Home.from_env(), context.log.info)
         return dg.MaterializeResult(metadata=metadata(made), data_version=dg.DataVersion(made.version))
 
     return embedded_corpus
@@ -83,7 +83,7 @@ def tokenizer_asset(experiment: Experiment) -> dg.AssetsDefinition:
     )
     def tokenizer(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         with user_errors():
-            made = stages.ensure_tokenizer(experiment, Home.from_env(), context.log.info)
+            made = data_stages.ensure_tokenizer(experiment, Home.from_env(), context.log.info)
         return dg.MaterializeResult(metadata=metadata(made), data_version=dg.DataVersion(made.version))
 
     return tokenizer
@@ -205,7 +205,7 @@ def _tokenize(context: dg.OpExecutionContext, dataset: Dataset, dask: DaskResour
     _observe(context, dataset)
     report = _progress(context, tokenized_key(dataset))
     with user_errors():
-        files, done = stages.tokenize(dataset, Home.from_env(), dask.settings().pool, report, only)
+        files, done = data_stages.tokenize(dataset, Home.from_env(), dask.settings().pool, report, only)
     _report_files(context, dataset, files, set(done))
 
 
@@ -270,8 +270,8 @@ def dataset_assets(dataset: Dataset) -> list[dg.AssetsDefinition | dg.AssetCheck
     def pack(context: dg.OpExecutionContext, dask: DaskResource) -> dg.Output:
         home, pools = Home.from_env(), dask.settings().pool
         with user_errors():
-            done, _ = stages.tokenize(dataset, home, pools, context.log.debug)
-            made = stages.make_shards(dataset, done, home, pools, _progress(context, shards_key(dataset)))
+            done, _ = data_stages.tokenize(dataset, home, pools, context.log.debug)
+            made = data_stages.make_shards(dataset, done, home, pools, _progress(context, shards_key(dataset)))
         return dg.Output(None, data_version=dg.DataVersion(made.version), metadata=_shards_metadata(dataset, made))
 
     def nothing(key: dg.AssetKey, **kwargs: dg.PartitionMapping) -> dg.AssetIn:
@@ -367,7 +367,7 @@ def _ready_made(dataset: Dataset) -> list[dg.AssetsDefinition | dg.AssetChecksDe
     )
     def shards(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         with user_errors():
-            made = stages.make_shards(dataset, [], Home.from_env(), DaskSettings().pool, context.log.info)
+            made = data_stages.make_shards(dataset, [], Home.from_env(), DaskSettings().pool, context.log.info)
         return dg.MaterializeResult(metadata=metadata(made), data_version=dg.DataVersion(made.version))
 
     @dg.asset_check(name="shards_are_there", asset=shards_key(dataset), blocking=True)

@@ -16,13 +16,13 @@ from assets.common import (
     user_errors,
     when_ready,
 )
-from openlm_pipeline import scoring
 from openlm_pipeline.errors import DataError, MissingInputError
 from openlm_pipeline.evaluation.suite import HARNESS_VERSION, Suite, load_suite
 from openlm_pipeline.experiments import Baseline, Experiment
-from openlm_pipeline.layout import Home
+from openlm_pipeline.pipeline import evaluation as scoring
+from openlm_pipeline.pipeline.evaluation import CARD
 from openlm_pipeline.result import StageResult
-from openlm_pipeline.scoring import CARD
+from openlm_pipeline.storage.home import Home
 
 _ITEMS = "items.parquet"
 COMPLETE, REGRESSION = "complete_suite", "no_significant_regression"

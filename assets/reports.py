@@ -13,9 +13,9 @@ from assets.common import (
     user_errors,
     when_ready,
 )
-from openlm_pipeline import reporting
 from openlm_pipeline.experiments import Experiment
-from openlm_pipeline.layout import Home
+from openlm_pipeline.pipeline import reports as reporting
+from openlm_pipeline.storage.home import Home
 
 
 def report_asset(experiment: Experiment) -> dg.AssetsDefinition:

@@ -17,12 +17,12 @@ from assets.common import (
     shards_key,
     user_errors,
 )
-from openlm_pipeline import stages
 from openlm_pipeline.experiments import Experiment
-from openlm_pipeline.layout import Home
-from openlm_pipeline.lineage.run_identity import settings_identity
+from openlm_pipeline.pipeline import training as stages
 from openlm_pipeline.runs.folder import RunFolder
+from openlm_pipeline.runs.identity import settings_identity
 from openlm_pipeline.runs.launch import MilestoneReached, MilestoneReused, Progress, StepSkipped
+from openlm_pipeline.storage.home import Home
 from openlm_pipeline.units import format_tokens, milestone_label
 
 _OBSERVE_SECONDS = 5.0

@@ -62,7 +62,7 @@ def fitting_lengths(suite: Path, model: Path) -> dict[str, int]:
     from openlm_pipeline.evaluation.prepare import prepare_suite
     from openlm_pipeline.evaluation.subject import open_subject
     from openlm_pipeline.evaluation.suite import load_suite
-    from openlm_pipeline.layout import Home
+    from openlm_pipeline.storage.home import Home
 
     tokenizer = open_subject(str(model)).tokenizer
     prepared = prepare_suite(load_suite(suite), Home(suite.parent), tokenizer, LONG, False, print)
@@ -77,7 +77,7 @@ def score_ours(job: dict[str, Any]) -> dict[str, Any]:
     from openlm_pipeline.evaluation.scorer import score_suite
     from openlm_pipeline.evaluation.subject import open_subject
     from openlm_pipeline.evaluation.suite import load_suite
-    from openlm_pipeline.layout import Home
+    from openlm_pipeline.storage.home import Home
 
     suite = load_suite(job["suite"])
     subject = open_subject(job["model"])

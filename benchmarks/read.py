@@ -33,8 +33,8 @@ OURS, WDS_NPY, WDS_GZ = "openlm", "webdataset npy", "webdataset json.gz"
 
 def export(shards: Path, out: Path) -> None:
     """Child process: write the shards as OpenLM's json.gz."""
-    from openlm_pipeline.shards.export import export_shards
-    from openlm_pipeline.tokenization.cluster import DaskSettings
+    from openlm_pipeline.pools import DaskSettings
+    from openlm_pipeline.shards.shard_export import export_shards
 
     export_shards(shards, out, DaskSettings(workers=1).pool, print, format="json.gz")
 

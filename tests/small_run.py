@@ -15,13 +15,13 @@ import numpy as np
 import psutil
 import torch
 
+from openlm_pipeline.checkpoints.folders import list_checkpoints
 from openlm_pipeline.experiments import Experiment, load_experiment
-from openlm_pipeline.files import write_json
-from openlm_pipeline.layout import Home
-from openlm_pipeline.runs.checkpoints import list_checkpoints
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.shards.dataset import DATASET, ShardEntry, write_manifest
 from openlm_pipeline.shards.format import SampleFormat, write_shard
+from openlm_pipeline.storage.files import write_json
+from openlm_pipeline.storage.home import Home
 from train.distributed import leave_process_group
 from train.loop import Outcome, run_training
 from train.signals import STOP_SIGNALS

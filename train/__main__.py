@@ -9,7 +9,7 @@ import sys
 
 from openlm_pipeline.errors import OpenLMError
 from openlm_pipeline.experiments import load_experiment
-from openlm_pipeline.layout import Home
+from openlm_pipeline.storage.home import Home
 from openlm_pipeline.units import parse_tokens
 from train.signals import die_with_parent
 
@@ -35,13 +35,13 @@ def _train_recipe(argv: list[str]) -> None:
 
 
 def _train_openlm(argv: list[str]) -> None:
-    from train.openlm_run import train_openlm
+    from train.openlm.run import train_openlm
 
     train_openlm(argv)
 
 
 def _print_help() -> None:
-    from train.openlm_parser import make_parser
+    from train.openlm.parser import make_parser
 
     _recipe_parser().print_help()
     print()

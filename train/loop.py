@@ -11,27 +11,26 @@ import torch
 from rich.console import Console
 from torch.distributed.tensor import DTensor
 
+from openlm_pipeline.checkpoints.folders import Checkpoint, list_checkpoints, newest_intact, promote, rotate
 from openlm_pipeline.errors import TrainingError
 from openlm_pipeline.experiments import Experiment
-from openlm_pipeline.layout import Home
-from openlm_pipeline.lineage.fingerprint import short
-from openlm_pipeline.lineage.run_identity import run_identity
+from openlm_pipeline.fingerprint import short
 from openlm_pipeline.models.transformer import IGNORE_INDEX
-from openlm_pipeline.remote import join
-from openlm_pipeline.runs.checkpoints import Checkpoint, list_checkpoints, newest_intact, promote, rotate
 from openlm_pipeline.runs.dry_run import size_line
 from openlm_pipeline.runs.folder import RunFolder
+from openlm_pipeline.runs.identity import run_identity
 from openlm_pipeline.runs.parent import parent_checkpoint, parent_identity
 from openlm_pipeline.runs.upload import Uploads
 from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.opening import open_dataset
+from openlm_pipeline.storage.home import Home
+from openlm_pipeline.storage.remote import join
 from openlm_pipeline.units import format_tokens
-from train import checkpoint as checkpoints
+from train import saver as checkpoints
 from train.averages import Averages
+from train.beginning import begin_from, load_initial_weights, weights_identity
 from train.data import Batches
 from train.distributed import World, start
-from train.fork import begin_from
-from train.initial_weights import load_initial_weights, weights_identity
 from train.masking import Masking, ModelInput
 from train.metrics import Metrics, console_text
 from train.optimizers import make_optimizer

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from openlm_pipeline.experiments import Experiment
-from openlm_pipeline.runs.flops import Arithmetic, find_device, flops_per_token, peak_flops
+from openlm_pipeline.runs.estimates import Arithmetic, find_device, flops_per_token, peak_flops
 from openlm_pipeline.units import format_bytes
 from train.distributed import World
 

@@ -13,13 +13,11 @@ from typing import Any, Protocol
 
 from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.experiments import Experiment
-from openlm_pipeline.files import write_text
-from openlm_pipeline.lineage.fingerprint import fingerprint, short
-from openlm_pipeline.runs.folder import RunFolder
+from openlm_pipeline.fingerprint import fingerprint, short
+from openlm_pipeline.runs.folder import WANDB_URL, RunFolder
+from openlm_pipeline.storage.files import write_text
 
 Record = dict[str, Any]
-WANDB_URL = "wandb_url.txt"
-"""File of the run folder with the address of its page, once wandb gave it one; there is none offline."""
 
 _OPENLM_NAMES = {  # where they differ from `train/` and the name in the record
     "tokens_per_second": "train/samples_per_second",

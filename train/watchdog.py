@@ -17,7 +17,7 @@ from typing import TextIO
 import torch
 import torch.distributed as dist
 
-from openlm_pipeline.files import atomic_writer
+from openlm_pipeline.storage.files import atomic_writer
 
 EXIT_CODE = 70
 FIRST_STEP_SECONDS = 900.0

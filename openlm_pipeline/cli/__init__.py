@@ -1,1 +1,1 @@
-"""The `openlm` command: thin commands over `openlm_pipeline.stages`."""
+"""The `openlm` command: thin commands over `openlm_pipeline.pipeline.data`."""

@@ -87,8 +87,8 @@ def evaluate(
 
     openlm evaluate --checkpoint EleutherAI/pythia-1b --name pythia_1b
     """
-    from openlm_pipeline import scoring
-    from openlm_pipeline.layout import Home
+    from openlm_pipeline.pipeline import evaluation as scoring
+    from openlm_pipeline.storage.home import Home
 
     if (recipe is None) == (checkpoint is None):
         raise ConfigError("give a recipe, or --checkpoint with a model to score")
@@ -133,10 +133,11 @@ def _printer():
 def _evaluate_recipe(
     recipe: str, overrides: list[str] | None, milestone: list[str] | None, baseline: list[str] | None, say
 ) -> None:
-    from openlm_pipeline import scoring, stages
     from openlm_pipeline.experiments import load_experiment
-    from openlm_pipeline.layout import Home
+    from openlm_pipeline.pipeline import evaluation as scoring
+    from openlm_pipeline.pipeline import training as stages
     from openlm_pipeline.runs.launch import milestone_checkpoints
+    from openlm_pipeline.storage.home import Home
 
     experiment, home = load_experiment(recipe, overrides or []), Home.from_env()
     names = {

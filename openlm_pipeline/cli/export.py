@@ -30,8 +30,8 @@ def export(
     Example: openlm export openlm_home/runs/demo/v1/checkpoints/step-00000500 --format huggingface -o demo-hf
     --tokenizer openlm_home/tokenizers/bytes
     """
+    from openlm_pipeline.checkpoints.model_export import export_huggingface, export_openlm
     from openlm_pipeline.errors import ConfigError
-    from openlm_pipeline.models.export import export_huggingface, export_openlm
 
     console = Console(highlight=False, soft_wrap=True)
 

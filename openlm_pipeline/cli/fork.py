@@ -34,10 +34,10 @@ def fork(
     openlm fork demo@400K demo_longer milestones=[1M] --recipes my_recipes
     """
     from openlm_pipeline.experiments import load_experiment
-    from openlm_pipeline.experiments.fork import write_fork
+    from openlm_pipeline.experiments.fork_recipe import write_fork
     from openlm_pipeline.experiments.load import user_folders
-    from openlm_pipeline.lineage.fingerprint import differences
-    from openlm_pipeline.lineage.run_identity import settings_identity
+    from openlm_pipeline.fingerprint import differences
+    from openlm_pipeline.runs.identity import settings_identity
 
     recipe, at, tokens = origin.partition("@")
     if not at:

@@ -28,9 +28,9 @@ def gc(
 
     Example: openlm gc --superseded-days 7
     """
-    from openlm_pipeline.layout import Home
-    from openlm_pipeline.retention import Retention, plan_gc
-    from openlm_pipeline.retention import apply as remove
+    from openlm_pipeline.pipeline.retention import Retention, plan_gc
+    from openlm_pipeline.pipeline.retention import apply as remove
+    from openlm_pipeline.storage.home import Home
     from openlm_pipeline.units import format_bytes
 
     console = Console(highlight=False, soft_wrap=True)

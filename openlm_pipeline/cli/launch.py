@@ -17,7 +17,7 @@ from openlm_pipeline.errors import ConfigError, OpenLMError
 
 if TYPE_CHECKING:
     from openlm_pipeline.experiments import Experiment
-    from openlm_pipeline.layout import Home
+    from openlm_pipeline.storage.home import Home
 
 _UI = "http://127.0.0.1:3000"
 _SECRET_NAME = re.compile(r"(.*_)?(KEY|TOKEN|SECRET|PASSWORD|WEBHOOK)S?(_.*)?", re.IGNORECASE)
@@ -72,8 +72,8 @@ def launch(
     Example: openlm launch pretrain_1b --gpu H100 --budget 500
     """
     from openlm_pipeline.experiments import load_experiment, recipe_names
-    from openlm_pipeline.layout import Home
-    from openlm_pipeline.planning import plan
+    from openlm_pipeline.pipeline.plan import plan
+    from openlm_pipeline.storage.home import Home
 
     if recipe not in recipe_names():
         raise ConfigError(f"there is no recipe {recipe!r}; a file becomes one in a folder of OPENLM_RECIPES")

@@ -25,7 +25,7 @@ from openlm_pipeline.cli.report import baselines, report
 from openlm_pipeline.cli.shards import shards_app
 from openlm_pipeline.errors import ConfigError, OpenLMError
 from openlm_pipeline.experiments import Experiment, load_experiment, recipe_names
-from openlm_pipeline.layout import Home
+from openlm_pipeline.storage.home import Home
 from openlm_pipeline.units import format_tokens, parse_tokens
 
 app = typer.Typer(
@@ -102,8 +102,8 @@ def tokenize(
 
     openlm tokenize --input-files /data/pile/*.jsonl.zst --output-dir /data/shards --num-workers 16
     """
-    from openlm_pipeline import stages
-    from openlm_pipeline.tokenization.cluster import DaskSettings
+    from openlm_pipeline.pipeline import data as data_stages
+    from openlm_pipeline.pools import DaskSettings
 
     if (recipe is None) == (not input_files):
         raise ConfigError("give a recipe, or --input-files and --output-dir")
@@ -130,11 +130,11 @@ def tokenize(
         return
     experiment, home = _load(recipe, overrides)
     pools = DaskSettings.from_env(workers=workers, address=dask_address).pool
-    stages.make_corpus(experiment, home, say)
-    stages.ensure_tokenizer(experiment, home, say)
+    data_stages.make_corpus(experiment, home, say)
+    data_stages.ensure_tokenizer(experiment, home, say)
     for dataset in experiment.datasets():
-        files, _ = stages.tokenize(dataset, home, pools, say)
-        say(f"shards: {stages.make_shards(dataset, files, home, pools, say).path}")
+        files, _ = data_stages.tokenize(dataset, home, pools, say)
+        say(f"shards: {data_stages.make_shards(dataset, files, home, pools, say).path}")
 
 
 @app.command()
@@ -161,7 +161,7 @@ def train(
 
     openlm train pretrain_1b --dry-run --gpu H100
     """
-    from openlm_pipeline import stages
+    from openlm_pipeline.pipeline import training as training_stage
     from openlm_pipeline.runs.launch import MilestoneReached, Progress, StepSkipped
 
     experiment, home = _load(recipe, overrides)
@@ -172,7 +172,7 @@ def train(
             say(line)
         return
     limit = _tokens(until) if until else experiment.milestones[-1]
-    for event in stages.train(experiment, home, limit, say, supersede=supersede):
+    for event in training_stage.train(experiment, home, limit, say, supersede=supersede):
         if isinstance(event, Progress):
             say(progress_line(event.record))
         elif isinstance(event, StepSkipped):

@@ -28,8 +28,8 @@ def plan(
     openlm plan pretrain_1b training.lr=5e-4 --gpu H100 --price 2.5
     """
     from openlm_pipeline.experiments import load_experiment
-    from openlm_pipeline.layout import Home
-    from openlm_pipeline.planning import plan as make_plan
+    from openlm_pipeline.pipeline.plan import plan as make_plan
+    from openlm_pipeline.storage.home import Home
 
     console = Console(highlight=False, soft_wrap=True)
     made = make_plan(load_experiment(recipe, overrides or []), Home.from_env(), device=gpu, mfu=mfu, price=price)

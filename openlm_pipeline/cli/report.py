@@ -47,9 +47,9 @@ def report(
 
     openlm report --check README.md
     """
-    from openlm_pipeline import reporting
     from openlm_pipeline.experiments import load_experiment
-    from openlm_pipeline.layout import Home
+    from openlm_pipeline.pipeline import reports as reporting
+    from openlm_pipeline.storage.home import Home
 
     home = Home.from_env()
     if recipe is None and not (update or check):

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
-from openlm_pipeline.layout import Home
+from openlm_pipeline.storage.home import Home
 
 if TYPE_CHECKING:
     from openlm_pipeline.shards.inspect import DatasetStats
@@ -227,8 +227,8 @@ def export(
 
     Example: openlm shards export pretrain_1b -o /data/openlm --format json.gz --workers 16
     """
-    from openlm_pipeline.shards.export import export_shards
-    from openlm_pipeline.tokenization.cluster import DaskSettings
+    from openlm_pipeline.pools import DaskSettings
+    from openlm_pipeline.shards.shard_export import export_shards
 
     pools = DaskSettings.from_env(workers=workers).pool
     made = export_shards(

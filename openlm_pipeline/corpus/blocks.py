@@ -11,7 +11,7 @@ from typing import BinaryIO
 import zstandard
 
 from openlm_pipeline.errors import DataError
-from openlm_pipeline.remote import open_remote
+from openlm_pipeline.storage.remote import open_remote
 
 BLOCK_BYTES = 1 << 17
 """Bytes of a raw file read at once; every cut between parts of a file is a multiple."""

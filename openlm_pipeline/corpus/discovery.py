@@ -10,8 +10,8 @@ from fsspec.implementations.local import LocalFileSystem
 from openlm_pipeline.corpus.reader import check_format
 from openlm_pipeline.errors import ConfigError, MissingInputError
 from openlm_pipeline.experiments import Dataset
-from openlm_pipeline.layout import Home
-from openlm_pipeline.remote import file_system, public, storage_errors
+from openlm_pipeline.storage.home import Home
+from openlm_pipeline.storage.remote import file_system, public, storage_errors
 
 _STAMP_KEYS = ("ETag", "etag", "md5", "content_md5", "mtime", "LastModified", "last_modified", "created")
 

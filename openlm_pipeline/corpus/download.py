@@ -21,8 +21,8 @@ from openlm_pipeline.corpus.checksums import Checksum, checksum_for, hash_file, 
 from openlm_pipeline.corpus.download_folder import Downloaded, Ledger, Part, is_taken
 from openlm_pipeline.corpus.download_sources import RemoteFile, TransferError, is_http, open_remote, public_url
 from openlm_pipeline.errors import ConfigError, DataError, IdentityError, MissingInputError, OpenLMError
-from openlm_pipeline.files import folder_lock
 from openlm_pipeline.result import Report
+from openlm_pipeline.storage.files import folder_lock
 
 _MAX_FILES = 100_000
 _MAX_WAIT_SECONDS = 60.0

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from openlm_pipeline.corpus.checksums import parse_line
 from openlm_pipeline.corpus.download_sources import RemoteFile
 from openlm_pipeline.errors import DataError
-from openlm_pipeline.files import TMP_SUFFIX, write_json, write_text
+from openlm_pipeline.storage.files import TMP_SUFFIX, write_json, write_text
 from openlm_pipeline.strict import Strict, explain
 
 RECORD_NAME = "downloads.json"

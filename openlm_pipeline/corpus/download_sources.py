@@ -15,7 +15,7 @@ import requests
 import urllib3
 
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError, OpenLMError
-from openlm_pipeline.remote import file_system, public
+from openlm_pipeline.storage.remote import file_system, public
 from openlm_pipeline.strict import Strict
 
 CONNECT_TIMEOUT_SECONDS = 10.0

@@ -15,10 +15,10 @@ import zstandard
 from openlm_pipeline.corpus import heldout_tasks, python_text
 from openlm_pipeline.corpus.python_text import KINDS, PROSE, Document, environment, select_documents
 from openlm_pipeline.errors import DataError, MissingInputError
-from openlm_pipeline.files import atomic_writer, folder_lock, read_json, sha256_file, write_json
-from openlm_pipeline.layout import Home
-from openlm_pipeline.lineage.fingerprint import Tree, differences, fingerprint
+from openlm_pipeline.fingerprint import Tree, differences, fingerprint
 from openlm_pipeline.result import Report, StageResult
+from openlm_pipeline.storage.files import atomic_writer, folder_lock, read_json, sha256_file, write_json
+from openlm_pipeline.storage.home import Home
 
 NAME = "embedded"
 _MANIFEST = "corpus.json"

@@ -22,7 +22,7 @@ import orjson
 
 from openlm_pipeline.corpus.blocks import BLOCK_BYTES, decompressed_blocks, empty, is_compressed, open_raw
 from openlm_pipeline.errors import ConfigError, DataError
-from openlm_pipeline.files import atomic_writer
+from openlm_pipeline.storage.files import atomic_writer
 
 FORMATS = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".json", ".json.zst", ".json.gz", ".zst", ".gz", ".parquet")
 MAX_RECORD_BYTES = 256 << 20

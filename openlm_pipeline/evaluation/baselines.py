@@ -15,9 +15,8 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from openlm_pipeline.errors import ConfigError
-from openlm_pipeline.strict import Strict, explain
+from openlm_pipeline.strict import Strict, explain, read_mapping
 from openlm_pipeline.units import Tokens
-from openlm_pipeline.yaml_files import read_mapping
 
 SHIPPED = Path(__file__).parent / "baselines"
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from openlm_pipeline.checkpoints.hf import register
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
 from openlm_pipeline.evaluation.model import Decoding, Precision, ScoringModel, autocast, branch_mask, local_device
-from openlm_pipeline.models.huggingface import register
 
 _PROBE_TOLERANCE = 1e-4
 """Of the largest logit: above fp32's rounding, below what a wrong mask or position does."""

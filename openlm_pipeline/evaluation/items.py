@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from openlm_pipeline.errors import DataError, MissingInputError
-from openlm_pipeline.files import atomic_writer
+from openlm_pipeline.storage.files import atomic_writer
 
 SCHEMA = pa.schema(
     [

@@ -8,9 +8,9 @@ from openlm_pipeline.errors import DataError, MissingInputError
 from openlm_pipeline.evaluation.suite import HARNESS_VERSION, IclTask, Suite, task_name
 from openlm_pipeline.evaluation.task_files import TaskFile, read_task_file
 from openlm_pipeline.evaluation.tasks import Item, build_items
-from openlm_pipeline.layout import Home
-from openlm_pipeline.lineage.fingerprint import Tree, fingerprint
+from openlm_pipeline.fingerprint import Tree, fingerprint
 from openlm_pipeline.result import Report
+from openlm_pipeline.storage.home import Home
 
 
 @dataclass(frozen=True)

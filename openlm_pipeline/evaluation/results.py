@@ -20,7 +20,7 @@ from openlm_pipeline.evaluation.parallel import Processes
 from openlm_pipeline.evaluation.prepare import Prepared, PreparedTask
 from openlm_pipeline.evaluation.suite import HARNESS_VERSION, IclTask, Suite
 from openlm_pipeline.evaluation.tasks import Item
-from openlm_pipeline.lineage.fingerprint import Tree, differences, fingerprint
+from openlm_pipeline.fingerprint import Tree, differences, fingerprint
 from openlm_pipeline.result import Report
 
 Rows = list[dict[str, Any]]

@@ -17,7 +17,7 @@ from openlm_pipeline.evaluation.averages import suite_averages
 from openlm_pipeline.evaluation.comparison import COMPARED_COLUMNS, Difference, compare
 from openlm_pipeline.evaluation.scores import Average, TaskScore, score_average, score_categories, score_items
 from openlm_pipeline.evaluation.suite import HARNESS_VERSION, IclTask, Suite, task_name
-from openlm_pipeline.files import write_text
+from openlm_pipeline.storage.files import write_text
 from openlm_pipeline.strict import Strict
 
 

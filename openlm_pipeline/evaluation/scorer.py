@@ -34,8 +34,8 @@ from openlm_pipeline.evaluation.results import (
 )
 from openlm_pipeline.evaluation.suite import Suite
 from openlm_pipeline.evaluation.tasks import GenerationRequest, Request
-from openlm_pipeline.layout import Home
 from openlm_pipeline.result import ProgressLine, Report
+from openlm_pipeline.storage.home import Home
 from openlm_pipeline.units import format_seconds
 
 CPU_BATCH_TOKENS = 512

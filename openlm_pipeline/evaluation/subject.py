@@ -11,19 +11,19 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from openlm_pipeline.checkpoints.folders import INFO, Checkpoint, read_checkpoint
+from openlm_pipeline.checkpoints.loading import find_model_config, load_checkpoint
+from openlm_pipeline.checkpoints.model_export import EOT, export_huggingface
+from openlm_pipeline.checkpoints.reading import load_model
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
 from openlm_pipeline.evaluation.huggingface import huggingface_model
 from openlm_pipeline.evaluation.model import Precision, ScoringModel, native_model
-from openlm_pipeline.files import read_json, sha256_file
-from openlm_pipeline.lineage.fingerprint import fingerprint
-from openlm_pipeline.models.checkpoint import find_model_config, load_checkpoint
+from openlm_pipeline.fingerprint import fingerprint
 from openlm_pipeline.models.config import ModelConfig
-from openlm_pipeline.models.export import EOT, export_huggingface
 from openlm_pipeline.models.transformer import Transformer
 from openlm_pipeline.result import Report
-from openlm_pipeline.runs.checkpoints import INFO, Checkpoint, read_checkpoint
-from openlm_pipeline.runs.weights import load_model
-from openlm_pipeline.tokenization.tokenizer import fetch_tokenizer_json
+from openlm_pipeline.storage.files import read_json, sha256_file
+from openlm_pipeline.tokenizers.tokenizer import fetch_tokenizer_json
 
 NEOX = "EleutherAI/gpt-neox-20b"
 _DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt"]

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from openlm_pipeline.evaluation.suite_files import read_suite_file, suite_path
-from openlm_pipeline.lineage.fingerprint import fingerprint
+from openlm_pipeline.fingerprint import fingerprint
 from openlm_pipeline.strict import Strict, explain
 
 HARNESS_VERSION = "2"

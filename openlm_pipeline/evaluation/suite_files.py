@@ -13,8 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from openlm_pipeline.errors import ConfigError
-from openlm_pipeline.strict import Strict, explain
-from openlm_pipeline.yaml_files import expand_variables, read_mapping
+from openlm_pipeline.strict import Strict, expand_variables, explain, read_mapping
 
 SHIPPED = Path(__file__).parent / "suites"
 _RANDOM_BASELINES = Path(__file__).parent / "baselines" / "random_v1.yaml"

@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from openlm_pipeline.errors import DataError, MissingInputError
 from openlm_pipeline.evaluation.suite import IclTask
-from openlm_pipeline.layout import Home
-from openlm_pipeline.lineage.fingerprint import fingerprint
-from openlm_pipeline.remote import is_remote, open_remote, public, storage_errors
+from openlm_pipeline.fingerprint import fingerprint
+from openlm_pipeline.storage.home import Home
+from openlm_pipeline.storage.remote import is_remote, open_remote, public, storage_errors
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 

@@ -11,8 +11,7 @@ from pydantic import ValidationError
 
 from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.experiments.spec import Experiment
-from openlm_pipeline.strict import explain
-from openlm_pipeline.yaml_files import expand_variables, read_mapping
+from openlm_pipeline.strict import expand_variables, explain, read_mapping
 
 SHIPPED = Path(__file__).parent / "recipes"
 

@@ -1,4 +1,4 @@
-"""OpenLM's models: configs by name, the Transformer, checkpoints of all kinds, and the way in for users of the library.
+"""OpenLM's models: configs by name and the Transformer. Checkpoints of them are in `openlm_pipeline.checkpoints`.
 
 Importing this package does not import torch; what needs it is imported when it is used.
 """
@@ -14,35 +14,23 @@ if TYPE_CHECKING:
     import torch
 
     from openlm_pipeline.models.attention import KVCache
-    from openlm_pipeline.models.checkpoint import FoundModel, find_model_config, load_checkpoint
-    from openlm_pipeline.models.export import export_huggingface, export_openlm
     from openlm_pipeline.models.init import initialize
     from openlm_pipeline.models.transformer import Transformer
 
 __all__ = [
-    "FoundModel",
     "KVCache",
     "ModelConfig",
     "Transformer",
     "count_parameters",
     "create_model",
-    "export_huggingface",
-    "export_openlm",
     "find_config",
-    "find_model_config",
     "initialize",
-    "load_checkpoint",
 ]
 
 _MODULES = {
-    "FoundModel": "checkpoint",
     "KVCache": "attention",
     "Transformer": "transformer",
-    "export_huggingface": "export",
-    "export_openlm": "export",
-    "find_model_config": "checkpoint",
     "initialize": "init",
-    "load_checkpoint": "checkpoint",
 }
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from openlm_pipeline.errors import ConfigError, DataError
-from openlm_pipeline.files import read_json
 from openlm_pipeline.models.config import ALIASES, MODELS, ModelConfig, model_config, not_dense, resolve_model
+from openlm_pipeline.storage.files import read_json
 from openlm_pipeline.strict import explain
 
 _NAMES = {

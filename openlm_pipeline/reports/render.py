@@ -13,7 +13,6 @@ from markupsafe import Markup
 from openlm_pipeline.evaluation.baselines import QuotedBaseline
 from openlm_pipeline.evaluation.scorecard import Scorecard
 from openlm_pipeline.experiments import Experiment
-from openlm_pipeline.files import write_text
 from openlm_pipeline.reports.headline import Headline, headline, signed
 from openlm_pipeline.reports.plots import average_chart, loss_chart, pace_chart, task_charts
 from openlm_pipeline.reports.rows import milestones_table
@@ -30,6 +29,7 @@ from openlm_pipeline.reports.summary import (
     task_files,
 )
 from openlm_pipeline.reports.table import Table, escape_markdown
+from openlm_pipeline.storage.files import write_text
 
 
 def write_report(

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from openlm_pipeline.evaluation.comparison import Difference
-from openlm_pipeline.files import atomic_writer
+from openlm_pipeline.storage.files import atomic_writer
 
 Status = Literal["scored", "failed", "not run", "n/a"]
 RowKind = Literal["milestone", "re-run", "quoted"]

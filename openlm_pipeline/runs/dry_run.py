@@ -8,12 +8,18 @@ from dataclasses import dataclass
 
 from openlm_pipeline.errors import ConfigError, MissingInputError
 from openlm_pipeline.experiments import Dataset, Experiment
-from openlm_pipeline.layout import Home
 from openlm_pipeline.models import count_parameters
 from openlm_pipeline.models.config import ModelConfig
-from openlm_pipeline.runs.flops import DEVICES, flops_per_token, peak_flops
-from openlm_pipeline.runs.memory import TOLERANCE, MemoryEstimate, estimate_memory
+from openlm_pipeline.runs.estimates import (
+    DEVICES,
+    TOLERANCE,
+    MemoryEstimate,
+    estimate_memory,
+    flops_per_token,
+    peak_flops,
+)
 from openlm_pipeline.shards.opening import open_dataset
+from openlm_pipeline.storage.home import Home
 from openlm_pipeline.units import format_bytes, format_seconds, format_tokens
 
 

@@ -16,9 +16,12 @@ import yaml
 
 from openlm_pipeline.errors import IdentityError
 from openlm_pipeline.experiments import Experiment
-from openlm_pipeline.files import atomic_writer, folder_lock, read_json, set_aside, write_json, write_text
-from openlm_pipeline.lineage.fingerprint import Tree, differences, fingerprint
-from openlm_pipeline.lineage.run_identity import extension_refusal
+from openlm_pipeline.fingerprint import Tree, differences, fingerprint
+from openlm_pipeline.runs.identity import extension_refusal
+from openlm_pipeline.storage.files import atomic_writer, folder_lock, read_json, set_aside, write_json, write_text
+
+WANDB_URL = "wandb_url.txt"
+"""File of the run folder with the address of its page, once wandb gave it one; there is none offline."""
 
 
 @dataclass(frozen=True)

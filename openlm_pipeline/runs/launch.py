@@ -9,16 +9,16 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from openlm_pipeline.checkpoints.folders import Checkpoint, list_checkpoints
 from openlm_pipeline.errors import TrainingError
 from openlm_pipeline.experiments import Experiment
-from openlm_pipeline.files import folder_lock
-from openlm_pipeline.layout import Home
 from openlm_pipeline.result import Report
-from openlm_pipeline.runs.checkpoints import Checkpoint, list_checkpoints
 from openlm_pipeline.runs.folder import RunFolder, is_measurement
 from openlm_pipeline.runs.launchers import kubernetes, slurm
 from openlm_pipeline.runs.launchers.job import Job
 from openlm_pipeline.runs.launchers.local import LocalJob
+from openlm_pipeline.storage.files import folder_lock
+from openlm_pipeline.storage.home import Home
 
 _POLL_SECONDS = 0.5
 

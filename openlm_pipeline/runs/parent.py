@@ -1,11 +1,11 @@
 """The milestone that a fork goes on from."""
 
+from openlm_pipeline.checkpoints.folders import Checkpoint, list_checkpoints
 from openlm_pipeline.errors import ConfigError, MissingInputError
 from openlm_pipeline.experiments import Experiment
-from openlm_pipeline.layout import Home
-from openlm_pipeline.lineage.fingerprint import Tree
-from openlm_pipeline.runs.checkpoints import Checkpoint, list_checkpoints
+from openlm_pipeline.fingerprint import Tree
 from openlm_pipeline.runs.folder import RunFolder
+from openlm_pipeline.storage.home import Home
 from openlm_pipeline.units import format_tokens, milestone_label
 
 

@@ -5,34 +5,47 @@ comes last and goes first. What is there already is not sent again, so an upload
 store that fails stops no training: it is tried again with the next checkpoint and at the end, and a warning tells.
 """
 
-import json
 import re
 import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-from openlm_pipeline import remote
-from openlm_pipeline.errors import DataError, IdentityError, OpenLMError
-from openlm_pipeline.runs.checkpoints import (
+from openlm_pipeline.checkpoints.folders import (
     COMPLETE,
     INFO,
     Checkpoint,
     checked_info,
     clear_unfinished,
-    describe_file,
     folder_name,
     list_checkpoints,
     outdated,
     publish,
     unfinished,
 )
+from openlm_pipeline.errors import DataError, IdentityError, OpenLMError
 from openlm_pipeline.runs.folder import RunFolder
+from openlm_pipeline.storage import copies, remote
+from openlm_pipeline.storage.home import Home
 
 _LAST_ATTEMPTS = 3
 _RECORDS = ("run.json", "experiment.yaml", "metrics.jsonl", "outcome.json")
+
+
+def push_run(home: Home, run: RunFolder) -> None:
+    """Send a run's records and milestones to the home's URL, each as an artefact. Nothing for a local home.
+
+    Raises:
+        ConfigError, DataError: the store does not take them; the next push resumes.
+    """
+    if home.sync is None:
+        return
+    home.sync.make_way(run.path)
+    home.sync.push(run.path, [name for name in _RECORDS if (run.path / name).exists()])
+    for checkpoint in list_checkpoints(run.checkpoints, run.fingerprint, warn=lambda _: None):
+        if checkpoint.milestone:
+            home.sync.push(checkpoint.path)
 
 
 class Uploads:
@@ -64,7 +77,7 @@ class Uploads:
         """
         local = list_checkpoints(self.run.checkpoints, self.run.fingerprint, self.warn)
         try:
-            there = self._read_json("run.json")
+            there = remote.read_json_at(remote.join(self.url, "run.json"))
         except DataError as e:
             if not local:
                 raise
@@ -133,19 +146,15 @@ class Uploads:
             self._sending = None
 
     def _send(self, checkpoint: Checkpoint) -> None:
-        target = self._checkpoint_url(checkpoint)
-        info = checkpoint.path / INFO
-        if not self._holds(info, target):
-            self._remove(f"{target}/{COMPLETE}")  # of another checkpoint of this step, that was damaged here
-            for name, recorded in checkpoint.files.items():
-                if not remote.holds(f"{target}/{name}", **_as_arguments(recorded)):
-                    remote.upload(checkpoint.path / name, f"{target}/{name}")
-            remote.upload(info, f"{target}/{INFO}")
-        if not self._exists(f"{target}/{COMPLETE}"):
-            remote.upload(checkpoint.path / COMPLETE, f"{target}/{COMPLETE}")
+        names = [*checkpoint.files, INFO, COMPLETE]
+        described = {name: copies.describe_file(checkpoint.path / name) for name in (INFO, COMPLETE)}
+        copies.send(
+            {name: checkpoint.path / name for name in names}, self._checkpoint_url(checkpoint),
+            {**checkpoint.files, **described}, [INFO, COMPLETE], describes=INFO,
+        )  # fmt: skip
         for old in outdated(self._remote_checkpoints(), self.keep):
-            self._remove(f"{self._checkpoint_url(old)}/{COMPLETE}")
-            self._remove(self._checkpoint_url(old))
+            remote.remove(f"{self._checkpoint_url(old)}/{COMPLETE}")
+            remote.remove(self._checkpoint_url(old))
 
     def _send_records(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -154,7 +163,7 @@ class Uploads:
                 if path.exists():
                     copy = Path(folder) / name  # the run may add to its own at any time
                     copy.write_bytes(path.read_bytes())
-                    if not self._holds(copy, self.url):
+                    if not copies.holds(remote.join(self.url, name), copies.describe_file(copy)):
                         remote.upload(copy, remote.join(self.url, name))
 
     def _fetch_all(self, max_step: int) -> None:
@@ -167,14 +176,13 @@ class Uploads:
                 has_newest = True
             except DataError as e:
                 self.warn(f"checkpoint {checkpoint.path.name} is not fetched: {e}")
-        if not self.run.metrics_file.exists() and self._exists(remote.join(self.url, "metrics.jsonl")):
+        if not self.run.metrics_file.exists() and remote.exists(remote.join(self.url, "metrics.jsonl")):
             remote.download(remote.join(self.url, "metrics.jsonl"), self.run.metrics_file)
 
     def _fetch(self, checkpoint: Checkpoint) -> None:
         source, tmp = self._checkpoint_url(checkpoint), unfinished(self.run.checkpoints, checkpoint.step)
         clear_unfinished(self.run.checkpoints)
-        for name, recorded in checkpoint.files.items():
-            remote.download(f"{source}/{name}", tmp / name, **_as_arguments(recorded))
+        copies.fetch(source, checkpoint.files, tmp)
         remote.download(f"{source}/{INFO}", tmp / INFO)
         publish(tmp, checkpoint.path)
         self.warn(f"{checkpoint.path.name} was fetched from {remote.public(self.url)}")
@@ -183,12 +191,13 @@ class Uploads:
         """Complete checkpoints there by step; a damaged description is reported and passed over."""
         folder = remote.join(self.url, "checkpoints")
         found = []
-        for name in self._names(folder):
-            if not re.fullmatch(r"step-\d{8}", name) or not self._exists(f"{folder}/{name}/{COMPLETE}"):
+        for name in remote.names_in(folder):
+            if not re.fullmatch(r"step-\d{8}", name) or not remote.exists(f"{folder}/{name}/{COMPLETE}"):
                 continue
-            file = f"checkpoints/{name}/{INFO}"
+            file = remote.join(folder, f"{name}/{INFO}")
             try:
-                checkpoint = checked_info(self._read_json(file), self.run.checkpoints / name, remote.public(file))
+                info = remote.read_json_at(file)
+                checkpoint = checked_info(info, self.run.checkpoints / name, remote.public(file))
             except DataError as e:
                 self.warn(f"checkpoint {name} at {remote.public(self.url)} is passed over: {e}")
                 continue
@@ -198,40 +207,3 @@ class Uploads:
 
     def _checkpoint_url(self, checkpoint: Checkpoint) -> str:
         return remote.join(self.url, f"checkpoints/{folder_name(checkpoint.step)}")
-
-    def _holds(self, path: Path, folder: str) -> bool:
-        return remote.holds(remote.join(folder, path.name), **_as_arguments(describe_file(path)))
-
-    def _read_json(self, name: str) -> Any:
-        """A JSON file there; None if it is missing."""
-        url = remote.join(self.url, name)
-        if not self._exists(url):
-            return None
-        with remote.open_remote(url) as f, remote.storage_errors(remote.public(url), "can't be read"):
-            return json.loads(f.read())
-
-    def _exists(self, url: str) -> bool:
-        fs, where = remote.file_system(url)
-        with remote.storage_errors(remote.public(url), "can't be looked up"):
-            fs.invalidate_cache()
-            return fs.exists(where)
-
-    def _names(self, folder: str) -> list[str]:
-        fs, where = remote.file_system(folder)
-        with remote.storage_errors(remote.public(folder), "can't be listed"):
-            fs.invalidate_cache()
-            return (
-                sorted(p.rstrip("/").rsplit("/", 1)[-1] for p in fs.ls(where, detail=False)) if fs.exists(where) else []
-            )
-
-    def _remove(self, url: str) -> None:
-        fs, where = remote.file_system(url)
-        with remote.storage_errors(remote.public(url), "can't be removed"):
-            fs.invalidate_cache()
-            if fs.exists(where):
-                fs.rm(where, recursive=True)
-
-
-def _as_arguments(recorded: dict[str, Any]) -> dict[str, Any]:
-    """A file's recorded size and hash as arguments of `remote`."""
-    return {"size": recorded["bytes"], "sha256": recorded["sha256"]}

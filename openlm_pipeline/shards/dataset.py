@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from openlm_pipeline.errors import DataError, MissingInputError
-from openlm_pipeline.files import read_json, sha256_file, write_text
-from openlm_pipeline.remote import download, join, public, remote_size
 from openlm_pipeline.shards.format import SampleFormat, open_shard
 from openlm_pipeline.shards.store import ShardStore, only_one
+from openlm_pipeline.storage.files import read_json, sha256_file, write_text
+from openlm_pipeline.storage.remote import download, join, public, remote_size
 
 MANIFEST = "manifest.jsonl"
 DATASET = "dataset.json"

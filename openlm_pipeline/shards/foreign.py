@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from openlm_pipeline.errors import DataError, IdentityError, MissingInputError
-from openlm_pipeline.files import read_json, write_json
-from openlm_pipeline.lineage.fingerprint import differences
-from openlm_pipeline.remote import download, is_remote, join, open_remote, public, storage_errors
+from openlm_pipeline.fingerprint import differences
 from openlm_pipeline.shards.dataset import DATASET, MANIFEST, ShardedDataset, ShardEntry
 from openlm_pipeline.shards.format import SampleFormat, write_shard
 from openlm_pipeline.shards.openlm_formats import read_shard
 from openlm_pipeline.shards.store import FETCHED, ShardStore, only_one
+from openlm_pipeline.storage.files import read_json, write_json
+from openlm_pipeline.storage.remote import download, is_remote, join, open_remote, public, storage_errors
 
 
 def open_foreign(

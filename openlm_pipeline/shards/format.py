@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from openlm_pipeline.errors import DataError
-from openlm_pipeline.files import atomic_writer
+from openlm_pipeline.storage.files import atomic_writer
 
 _BLOCK = 512
 _END = bytes(2 * _BLOCK)  # two zero blocks end a tar archive

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from openlm_pipeline.errors import ConfigError, DataError, IdentityError, MissingInputError
-from openlm_pipeline.files import sha256_file
-from openlm_pipeline.layout import Home
 from openlm_pipeline.shards.dataset import DATASET, ShardedDataset
 from openlm_pipeline.shards.format import open_shard
 from openlm_pipeline.shards.provenance import provenance_path, read_spans
+from openlm_pipeline.storage.files import sha256_file
+from openlm_pipeline.storage.home import Home
 
 QUANTILES = (0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 _THREADS = min(8, os.cpu_count() or 1)

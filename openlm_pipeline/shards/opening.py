@@ -4,13 +4,13 @@ from pathlib import Path
 
 from openlm_pipeline.errors import ConfigError, MissingInputError
 from openlm_pipeline.experiments import Dataset
-from openlm_pipeline.layout import Home
-from openlm_pipeline.remote import is_remote, join, remote_size
 from openlm_pipeline.shards.dataset import DATASET, ShardedDataset
 from openlm_pipeline.shards.foreign import open_foreign
 from openlm_pipeline.shards.openlm_lists import is_list, open_list
 from openlm_pipeline.shards.synthetic import SCHEME, SyntheticDataset
-from openlm_pipeline.tokenization.tokenizer import read_tokenizer_info
+from openlm_pipeline.storage.home import Home
+from openlm_pipeline.storage.remote import is_remote, join, remote_size
+from openlm_pipeline.tokenizers.tokenizer import read_tokenizer_info
 
 
 def published_url(dataset: Dataset) -> str | None:

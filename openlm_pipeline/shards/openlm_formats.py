@@ -20,8 +20,8 @@ import numpy as np
 import orjson
 
 from openlm_pipeline.errors import DataError, MissingInputError
-from openlm_pipeline.files import atomic_writer
 from openlm_pipeline.shards.format import SampleFormat
+from openlm_pipeline.storage.files import atomic_writer
 
 OpenLMFormat = Literal["json.gz", "json", "txt"]
 EOT = "<|endoftext|>"

@@ -14,12 +14,12 @@ from pathlib import Path
 import bracex
 
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
-from openlm_pipeline.files import read_json, write_json
-from openlm_pipeline.layout import Home
-from openlm_pipeline.remote import join, open_remote, public, storage_errors
 from openlm_pipeline.shards.dataset import MANIFEST, ShardedDataset
 from openlm_pipeline.shards.foreign import foreign_dataset, manifest_counts
 from openlm_pipeline.shards.store import only_one
+from openlm_pipeline.storage.files import read_json, write_json
+from openlm_pipeline.storage.home import Home
+from openlm_pipeline.storage.remote import join, open_remote, public, storage_errors
 
 EOT_ID = 0
 """What OpenLM's readers take for `<|endoftext|>`: its id in the GPT-NeoX-20B tokenizer, the only one OpenLM used."""

@@ -5,18 +5,16 @@ stopped goes on where it was: files that the store has whole are not sent again.
 """
 
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from openlm_pipeline.errors import DataError, IdentityError, MissingInputError
-from openlm_pipeline.files import sha256_file
-from openlm_pipeline.remote import download, holds, join, public, remote_size, upload
 from openlm_pipeline.result import Report
-from openlm_pipeline.shards.dataset import DATASET, MANIFEST, QUARANTINE, ShardEntry, read_manifest
+from openlm_pipeline.shards.dataset import DATASET, MANIFEST, QUARANTINE, read_manifest
 from openlm_pipeline.shards.store import FETCHED
+from openlm_pipeline.storage.copies import describe_file, send
+from openlm_pipeline.storage.files import sha256_file
+from openlm_pipeline.storage.remote import download, holds, join, public, remote_size
 
-_THREADS = 4
 _REPORT_SECONDS = 2.0
 
 
@@ -33,33 +31,35 @@ def publish(folder: Path, url: str, report: Report, *, delete_local: bool = Fals
         DataError: a local file is damaged, or the store does not take a file whole.
         ConfigError: the store may not be written.
     """
-    entries = read_manifest(folder)
+    entries = {f"{entry.shard}.tar": entry for entry in read_manifest(folder)}
     _refuse_another(folder, url)
-    shards: list[Path] = [folder / f"{e.shard}.tar" for e in entries]
-    provenance = [p for e in entries if (p := folder / f"{e.shard}.provenance.parquet").exists()]
-    beside = [p for p in (folder / QUARANTINE, folder / DATASET) if p.exists()]
-    calls: list[tuple[Callable[..., bool], tuple[object, ...]]] = [
-        *((_publish_shard, (path, url, entry)) for path, entry in zip(shards, entries)),
-        *((_publish_file, (path, url)) for path in [*provenance, *beside]),
-    ]
-    sent = done = 0
+    provenance = [p for e in entries.values() if (p := folder / f"{e.shard}.provenance.parquet").exists()]
+    beside = [p for p in (folder / QUARANTINE, folder / DATASET, folder / MANIFEST) if p.exists()]
+    files = {name: {"bytes": e.bytes, "sha256": e.sha256} for name, e in entries.items()}
+    files |= {path.name: describe_file(path) for path in [*provenance, *beside]}
     reported = time.monotonic()
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="publish") as pool:
-        futures = [pool.submit(function, *args) for function, args in calls]
-        try:
-            for future in as_completed(futures):
-                sent += future.result()
-                done += 1
-                if time.monotonic() - reported >= _REPORT_SECONDS:
-                    reported = time.monotonic()
-                    report(f"publishing {folder.name}: {done} of {len(calls)} files are in {public(url)}")
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    sent += _publish_file(folder / MANIFEST, url)
-    report(f"published {len(shards)} shards in {public(url)}: {sent} files sent, {len(calls) + 1 - sent} were there")
+
+    def check(name: str) -> None:
+        path, entry = folder / name, entries.get(name)
+        if entry and not path.exists():
+            raise DataError(
+                f"shard {path} is missing though the manifest lists it, and it is not whole in {public(url)}"
+            )
+        if entry and sha256_file(path) != entry.sha256:
+            raise DataError(
+                f"shard {path} is damaged: its sha256 is not the manifest's. Make it again before publishing."
+            )
+
+    def told(done: int) -> None:
+        nonlocal reported
+        if time.monotonic() - reported >= _REPORT_SECONDS:
+            reported = time.monotonic()
+            report(f"publishing {folder.name}: {done} of {len(files) - 1} files are in {public(url)}")
+
+    sent = send({name: folder / name for name in files}, url, files, [MANIFEST], before=check, after=told)
+    report(f"published {len(entries)} shards in {public(url)}: {sent} files sent, {len(files) - sent} were there")
     if delete_local:
-        for path in [*shards, *provenance]:
+        for path in [*(folder / name for name in entries), *provenance]:
             path.unlink(missing_ok=True)
 
 
@@ -77,23 +77,3 @@ def _refuse_another(folder: Path, url: str) -> None:
     fetched.unlink()
     if not same:
         raise IdentityError(f"{public(url)} holds another finished dataset than {folder}; publish to another folder")
-
-
-def _publish_shard(path: Path, url: str, entry: ShardEntry) -> bool:
-    target = join(url, path.name)
-    if holds(target, size=entry.bytes, sha256=entry.sha256):
-        return False
-    if not path.exists():
-        raise DataError(f"shard {path} is missing though the manifest lists it, and it is not whole in {public(url)}")
-    if sha256_file(path) != entry.sha256:
-        raise DataError(f"shard {path} is damaged: its sha256 is not the manifest's. Make it again before publishing.")
-    upload(path, target)
-    return True
-
-
-def _publish_file(path: Path, url: str) -> bool:
-    target = join(url, path.name)
-    if holds(target, size=path.stat().st_size, sha256=sha256_file(path)):
-        return False
-    upload(path, target)
-    return True

@@ -13,12 +13,11 @@ import numpy as np
 from openlm_pipeline.corpus.discovery import RawFile
 from openlm_pipeline.corpus.reader import RecordReader
 from openlm_pipeline.errors import IdentityError, MissingInputError
-from openlm_pipeline.remote import download, join
 from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.inspect import tokenizer_of
 from openlm_pipeline.shards.provenance import Spans, provenance_path, read_spans, shard_tokens
-from openlm_pipeline.tokenization.engine import load_reference
-from openlm_pipeline.tokenization.raw_hash import sha256_url
+from openlm_pipeline.storage.remote import download, join, sha256_url
+from openlm_pipeline.tokenizers.engine import load_reference
 
 _SHARDS, _FILES = 8, 3  # at most: a raw file is read from its start to reach a record
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from openlm_pipeline.errors import ConfigError
-from openlm_pipeline.files import sha256_file, write_text
+from openlm_pipeline.storage.files import sha256_file, write_text
 
 FETCHED = ".fetched"
 _THREADS = 4

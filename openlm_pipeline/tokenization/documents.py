@@ -31,13 +31,13 @@ from openlm_pipeline.corpus.reader import (
 )
 from openlm_pipeline.errors import DataError
 from openlm_pipeline.experiments import Dataset
-from openlm_pipeline.files import atomic_writer, read_json, write_json
-from openlm_pipeline.lineage.fingerprint import fingerprint
+from openlm_pipeline.fingerprint import fingerprint
+from openlm_pipeline.pools import Progress
 from openlm_pipeline.shards.format import SampleFormat
-from openlm_pipeline.tokenization.cluster import Progress
-from openlm_pipeline.tokenization.engine import Encoded, EngineMismatch, make_engine
-from openlm_pipeline.tokenization.raw_hash import sha256_url
-from openlm_pipeline.tokenization.tokenizer import TokenizerInfo, tokenizer_file
+from openlm_pipeline.storage.files import atomic_writer, read_json, write_json
+from openlm_pipeline.storage.remote import sha256_url
+from openlm_pipeline.tokenizers.engine import Encoded, EngineMismatch, make_engine
+from openlm_pipeline.tokenizers.tokenizer import TokenizerInfo, tokenizer_file
 
 STAGE_VERSION = 2
 """Raised when the same text and tokenizer would give another stream."""

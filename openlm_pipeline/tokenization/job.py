@@ -11,7 +11,12 @@ from openlm_pipeline.corpus.discovery import RawFile
 from openlm_pipeline.corpus.reader import cut
 from openlm_pipeline.errors import DataError, IdentityError
 from openlm_pipeline.experiments import Dataset
-from openlm_pipeline.files import (
+from openlm_pipeline.fingerprint import Tree, differences, fingerprint
+from openlm_pipeline.pools import Call, Facts, Pool, PoolFactory, Progress
+from openlm_pipeline.result import ProgressLine, Report
+from openlm_pipeline.shards.dataset import DATASET, MANIFEST, QUARANTINE, ShardEntry, write_manifest
+from openlm_pipeline.shards.format import SampleFormat
+from openlm_pipeline.storage.files import (
     atomic_writer,
     folder_lock,
     read_json,
@@ -20,14 +25,9 @@ from openlm_pipeline.files import (
     sha256_file,
     write_json,
 )
-from openlm_pipeline.lineage.fingerprint import Tree, differences, fingerprint
-from openlm_pipeline.result import ProgressLine, Report
-from openlm_pipeline.shards.dataset import DATASET, MANIFEST, QUARANTINE, ShardEntry, write_manifest
-from openlm_pipeline.shards.format import SampleFormat
-from openlm_pipeline.tokenization.cluster import Call, Facts, Pool, PoolFactory, Progress
 from openlm_pipeline.tokenization.documents import FileTokens, finished, join_parts, remove_parts, tokenize_part
 from openlm_pipeline.tokenization.packing import PACKING_VERSION, check_stream, make_shard, write_order
-from openlm_pipeline.tokenization.tokenizer import TokenizerInfo
+from openlm_pipeline.tokenizers.tokenizer import TokenizerInfo
 from openlm_pipeline.units import format_bytes, format_seconds, format_tokens
 
 _REPORT_SECONDS = 5.0

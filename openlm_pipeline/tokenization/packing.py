@@ -20,11 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from openlm_pipeline.errors import DataError
-from openlm_pipeline.files import atomic_writer, read_json, sha256_file, write_json
 from openlm_pipeline.ordering.permutation import permute_array
+from openlm_pipeline.pools import Progress
 from openlm_pipeline.shards.dataset import ShardEntry
 from openlm_pipeline.shards.format import SampleFormat, write_shard
-from openlm_pipeline.tokenization.cluster import Progress
+from openlm_pipeline.storage.files import atomic_writer, read_json, sha256_file, write_json
 from openlm_pipeline.tokenization.documents import INDEX_DTYPE, FileTokens
 
 PACKING_VERSION = 2

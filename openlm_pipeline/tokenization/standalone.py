@@ -11,13 +11,13 @@ from pathlib import Path
 from openlm_pipeline.corpus.discovery import discover
 from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.experiments import Dataset, Source, TokenizerSpec
-from openlm_pipeline.layout import Home
+from openlm_pipeline.pools import PoolFactory
 from openlm_pipeline.result import Report, StageResult
 from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.publish import publish
-from openlm_pipeline.tokenization.cluster import PoolFactory
+from openlm_pipeline.storage.home import Home
 from openlm_pipeline.tokenization.job import pack_shards, tokenize_files
-from openlm_pipeline.tokenization.tokenizer import make_tokenizer
+from openlm_pipeline.tokenizers.tokenizer import make_tokenizer
 
 S3_BASE = "S3_BASE"
 """Environment variable: where `upload` puts the shards, such as `s3://bucket/prefix/`."""

@@ -9,8 +9,8 @@ from faulty_server import DATA, FaultyServer, serve
 
 from openlm_pipeline.corpus.download import Downloaded, download_files
 from openlm_pipeline.corpus.embedded import build_embedded
-from openlm_pipeline.layout import Home
 from openlm_pipeline.result import StageResult
+from openlm_pipeline.storage.home import Home
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from openlm_pipeline.corpus.discovery import discover
 from openlm_pipeline.errors import ConfigError, MissingInputError
 from openlm_pipeline.experiments import Dataset
 from openlm_pipeline.experiments.spec import Source, TokenizerSpec
-from openlm_pipeline.layout import Home
+from openlm_pipeline.storage.home import Home
 
 
 def dataset(*files: str, origin: str = "files") -> Dataset:

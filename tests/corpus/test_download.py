@@ -15,7 +15,7 @@ from faulty_server import DATA, OTHER, PART, WHOLE, Answer, FaultyServer, names,
 from openlm_pipeline.corpus.download import Downloaded, download_files, expand_templates
 from openlm_pipeline.corpus.download_sources import TransferError
 from openlm_pipeline.errors import BusyError, ConfigError, DataError, MissingInputError, OpenLMError
-from openlm_pipeline.files import folder_lock
+from openlm_pipeline.storage.files import folder_lock
 
 
 def test_templates_name_files_as_a_shell_does() -> None:

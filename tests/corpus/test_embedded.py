@@ -16,9 +16,9 @@ from openlm_pipeline.corpus.heldout_tasks import MAX_CONTEXT_CHARS
 from openlm_pipeline.corpus.python_text import KINDS, docstrings
 from openlm_pipeline.corpus.reader import RecordReader
 from openlm_pipeline.errors import BusyError
-from openlm_pipeline.files import folder_lock, sha256_file
-from openlm_pipeline.layout import Home
 from openlm_pipeline.result import StageResult
+from openlm_pipeline.storage.files import folder_lock, sha256_file
+from openlm_pipeline.storage.home import Home
 
 Embedded = tuple[Home, StageResult]
 
@@ -63,7 +63,7 @@ def test_no_path_of_this_machine_is_in_the_corpus(embedded: Embedded) -> None:
 
 def test_made_again_in_another_process_it_is_the_same_byte_for_byte(embedded: Embedded, tmp_path: Path) -> None:
     _, made = embedded
-    code = "import sys, pathlib; from openlm_pipeline.layout import Home; " \
+    code = "import sys, pathlib; from openlm_pipeline.storage.home import Home; " \
         "from openlm_pipeline.corpus.embedded import build_embedded; " \
         "build_embedded(Home(pathlib.Path(sys.argv[1])), print)"  # fmt: skip
     environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(__file__).parents[2])}

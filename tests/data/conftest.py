@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from small_dataset import SmallDataset, documents
 
+from openlm_pipeline.pools import DaskSettings, Pool, PoolFactory
 from openlm_pipeline.result import Report
-from openlm_pipeline.tokenization.cluster import DaskSettings, Pool, PoolFactory
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import pyarrow.parquet  # noqa: F401
 import tokenizers  # noqa: F401
 from small_dataset import SmallDataset
 
-from openlm_pipeline.tokenization.cluster import DaskSettings
+from openlm_pipeline.pools import DaskSettings
 
 if __name__ == "__main__":
     sizes = {"seq_len": 2048, "samples_per_shard": 1024, "milestones": [2048]}

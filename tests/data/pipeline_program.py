@@ -18,8 +18,8 @@ import pyarrow.parquet  # noqa: F401 - like the next one only to have it before 
 import tokenizers  # noqa: F401
 from small_dataset import SmallDataset
 
+from openlm_pipeline.pools import DaskSettings, Pool
 from openlm_pipeline.result import Report
-from openlm_pipeline.tokenization.cluster import DaskSettings, Pool
 
 REFERENCE_ENGINE = {"execution": {"tokenizer_engine": "huggingface"}}
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}

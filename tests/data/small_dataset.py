@@ -8,14 +8,14 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from openlm_pipeline import stages
 from openlm_pipeline.errors import OpenLMError
 from openlm_pipeline.experiments import Dataset, Experiment
-from openlm_pipeline.files import sha256_file
-from openlm_pipeline.layout import Home
+from openlm_pipeline.pipeline import data as data_stages
+from openlm_pipeline.pools import PoolFactory
 from openlm_pipeline.result import StageResult
 from openlm_pipeline.shards.dataset import ShardedDataset
-from openlm_pipeline.tokenization.cluster import PoolFactory
+from openlm_pipeline.storage.files import sha256_file
+from openlm_pipeline.storage.home import Home
 from openlm_pipeline.tokenization.documents import FileTokens
 
 EOT = "<|endoftext|>"
@@ -102,13 +102,13 @@ class SmallDataset:
             write_lines(self.raw(name), lines)
 
     def tokenizer(self) -> StageResult:
-        return stages.ensure_tokenizer(self.experiment, self.home, lambda line: None)
+        return data_stages.ensure_tokenizer(self.experiment, self.home, lambda line: None)
 
     def tokenize(self, clients: PoolFactory, only: set[str] | None = None) -> tuple[list[FileTokens], list[str]]:
-        return stages.tokenize(self.dataset, self.home, clients, lambda line: None, only)
+        return data_stages.tokenize(self.dataset, self.home, clients, lambda line: None, only)
 
     def make_shards(self, files: list[FileTokens], clients: PoolFactory) -> StageResult:
-        return stages.make_shards(self.dataset, files, self.home, clients, lambda line: None)
+        return data_stages.make_shards(self.dataset, files, self.home, clients, lambda line: None)
 
     def run(self, clients: PoolFactory) -> StageResult:
         """All stages from raw files to shards."""

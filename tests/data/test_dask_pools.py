@@ -16,12 +16,12 @@ import zstandard
 from distributed import LocalCluster
 from small_dataset import SmallDataset, documents, message_of
 
-from openlm_pipeline import stages
 from openlm_pipeline.errors import ClusterError, ConfigError, MissingInputError
-from openlm_pipeline.tokenization.cluster import DaskPool, DaskSettings, PoolFactory
+from openlm_pipeline.pipeline import data as data_stages
+from openlm_pipeline.pools import DaskPool, DaskSettings, PoolFactory
 from openlm_pipeline.tokenization.documents import FileTokens
 from openlm_pipeline.tokenization.job import tokenize_files
-from openlm_pipeline.tokenization.tokenizer import read_tokenizer_info
+from openlm_pipeline.tokenizers.tokenizer import read_tokenizer_info
 
 Small = Callable[..., SmallDataset]
 REFERENCE_ENGINE = {"samples_per_shard": 4096, "execution": {"tokenizer_engine": "huggingface"}}
@@ -191,7 +191,7 @@ def test_one_large_file_keeps_all_workers_busy(
     lines: list[str] = []
 
     def tokenize(dataset: SmallDataset, pools: PoolFactory) -> FileTokens:
-        raw = stages.discover(dataset.dataset, dataset.home)
+        raw = data_stages.discover(dataset.dataset, dataset.home)
         folder = dataset.home.tokenizer("small_bpe")
         info = read_tokenizer_info(folder)
         [result], _ = tokenize_files(

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from small_dataset import SmallDataset, message_of
 
 from openlm_pipeline.errors import DataError, IdentityError, MissingInputError, OpenLMError
-from openlm_pipeline.files import sha256_file
+from openlm_pipeline.pools import InProcess, Pool, PoolFactory
 from openlm_pipeline.shards.dataset import ShardedDataset
-from openlm_pipeline.shards.export import export_shards
 from openlm_pipeline.shards.format import SampleFormat, write_shard
 from openlm_pipeline.shards.openlm_formats import EOT, PAD, _parse_literal, read_shard
-from openlm_pipeline.tokenization.cluster import InProcess, Pool, PoolFactory
+from openlm_pipeline.shards.shard_export import export_shards
+from openlm_pipeline.storage.files import sha256_file
 
 FORMATS = ("json.gz", "json", "txt")
 SETTINGS: dict[str, Any] = {"seq_len": 3, "vocab_size": 50_432, "eot_id": 0}

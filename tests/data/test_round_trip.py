@@ -12,10 +12,10 @@ from small_dataset import SmallDataset, documents
 
 from openlm_pipeline.corpus.discovery import discover
 from openlm_pipeline.errors import DataError, IdentityError, MissingInputError
+from openlm_pipeline.pools import PoolFactory
 from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.publish import publish
 from openlm_pipeline.shards.round_trip import RoundTrip, round_trip
-from openlm_pipeline.tokenization.cluster import PoolFactory
 
 TEXTS = [*documents(20), *documents(35, 100), *documents(8, 200)]
 UNTOUCHED = sum(unicodedata.normalize("NFC", text) == text for text in TEXTS)  # the tokenizer normalises

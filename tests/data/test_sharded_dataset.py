@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from openlm_pipeline.errors import DataError, MissingInputError
-from openlm_pipeline.files import write_json
 from openlm_pipeline.shards.dataset import ShardedDataset, ShardEntry, read_manifest, write_manifest
 from openlm_pipeline.shards.format import SampleFormat, write_shard
+from openlm_pipeline.storage.files import write_json
 
 FORMAT = SampleFormat(9, "uint16")
 ROWS = np.random.default_rng(0).integers(0, 65_536, (10, 9))

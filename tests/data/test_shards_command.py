@@ -18,11 +18,11 @@ from typer.testing import CliRunner, Result
 from openlm_pipeline.cli.shards import shards_app
 from openlm_pipeline.corpus.reader import RecordReader
 from openlm_pipeline.errors import ConfigError, DataError, IdentityError, MissingInputError
-from openlm_pipeline.files import read_json
+from openlm_pipeline.pools import PoolFactory
 from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.inspect import QUANTILES, check_shards, dataset_stats, sample_spans, tokenizer_of
 from openlm_pipeline.shards.provenance import document_tokens, iterate_documents
-from openlm_pipeline.tokenization.cluster import PoolFactory
+from openlm_pipeline.storage.files import read_json
 
 TEXTS = {"a.jsonl": documents(20), "b.jsonl": documents(35, 100), "c.jsonl": documents(8, 200)}
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from small_dataset import EOT, SEQ_LEN, SmallDataset, documents
 from tokenizers import Tokenizer
 
+from openlm_pipeline.pools import DaskSettings, PoolFactory
 from openlm_pipeline.shards.dataset import ShardedDataset
-from openlm_pipeline.tokenization.cluster import DaskSettings, PoolFactory
 
 Small = Callable[..., SmallDataset]
 

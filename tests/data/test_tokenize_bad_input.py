@@ -7,10 +7,10 @@ import pytest
 import zstandard
 from small_dataset import SmallDataset, as_line, documents, message_of, write_lines
 
-from openlm_pipeline import stages
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError, OpenLMError
+from openlm_pipeline.pipeline import data as data_stages
+from openlm_pipeline.pools import DaskSettings, PoolFactory
 from openlm_pipeline.shards.dataset import ShardedDataset
-from openlm_pipeline.tokenization.cluster import DaskSettings, PoolFactory
 
 Small = Callable[..., SmallDataset]
 
@@ -170,7 +170,7 @@ def test_a_damaged_shard_of_an_unfinished_dataset_is_made_again(three_files: Sma
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        stages.make_shards(three_files.dataset, files, three_files.home, inline, stop_before_the_manifest)
+        data_stages.make_shards(three_files.dataset, files, three_files.home, inline, stop_before_the_manifest)
     shard = three_files.shards / "00000000.tar"
     good = shard.read_bytes()
     shard.write_bytes(b"x" + good[1:])

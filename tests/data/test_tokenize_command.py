@@ -12,9 +12,9 @@ from small_dataset import SmallDataset, documents
 from tiny_pipeline import environment
 
 from openlm_pipeline.cli.main import with_repeated_options
+from openlm_pipeline.pools import PoolFactory
 from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.provenance import iterate_documents
-from openlm_pipeline.tokenization.cluster import PoolFactory
 
 Small = Callable[..., SmallDataset]
 

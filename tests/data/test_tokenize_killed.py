@@ -12,7 +12,7 @@ from small_dataset import SmallDataset, documents, message_of
 from tiny_pipeline import environment
 
 from openlm_pipeline.errors import BusyError
-from openlm_pipeline.tokenization.cluster import PoolFactory
+from openlm_pipeline.pools import PoolFactory
 
 Small = Callable[..., SmallDataset]
 PROGRAM = Path(__file__).with_name("pipeline_program.py")

@@ -8,7 +8,7 @@ from small_dataset import SmallDataset
 from tokenizers import Tokenizer
 
 from openlm_pipeline.corpus.reader import RecordReader
-from openlm_pipeline.tokenization.cluster import PoolFactory
+from openlm_pipeline.pools import PoolFactory
 
 DOCUMENTS = 300
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 from small_dataset import SEQ_LEN, SmallDataset, documents
 
+from openlm_pipeline.pools import PoolFactory
 from openlm_pipeline.shards.dataset import ShardedDataset
-from openlm_pipeline.tokenization.cluster import PoolFactory
 
 Small = Callable[..., SmallDataset]
 

@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from openlm_pipeline.errors import ConfigError, MissingInputError
 from openlm_pipeline.experiments import TokenizerSpec
-from openlm_pipeline.tokenization import engine as engines
-from openlm_pipeline.tokenization.tokenizer import make_tokenizer, read_tokenizer_info
+from openlm_pipeline.tokenizers import engine as engines
+from openlm_pipeline.tokenizers.tokenizer import make_tokenizer, read_tokenizer_info
 
 
 @pytest.fixture

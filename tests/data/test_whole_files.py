@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from openlm_pipeline.errors import BusyError, DataError, MissingInputError
-from openlm_pipeline.files import atomic_writer, folder_lock, read_json, set_aside, sha256_file, write_json
+from openlm_pipeline.storage.files import atomic_writer, folder_lock, read_json, set_aside, sha256_file, write_json
 
 
 @pytest.mark.parametrize("before", [None, b"old"])
@@ -40,7 +40,7 @@ def test_a_process_killed_while_writing_leaves_the_old_file_alone(tmp_path: Path
     path = tmp_path / "file"
     path.write_bytes(b"old")
     code = (
-        "import os, signal, sys; from pathlib import Path; from openlm_pipeline.files import atomic_writer\n"
+        "import os, signal, sys; from pathlib import Path; from openlm_pipeline.storage.files import atomic_writer\n"
         "with atomic_writer(Path(sys.argv[1])) as f:\n"
         "    f.write(b'half'); f.flush(); os.kill(os.getpid(), signal.SIGKILL)"
     )

@@ -23,9 +23,9 @@ import pyarrow.parquet as pq
 import requests
 from tiny_pipeline import REPOSITORY, TinyPipeline, environment
 
-from openlm_pipeline.files import read_json
-from openlm_pipeline.runs.checkpoints import Checkpoint, list_checkpoints, verify
+from openlm_pipeline.checkpoints.folders import Checkpoint, list_checkpoints, verify
 from openlm_pipeline.runs.folder import RunFolder
+from openlm_pipeline.storage.files import read_json
 
 FIRST, LAST = "t0008K", "t0024K"
 NUM_FILES, NUM_TASKS = 8, 8

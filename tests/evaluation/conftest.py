@@ -9,9 +9,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from openlm_pipeline.layout import Home
 from openlm_pipeline.models.config import ModelConfig
 from openlm_pipeline.models.transformer import Transformer
+from openlm_pipeline.storage.home import Home
 
 torch.set_num_threads(1)  # matrices of this size only lose by more
 TEXT = "the cat sat on a mat and then it ran to see what the dog did with its red ball in our big old house"

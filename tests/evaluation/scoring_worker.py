@@ -15,9 +15,9 @@ from openlm_pipeline.errors import OpenLMError
 from openlm_pipeline.evaluation.model import native_model
 from openlm_pipeline.evaluation.scorer import score_suite
 from openlm_pipeline.evaluation.suite import load_suite
-from openlm_pipeline.layout import Home
 from openlm_pipeline.models.config import ModelConfig
 from openlm_pipeline.models.transformer import Transformer
+from openlm_pipeline.storage.home import Home
 
 CONTEXT = {"run": "demo", "run_version": "v1", "milestone": "t0250K", "step": 31, "tokens": 250_000}
 

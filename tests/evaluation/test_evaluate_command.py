@@ -21,7 +21,7 @@ def exported(finished, tmp_path_factory):
     pipeline = finished.copy(root)
     newest = sorted((pipeline.run_folder / "checkpoints").glob("step-*"))[-1]
     tokenizer = pipeline.home / "tokenizers" / "tiny_bpe"
-    from openlm_pipeline.models.export import export_huggingface, export_openlm
+    from openlm_pipeline.checkpoints.model_export import export_huggingface, export_openlm
 
     export_openlm(newest, root / "logs")
     export_huggingface(newest, root / "hf", tokenizer)

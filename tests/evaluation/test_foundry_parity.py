@@ -14,16 +14,16 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from openlm_pipeline.checkpoints.model_export import export_huggingface
 from openlm_pipeline.evaluation.foundry.backend import has_only_our_code, score_suite_with_foundry
 from openlm_pipeline.evaluation.foundry.environment import FoundryError
 from openlm_pipeline.evaluation.huggingface import huggingface_model
 from openlm_pipeline.evaluation.model import ScoringModel, native_model
 from openlm_pipeline.evaluation.scorer import score_suite
 from openlm_pipeline.evaluation.suite import Suite
-from openlm_pipeline.layout import Home
 from openlm_pipeline.models.config import ModelConfig
-from openlm_pipeline.models.export import export_huggingface
 from openlm_pipeline.models.transformer import Transformer
+from openlm_pipeline.storage.home import Home
 
 EOT = "<|endoftext|>"
 TEXT = "the cat sat on a mat and then it ran to see what dog did with its red ball in our big old house"

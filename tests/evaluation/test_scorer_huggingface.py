@@ -5,12 +5,12 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from openlm_pipeline.checkpoints.model_export import export_huggingface  # noqa: E402
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError  # noqa: E402
 from openlm_pipeline.evaluation.huggingface import huggingface_model  # noqa: E402
 from openlm_pipeline.evaluation.model import native_model  # noqa: E402
 from openlm_pipeline.evaluation.scorer import generate_texts, score_questions  # noqa: E402
 from openlm_pipeline.evaluation.tasks import GenerationRequest, Request  # noqa: E402
-from openlm_pipeline.models.export import export_huggingface  # noqa: E402
 
 VOCAB = 320
 SMALL = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -7,7 +7,7 @@ import pytest
 from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.evaluation.suite import load_suite
 from openlm_pipeline.evaluation.suite_files import SHIPPED
-from openlm_pipeline.yaml_files import read_mapping
+from openlm_pipeline.strict import read_mapping
 
 TASKS = """
 icl_tasks:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_pipeline import environment
 
-from openlm_pipeline.lineage.fingerprint import differences, fingerprint, short
+from openlm_pipeline.fingerprint import differences, fingerprint, short
 
 leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 values = st.recursive(leaves, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4))
@@ -58,7 +58,7 @@ def test_a_change_of_type_alone_is_a_difference(old: Any, new: Any) -> None:
 def test_another_process_gives_the_same() -> None:
     tree = {"lr": 3e-4, "betas": [0.9, 0.95], "name": "größe", "none": None}
     code = (
-        "import json, sys; from openlm_pipeline.lineage.fingerprint import fingerprint;"
+        "import json, sys; from openlm_pipeline.fingerprint import fingerprint;"
         "print(fingerprint(json.loads(sys.argv[1])))"
     )
     digests = {

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from openlm_pipeline.experiments import Experiment
-from openlm_pipeline.lineage.fingerprint import differences, fingerprint
-from openlm_pipeline.lineage.run_identity import run_identity
+from openlm_pipeline.fingerprint import differences, fingerprint
+from openlm_pipeline.runs.identity import run_identity
 
 VERSIONS = {"text": "1" * 64, "other": "2" * 64, "held_out": "3" * 64}
 USUAL: dict[str, Any] = {

@@ -11,8 +11,9 @@ from small_run import SmallRun
 from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
+from openlm_pipeline.checkpoints import export_huggingface, export_openlm, find_model_config, load_checkpoint
 from openlm_pipeline.errors import ConfigError, MissingInputError
-from openlm_pipeline.models import create_model, export_huggingface, export_openlm, find_model_config, load_checkpoint
+from openlm_pipeline.models import create_model
 from openlm_pipeline.models.config import ModelConfig
 
 TINY = ModelConfig(hidden_dim=48, n_layers=2, n_heads=3, seq_len=32, vocab_size=61)
@@ -88,7 +89,7 @@ def tokenizer_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_transformers_gives_the_same_logits_and_generates(tmp_path: Path, tokenizer_json: Path, variant: dict):
     transformers = pytest.importorskip("transformers")
-    from openlm_pipeline.models.huggingface import register
+    from openlm_pipeline.checkpoints.hf import register
 
     register()
     model = create_model(TINY, **variant).eval()
@@ -139,7 +140,7 @@ def test_the_folder_works_without_this_package(tmp_path: Path):
 
 def test_dclms_config_loads_with_the_registered_classes():
     transformers = pytest.importorskip("transformers")
-    from openlm_pipeline.models.huggingface import register
+    from openlm_pipeline.checkpoints.hf import register
 
     register()
     old = {"dim": 48, "n_layers": 2, "n_heads": 3, "vocab_size": 61, "norm_type": "gain_only_lp_layer_norm"}

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from openlm_pipeline.checkpoints import find_model_config, load_checkpoint, weight_files
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
-from openlm_pipeline.models import Transformer, create_model, find_model_config, load_checkpoint, weight_files
+from openlm_pipeline.models import Transformer, create_model
 from openlm_pipeline.models.config import ModelConfig
 
 TINY = ModelConfig(hidden_dim=20, n_layers=2, n_heads=3, vocab_size=50)

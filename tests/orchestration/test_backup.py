@@ -13,7 +13,7 @@ import pytest
 from postgres_server import PostgresServer
 from tiny_pipeline import LABELS, REPOSITORY, FinishedPipeline, TinyPipeline, environment
 
-from openlm_pipeline.files import read_json
+from openlm_pipeline.storage.files import read_json
 
 pytestmark = pytest.mark.drill
 MADE = ("tokenizers", "tokenized", "shards", "runs/tiny/v1/checkpoints", "scorecards")

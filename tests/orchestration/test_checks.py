@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_pipeline import LABELS, TinyPipeline
 
-from openlm_pipeline import stages
-from openlm_pipeline.files import sha256_file
+from openlm_pipeline.pipeline import training as training_stage
 from openlm_pipeline.runs.launch import MilestoneReached, MilestoneReused
 from openlm_pipeline.shards.dataset import ShardedDataset
+from openlm_pipeline.storage.files import sha256_file
 
 FIRST, LAST = LABELS
 SHARDS = ("shards", "tiny_text", "v1")
@@ -147,7 +147,7 @@ def test_a_loss_that_is_not_finite_is_not_scored(pipeline):
 
 
 def test_a_checkpoint_damaged_on_its_way_to_the_disk_is_not_scored(pipeline, monkeypatch):
-    train: Callable[..., Iterator[object]] = stages.train
+    train: Callable[..., Iterator[object]] = training_stage.train
 
     def bad_disk(*args: object, **kwargs: object) -> Iterator[object]:
         for event in train(*args, **kwargs):
@@ -155,7 +155,7 @@ def test_a_checkpoint_damaged_on_its_way_to_the_disk_is_not_scored(pipeline, mon
                 _flip(max((p for p in event.checkpoint.path.rglob("*.distcp")), key=lambda p: p.stat().st_size))
             yield event
 
-    monkeypatch.setattr(stages, "train", bad_disk)
+    monkeypatch.setattr(training_stage, "train", bad_disk)
     (pipeline.run_folder / "checkpoints" / _checkpoint_name(pipeline, LAST) / "COMPLETE").unlink()
     result = pipeline.execute("tiny")
     assert not result.success

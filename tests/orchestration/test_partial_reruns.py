@@ -8,7 +8,7 @@ from tiny_pipeline import LABELS, TinyPipeline
 from typer.testing import CliRunner
 
 from openlm_pipeline.cli.main import app
-from openlm_pipeline.files import read_json
+from openlm_pipeline.storage.files import read_json
 
 FIRST, LAST = LABELS
 MORE = "t0050K"

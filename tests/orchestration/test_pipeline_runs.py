@@ -13,8 +13,8 @@ from tiny_pipeline import LABELS, TinyPipeline
 
 from assets.common import run_links
 from openlm_pipeline.experiments import load_experiment
-from openlm_pipeline.files import read_json
-from train.reporting import WANDB_URL
+from openlm_pipeline.runs.folder import WANDB_URL
+from openlm_pipeline.storage.files import read_json
 
 FIRST, LAST = LABELS
 TRAIN_STEP = "train_tiny"

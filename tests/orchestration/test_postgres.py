@@ -10,7 +10,7 @@ import pytest
 from postgres_server import PostgresServer
 from tiny_pipeline import LABELS, REPOSITORY, FinishedPipeline, TinyPipeline, environment
 
-from openlm_pipeline.runs.checkpoints import COMPLETE
+from openlm_pipeline.checkpoints.folders import COMPLETE
 
 pytest.importorskip("dagster_postgres")
 CONFIG = REPOSITORY / "deploy" / "dagster-postgres.yaml"

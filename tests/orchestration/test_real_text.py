@@ -10,8 +10,8 @@ import dagster as dg
 import pytest
 from tiny_pipeline import REPOSITORY, environment
 
-from openlm_pipeline.files import read_json
 from openlm_pipeline.runs.folder import RunFolder
+from openlm_pipeline.storage.files import read_json
 
 pytestmark = pytest.mark.drill
 

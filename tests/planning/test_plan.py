@@ -7,8 +7,8 @@ from typer.testing import CliRunner
 
 from openlm_pipeline.cli.main import app
 from openlm_pipeline.experiments import load_experiment
-from openlm_pipeline.layout import Home
-from openlm_pipeline.planning import RecipePlan, plan
+from openlm_pipeline.pipeline.plan import RecipePlan, plan
+from openlm_pipeline.storage.home import Home
 
 FIRST, LAST = "t0010K", "t0040K"
 

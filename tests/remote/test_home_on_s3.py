@@ -12,14 +12,18 @@ from faulty_s3 import Bucket
 from small_run import SmallRun
 from tiny_pipeline import LABELS, RECIPE, REPOSITORY, SUITE, FinishedPipeline
 
-from openlm_pipeline import reporting, scoring, stages
 from openlm_pipeline.errors import ConfigError, DataError
 from openlm_pipeline.experiments import Experiment, load_experiment
-from openlm_pipeline.files import read_json
-from openlm_pipeline.home_sync import MARK
-from openlm_pipeline.layout import Home
+from openlm_pipeline.pipeline import data as data_stages
+from openlm_pipeline.pipeline import evaluation as scoring
+from openlm_pipeline.pipeline import reports as reporting
+from openlm_pipeline.pipeline import training as training_stage
+from openlm_pipeline.pools import DaskSettings
 from openlm_pipeline.runs.folder import RunFolder
-from openlm_pipeline.tokenization.cluster import DaskSettings
+from openlm_pipeline.runs.upload import push_run
+from openlm_pipeline.storage.files import read_json
+from openlm_pipeline.storage.home import Home
+from openlm_pipeline.storage.sync import MARK
 
 
 def machine(bucket: Bucket, cache: Path) -> Home:
@@ -119,8 +123,8 @@ def test_what_was_changed_here_is_not_overwritten(bucket: Bucket, tmp_path: Path
 KILLED = """
 import os, sys, threading
 from pathlib import Path
-from openlm_pipeline import remote
-from openlm_pipeline.layout import Home
+from openlm_pipeline.storage import remote
+from openlm_pipeline.storage.home import Home
 
 whole, lock, left = remote.upload, threading.Lock(), [int(sys.argv[2])]
 
@@ -223,12 +227,12 @@ def _whole_pipeline(experiment: Experiment, home: Home) -> dict[str, Any]:
     lines: list[str] = []
     pools = DaskSettings(workers=1).pool
     made: dict[str, Any] = {}
-    made["tokenizer"] = not stages.ensure_tokenizer(experiment, home, lines.append).reused
+    made["tokenizer"] = not data_stages.ensure_tokenizer(experiment, home, lines.append).reused
     for dataset in experiment.datasets():
-        streams, made["tokenized"] = stages.tokenize(dataset, home, pools, lines.append)
-        made["shards"] = not stages.make_shards(dataset, streams, home, pools, lines.append).reused
-    events = list(stages.train(experiment, home, experiment.milestones[-1], lines.append))
-    made["milestones"] = [e.label for e in events if not isinstance(e, stages.MilestoneReused)]
+        streams, made["tokenized"] = data_stages.tokenize(dataset, home, pools, lines.append)
+        made["shards"] = not data_stages.make_shards(dataset, streams, home, pools, lines.append).reused
+    events = list(training_stage.train(experiment, home, experiment.milestones[-1], lines.append))
+    made["milestones"] = [e.label for e in events if not isinstance(e, data_stages.MilestoneReused)]
     for label in LABELS:
         made[label] = scoring.score(experiment, home, label, lines.append).facts["scored_tasks"]
     reporting.make_report(experiment, home, lines.append)
@@ -263,12 +267,12 @@ def test_of_a_run_its_records_and_milestones_go_and_another_run_there_is_set_asi
     small.home = Home(a.root)
     shutil.copytree(tmp_path / "home", a.root)
     small.train("execution.checkpoint_every=512")
-    a.push(small.run.path)
+    push_run(a, small.run)
     b.pull(b.run("small", "v1"))
     assert {p.name for p in (b.run("small", "v1") / "checkpoints").iterdir()} == {"step-00000003", "step-00000008"}
     there = {n: bucket.read(n) for n in bucket.names()}
     small.train("training.lr=2e-2", supersede=True)
-    a.push(small.run.path)
+    push_run(a, small.run)
     now = {n: bucket.read(n) for n in bucket.names()}
     assert {n.replace("/v1/", "/v1.superseded-1/"): data for n, data in there.items()}.items() <= now.items()
     c = machine(bucket, tmp_path / "c")

@@ -7,10 +7,10 @@ import pytest
 from faulty_s3 import FLIP_SENT, Bucket
 
 from openlm_pipeline.errors import DataError, IdentityError, MissingInputError
-from openlm_pipeline.files import write_json
 from openlm_pipeline.shards.dataset import ShardedDataset, ShardEntry, write_manifest
 from openlm_pipeline.shards.format import SampleFormat, write_shard
 from openlm_pipeline.shards.publish import publish
+from openlm_pipeline.storage.files import write_json
 
 FORMAT = SampleFormat(9, "uint16")
 

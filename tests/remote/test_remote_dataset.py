@@ -12,9 +12,9 @@ import pytest
 from faulty_s3 import CUT, FLIP, Bucket
 
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
-from openlm_pipeline.files import write_json
 from openlm_pipeline.shards.dataset import ShardedDataset, ShardEntry, write_manifest
 from openlm_pipeline.shards.format import SampleFormat, write_shard
+from openlm_pipeline.storage.files import write_json
 
 FORMAT = SampleFormat(9, "uint16")
 ROWS = np.random.default_rng(0).integers(0, 65_536, (40, 9))

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from faulty_s3 import CUT, DROP, FLIP, FLIP_SENT, SHORT, STALL, Bucket
 
-from openlm_pipeline import remote
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
+from openlm_pipeline.storage import remote
 
 DATA = np.random.default_rng(0).bytes(300_000)
 SHA256 = hashlib.sha256(DATA).hexdigest()

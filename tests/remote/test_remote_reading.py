@@ -10,10 +10,10 @@ import pytest
 import zstandard
 from faulty_s3 import CUT, FLIP, SHORT, STALL, Bucket
 
-from openlm_pipeline import remote
 from openlm_pipeline.corpus.blocks import BLOCK_BYTES
 from openlm_pipeline.corpus.reader import Part, RecordReader
 from openlm_pipeline.errors import DataError, MissingInputError
+from openlm_pipeline.storage import remote
 
 TEXTS = [f"{n}: " + "text " * (n % 50) for n in range(3000)]
 LINES = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in TEXTS)

@@ -3,7 +3,7 @@
 import pytest
 
 from openlm_pipeline.errors import ConfigError, MissingInputError
-from openlm_pipeline.reports.blocks import block_names, check_blocks, update_blocks
+from openlm_pipeline.reports.markdown_blocks import block_names, check_blocks, update_blocks
 
 TEXT = "# Title\n\n<!-- openlm:begin scores -->\nold\n<!-- openlm:end scores -->\n\nEnd, with ümlaut.\n"
 

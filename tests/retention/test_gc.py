@@ -11,14 +11,14 @@ import pytest
 from small_run import REPOSITORY, SmallRun, write_dataset
 from tiny_pipeline import LABELS, FinishedPipeline, TinyPipeline, environment
 
-from openlm_pipeline import stages
+from openlm_pipeline.checkpoints.folders import COMPLETE, unfinished
 from openlm_pipeline.errors import BusyError
 from openlm_pipeline.experiments import load_experiment
-from openlm_pipeline.files import folder_lock, set_aside
-from openlm_pipeline.layout import Home
-from openlm_pipeline.retention import GcPlan, Retention, apply, plan_gc
-from openlm_pipeline.runs.checkpoints import COMPLETE, unfinished
-from openlm_pipeline.tokenization.cluster import DaskSettings
+from openlm_pipeline.pipeline import data as data_stages
+from openlm_pipeline.pipeline.retention import GcPlan, Retention, apply, plan_gc
+from openlm_pipeline.pools import DaskSettings
+from openlm_pipeline.storage.files import folder_lock, set_aside
+from openlm_pipeline.storage.home import Home
 
 EVERYTHING = Retention(superseded_days=0, unfinished_hours=0)
 ROTATING = ("execution.checkpoint_every=512", "execution.keep_checkpoints=9")
@@ -215,8 +215,8 @@ def test_symbolic_links_are_neither_followed_nor_removed(small: SmallRun, tmp_pa
 KILLED = """
 import os, shutil, sys
 from pathlib import Path
-from openlm_pipeline.layout import Home
-from openlm_pipeline.retention import apply, plan_gc
+from openlm_pipeline.storage.home import Home
+from openlm_pipeline.pipeline.retention import apply, plan_gc
 
 def kill_inside_a_folder(path):
     os.unlink(sorted(p for p in Path(path).iterdir() if p.is_file())[0])
@@ -262,9 +262,9 @@ def test_token_streams_go_when_told_and_are_made_again_the_same(pipeline: TinyPi
             patch.setenv(name, value)
         (dataset,) = load_experiment("tiny").datasets()
         pools = DaskSettings(workers=1).pool
-        made, done = stages.tokenize(dataset, home, pools, lambda _: None)
+        made, done = data_stages.tokenize(dataset, home, pools, lambda _: None)
         assert done == ["a.jsonl", "b.jsonl"]
-        assert stages.make_shards(dataset, made, home, pools, lambda _: None).reused
+        assert data_stages.make_shards(dataset, made, home, pools, lambda _: None).reused
     assert pipeline.snapshot("shards") == shards
 
 

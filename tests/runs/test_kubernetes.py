@@ -11,8 +11,8 @@ import yaml
 from kubernetes_server import KubernetesServer
 from small_run import BATCH, SmallRun
 
-from openlm_pipeline import stages
 from openlm_pipeline.errors import ClusterError, ConfigError, MissingInputError, TrainingError
+from openlm_pipeline.pipeline import training as training_stage
 from openlm_pipeline.runs.launch import MilestoneReached, Progress, find_job
 from openlm_pipeline.runs.launchers.kubernetes import manifest
 
@@ -88,7 +88,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kuberne
 
 def watch(small: SmallRun, reports: list[str], *overrides: str):
     experiment = small.experiment(*ONE_NODE, *overrides)
-    return stages.train(experiment, small.home, experiment.milestones[-1], reports.append)
+    return training_stage.train(experiment, small.home, experiment.milestones[-1], reports.append)
 
 
 @pytest.mark.drill
@@ -134,7 +134,7 @@ def test_why_pods_wait_is_told_and_waiting_ones_are_deleted(tmp_path: Path, clus
 
     experiment = small.experiment(*ONE_NODE)
     with pytest.raises(KeyboardInterrupt):
-        list(stages.train(experiment, small.home, 512, report))
+        list(training_stage.train(experiment, small.home, 512, report))
     assert told[-1].endswith("pending: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu.")
     assert cluster.objects == {}
 

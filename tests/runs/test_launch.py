@@ -8,16 +8,16 @@ import psutil
 import pytest
 from small_run import SmallRun
 
-from openlm_pipeline import stages
 from openlm_pipeline.errors import BusyError, ConfigError, TrainingError
+from openlm_pipeline.pipeline import training as training_stage
 from openlm_pipeline.runs.launch import Event, MilestoneReached, MilestoneReused, Progress, milestone_checkpoints
 
 
 def train(small: SmallRun, *overrides: str) -> tuple[list[Event], list[str]]:
-    """The events and reports of `stages.train` to the last milestone."""
+    """The events and reports of `training_stage.train` to the last milestone."""
     experiment = small.experiment(*overrides)
     reports: list[str] = []
-    return list(stages.train(experiment, small.home, experiment.milestones[-1], reports.append)), reports
+    return list(training_stage.train(experiment, small.home, experiment.milestones[-1], reports.append)), reports
 
 
 def milestones(events: list[Event]) -> list[tuple[type, str]]:
@@ -37,7 +37,7 @@ def test_only_a_damaged_milestone_is_made_again(tmp_path: Path):
     made = milestone_checkpoints(small.experiment(), small.run)
     assert {label: c.digest for label, c in made.items()}.keys() == digests.keys()
     assert made["t0512"].digest == digests["t0512"]
-    assert all(stages.is_intact(c) for c in made.values())
+    assert all(training_stage.is_intact(c) for c in made.values())
 
     events, _ = train(small)
     assert milestones(events) == [(MilestoneReused, "t0512"), (MilestoneReused, "t1024")]
@@ -56,7 +56,7 @@ def test_the_folder_of_a_run_that_is_being_trained_is_left_alone(tmp_path: Path)
     before = sorted(small.run.path.rglob("*"))
     experiment = small.experiment("seed=1")
     with small.run.lock(), pytest.raises(BusyError, match="already training"):
-        list(stages.train(experiment, small.home, 512, lambda _: None, supersede=True))
+        list(training_stage.train(experiment, small.home, 512, lambda _: None, supersede=True))
     assert sorted(small.run.path.rglob("*")) == before
 
 
@@ -64,7 +64,7 @@ def test_a_cancelled_trainer_saves(tmp_path: Path):
     small = SmallRun(tmp_path, (2, 100_000))
     experiment = small.experiment()
     others = set(psutil.Process().children(recursive=True))
-    events = stages.train(experiment, small.home, experiment.milestones[-1], lambda _: None)
+    events = training_stage.train(experiment, small.home, experiment.milestones[-1], lambda _: None)
     next(events)
     events.close()
     assert not set(psutil.Process().children(recursive=True)) - others
@@ -78,7 +78,7 @@ def test_a_cancelled_trainer_that_cannot_save_is_gone_within_five_seconds(tmp_pa
     small = SmallRun(tmp_path, (2, 100_000))
     experiment = small.experiment("launcher.grace_seconds=1")
     others = set(psutil.Process().children(recursive=True))
-    events = stages.train(experiment, small.home, experiment.milestones[-1], lambda _: None)
+    events = training_stage.train(experiment, small.home, experiment.milestones[-1], lambda _: None)
     next(events)
     processes = set(psutil.Process().children(recursive=True)) - others
     (worker,) = [p for p in processes if "LOCAL_RANK" in p.environ()]

@@ -9,20 +9,20 @@ import pytest
 from slurm_cluster import SlurmCluster, command, job_field, job_ids
 from small_run import BATCH, REPOSITORY, SmallRun, wait_until
 
-from openlm_pipeline import stages
+from openlm_pipeline.checkpoints.folders import list_checkpoints, verify
 from openlm_pipeline.errors import BusyError, ClusterError, MissingInputError, TrainingError
-from openlm_pipeline.files import read_json
-from openlm_pipeline.runs.checkpoints import list_checkpoints, verify
+from openlm_pipeline.pipeline import training as training_stage
 from openlm_pipeline.runs.launch import Event, MilestoneReached, Progress
+from openlm_pipeline.storage.files import read_json
 
 pytestmark = [pytest.mark.usefixtures("slurm_cluster"), pytest.mark.drill]
 WATCHER = """
 import sys
-from openlm_pipeline import stages
+from openlm_pipeline.pipeline import training as training_stage
 from openlm_pipeline.experiments import load_experiment
-from openlm_pipeline.layout import Home
+from openlm_pipeline.storage.home import Home
 experiment = load_experiment(sys.argv[1], sys.argv[2:])
-for event in stages.train(experiment, Home.from_env(), experiment.milestones[-1], print):
+for event in training_stage.train(experiment, Home.from_env(), experiment.milestones[-1], print):
     pass
 """
 SLURM = ("launcher.kind=slurm", "launcher.grace_seconds=60", f"execution.checkpoint_every={200 * BATCH}")
@@ -36,7 +36,7 @@ def _search_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def watch(small: SmallRun, reports: list[str], *overrides: str):
     experiment = small.experiment(*SLURM, *overrides)
-    return stages.train(experiment, small.home, experiment.milestones[-1], reports.append)
+    return training_stage.train(experiment, small.home, experiment.milestones[-1], reports.append)
 
 
 def steps(events: list[Event]) -> list[int]:

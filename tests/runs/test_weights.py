@@ -13,9 +13,9 @@ import torch
 from small_run import SmallRun
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
+from openlm_pipeline.checkpoints.folders import Checkpoint, read_checkpoint
+from openlm_pipeline.checkpoints.reading import load_model
 from openlm_pipeline.errors import DataError
-from openlm_pipeline.runs.checkpoints import Checkpoint, read_checkpoint
-from openlm_pipeline.runs.weights import load_model
 
 
 class Reaches:

@@ -13,7 +13,7 @@ from typing import Any
 import torch._dynamo  # noqa: F401 - only to have it before forking
 
 from openlm_pipeline.experiments import load_experiment
-from openlm_pipeline.layout import Home
+from openlm_pipeline.storage.home import Home
 from train.distributed import leave_process_group
 from train.loop import run_training
 

@@ -11,10 +11,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.experiments import Experiment, load_experiment
-from openlm_pipeline.layout import Home
 from openlm_pipeline.models import create_model
 from openlm_pipeline.runs.dry_run import describe
-from openlm_pipeline.runs.memory import TOLERANCE, estimate_memory
+from openlm_pipeline.runs.estimates import TOLERANCE, estimate_memory
+from openlm_pipeline.storage.home import Home
 from train.distributed import leave_process_group, start
 from train.optimizers import make_optimizer
 from train.parallel import build_model

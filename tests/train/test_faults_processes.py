@@ -11,7 +11,7 @@ import psutil
 import pytest
 from small_run import BATCH, REPOSITORY, SmallRun, wait_until
 
-from openlm_pipeline.runs.checkpoints import list_checkpoints, verify
+from openlm_pipeline.checkpoints.folders import list_checkpoints, verify
 from train.watchdog import EXIT_CODE
 
 STEPS = (10, 150)

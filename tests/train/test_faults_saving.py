@@ -13,9 +13,9 @@ import pytest
 import torch
 from small_run import REPOSITORY, SmallRun
 
+from openlm_pipeline.checkpoints.folders import list_checkpoints, read_checkpoint, verify
+from openlm_pipeline.checkpoints.reading import load_model
 from openlm_pipeline.errors import TrainingError
-from openlm_pipeline.runs.checkpoints import list_checkpoints, read_checkpoint, verify
-from openlm_pipeline.runs.weights import load_model
 
 FIRST_ONLY = "milestones=[512]"
 MAX_CHANGES = 40

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from openlm_pipeline.models import find_config
-from openlm_pipeline.runs.flops import DEVICES, find_device, flops_per_token, matmul_parameters, peak_flops
+from openlm_pipeline.runs.estimates import DEVICES, find_device, flops_per_token, matmul_parameters, peak_flops
 
 GIGAFLOPS_PER_TOKEN = {  # at 2048 tokens a sample
     "open_lm_160m": "0.97",

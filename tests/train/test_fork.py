@@ -6,12 +6,12 @@ import pytest
 import torch
 from small_run import BATCH, SmallRun, train_here
 
+from openlm_pipeline.checkpoints.folders import Checkpoint, read_checkpoint
+from openlm_pipeline.checkpoints.reading import load_model
 from openlm_pipeline.errors import ConfigError, DataError, IdentityError, MissingInputError
 from openlm_pipeline.experiments import load_experiment
-from openlm_pipeline.files import read_json
-from openlm_pipeline.runs.checkpoints import Checkpoint, read_checkpoint
 from openlm_pipeline.runs.folder import RunFolder
-from openlm_pipeline.runs.weights import load_model
+from openlm_pipeline.storage.files import read_json
 
 TO_8 = f"milestones=[{8 * BATCH}]"
 

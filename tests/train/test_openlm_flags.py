@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from openlm_pipeline.errors import ConfigError
-from openlm_pipeline.layout import Home
-from train.openlm_flag_table import FLAGS
-from train.openlm_flags import OpenLMRun, translate
-from train.openlm_parser import parse
+from openlm_pipeline.storage.home import Home
+from train.openlm.flag_table import FLAGS
+from train.openlm.flags import OpenLMRun, translate
+from train.openlm.parser import parse
 
 ALL_FLAGS = """
 train-data train-data-mix-weights train-data-upsampling-factors val-data val-data-key val-num-samples data-key

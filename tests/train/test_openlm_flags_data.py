@@ -10,11 +10,11 @@ import pytest
 
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
 from openlm_pipeline.experiments import Experiment
-from openlm_pipeline.layout import Home
 from openlm_pipeline.shards.opening import open_dataset
 from openlm_pipeline.shards.openlm_formats import write_openlm_shard
-from train.openlm_flags import translate
-from train.openlm_parser import parse
+from openlm_pipeline.storage.home import Home
+from train.openlm.flags import translate
+from train.openlm.parser import parse
 
 SEQ_LEN = 16
 SIZES = (3, 5, 2)

@@ -10,11 +10,11 @@ import pytest
 import torch
 from small_run import REPOSITORY, write_dataset
 
+from openlm_pipeline.checkpoints.folders import list_checkpoints, read_checkpoint
+from openlm_pipeline.checkpoints.reading import load_model
 from openlm_pipeline.errors import ConfigError, IdentityError
-from openlm_pipeline.layout import Home
-from openlm_pipeline.runs.checkpoints import list_checkpoints, read_checkpoint
 from openlm_pipeline.runs.folder import RunFolder
-from openlm_pipeline.runs.weights import load_model
+from openlm_pipeline.storage.home import Home
 
 TORCHRUN = Path(sys.executable).with_name("torchrun")
 README = """
@@ -60,7 +60,7 @@ class Flags:
         info = root / "site" / "openlm_line-0.dist-info"
         info.mkdir(parents=True)
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: openlm-line\nVersion: 0\n")
-        hook = "openlm = openlm_pipeline.torchrun_line:protect_script_flags"
+        hook = "openlm = train.torchrun_line:protect_script_flags"
         (info / "entry_points.txt").write_text(f"[torch.backends]\n{hook}\n")
 
     def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess:

@@ -4,10 +4,10 @@ import pytest
 import torch
 from small_run import SmallRun
 
+from openlm_pipeline.checkpoints.folders import list_checkpoints
+from openlm_pipeline.checkpoints.reading import load_model
 from openlm_pipeline.experiments.spec import Training
 from openlm_pipeline.models import ModelConfig, create_model
-from openlm_pipeline.runs.checkpoints import list_checkpoints
-from openlm_pipeline.runs.weights import load_model
 from train.optimizers import make_optimizer
 
 CONFIG = ModelConfig(hidden_dim=32, n_layers=2, n_heads=2, vocab_size=64, qk_norm=True)

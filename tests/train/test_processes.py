@@ -12,9 +12,9 @@ import pytest
 import torch
 from small_run import BATCH, SmallRun, wait_until
 
+from openlm_pipeline.checkpoints.folders import list_checkpoints
+from openlm_pipeline.checkpoints.reading import load_model
 from openlm_pipeline.errors import BusyError
-from openlm_pipeline.runs.checkpoints import list_checkpoints
-from openlm_pipeline.runs.weights import load_model
 
 STEPS = (20, 160)
 SAVE_EVERY = 40

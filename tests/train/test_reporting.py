@@ -12,7 +12,7 @@ import torch
 from small_run import BATCH, SmallRun
 
 from openlm_pipeline.errors import ConfigError, TrainingError
-from openlm_pipeline.runs.flops import flops_per_token, peak_flops
+from openlm_pipeline.runs.estimates import flops_per_token, peak_flops
 from train.reporting import WandbWriter, scalars
 
 wandb = pytest.importorskip("wandb")

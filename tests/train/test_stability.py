@@ -10,10 +10,10 @@ import pytest
 import torch
 from small_run import REPOSITORY, SmallRun
 
+from openlm_pipeline.checkpoints.folders import read_checkpoint
+from openlm_pipeline.checkpoints.reading import load_model
 from openlm_pipeline.errors import TrainingError
 from openlm_pipeline.experiments.spec import Training
-from openlm_pipeline.runs.checkpoints import read_checkpoint
-from openlm_pipeline.runs.weights import load_model
 from train.distributed import World, leave_process_group, start
 from train.stability import Stability
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from small_run import SmallRun, write_dataset
 
+from openlm_pipeline.checkpoints.folders import COMPLETE, list_checkpoints, read_checkpoint
+from openlm_pipeline.checkpoints.reading import load_model
 from openlm_pipeline.errors import BusyError, ConfigError, IdentityError, MissingInputError, TrainingError
-from openlm_pipeline.runs.checkpoints import COMPLETE, list_checkpoints, read_checkpoint
-from openlm_pipeline.runs.weights import load_model
 
 
 def checkpoint_folder(small: SmallRun, step: int) -> Path:

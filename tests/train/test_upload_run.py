@@ -8,12 +8,12 @@ import pytest
 import torch
 from small_run import SmallRun
 
+from openlm_pipeline.checkpoints.folders import COMPLETE, list_checkpoints, read_checkpoint, verify
+from openlm_pipeline.checkpoints.reading import load_model
 from openlm_pipeline.errors import ConfigError, IdentityError
-from openlm_pipeline.files import sha256_file
-from openlm_pipeline.runs.checkpoints import COMPLETE, list_checkpoints, read_checkpoint, verify
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.upload import Uploads
-from openlm_pipeline.runs.weights import load_model
+from openlm_pipeline.storage.files import sha256_file
 
 ROTATING = ("execution.checkpoint_every=512", "execution.keep_checkpoints=1")
 

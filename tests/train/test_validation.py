@@ -7,8 +7,8 @@ import pytest
 import torch
 from small_run import SmallRun
 
-from openlm_pipeline.runs.checkpoints import list_checkpoints
-from openlm_pipeline.runs.weights import load_model
+from openlm_pipeline.checkpoints.folders import list_checkpoints
+from openlm_pipeline.checkpoints.reading import load_model
 from openlm_pipeline.shards.dataset import ShardedDataset
 from train.validation import bootstrap_interval
 

@@ -35,14 +35,14 @@ from openlm_pipeline.evaluation.results import (
 from openlm_pipeline.evaluation.suite import Suite
 from openlm_pipeline.evaluation.task_files import located
 from openlm_pipeline.evaluation.tasks import Item
-from openlm_pipeline.files import sha256_file
-from openlm_pipeline.layout import Home
-from openlm_pipeline.remote import open_remote
 from openlm_pipeline.result import Report
+from openlm_pipeline.storage.files import sha256_file
+from openlm_pipeline.storage.home import Home
+from openlm_pipeline.storage.remote import open_remote
 
 _BATCH_ROWS = 8
 _PROGRESS_SECONDS = 5.0
-_MODEL_CODE = Path(__file__).parents[2] / "models" / "hf"
+_MODEL_CODE = Path(__file__).parents[2] / "checkpoints" / "hf"
 _COPIED = (
     *("label", "icl_task_type", "continuation_delimiter", "example_delimiter", "prompt_string"),
     *("question_prelimiter", "has_categories", "fewshot_random_seed", "strip_dataset"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from openlm_pipeline.errors import ConfigError, MissingInputError, OpenLMError
-from openlm_pipeline.files import write_json
+from openlm_pipeline.storage.files import write_json
 
 VARIABLE = "OPENLM_FOUNDRY_PYTHON"
 _DEFAULT = Path(".foundry/bin/python")

@@ -9,9 +9,9 @@ from contextlib import suppress
 import psutil
 
 from openlm_pipeline.experiments import Experiment
-from openlm_pipeline.layout import Home
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.launchers.job import TRAINER_DEFAULTS, log_end, torchrun_command
+from openlm_pipeline.storage.home import Home
 
 _LOG = "train.log"
 

@@ -22,11 +22,11 @@ from pathlib import Path
 
 from openlm_pipeline.errors import ClusterError, ConfigError, MissingInputError
 from openlm_pipeline.experiments import Experiment
-from openlm_pipeline.files import write_json, write_text
-from openlm_pipeline.layout import Home
 from openlm_pipeline.result import Report
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.launchers.job import TRAINER_DEFAULTS, log_end, torchrun_command
+from openlm_pipeline.storage.files import write_json, write_text
+from openlm_pipeline.storage.home import Home
 
 _QUERY_SECONDS = 5.0
 _POLL_SECONDS = 0.5

@@ -1,0 +1,205 @@
+"""Checkpoints of a run: folders `step-XXXXXXXX` that are verified whole or not seen.
+
+A checkpoint is written under `.tmp-step-XXXXXXXX`, described in `checkpoint.json` (run fingerprint, step, tokens,
+sha256 of every file and of the description itself), renamed, and marked with an empty `COMPLETE` last. A reader trusts
+a folder only if `COMPLETE` is there, the run is its own and, before loading, every file has its recorded hash.
+"""
+
+import shutil
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from openlm_pipeline.errors import DataError, IdentityError, MissingInputError
+from openlm_pipeline.fingerprint import fingerprint
+from openlm_pipeline.storage.copies import describe_file
+from openlm_pipeline.storage.files import read_json, set_aside, sha256_file, write_json, write_text
+
+INFO = "checkpoint.json"
+COMPLETE = "COMPLETE"
+MODEL_CONFIG = "model_config.json"
+_UNFINISHED = ".tmp-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `checkpoint.json` says, and where it stands."""
+
+    path: Path
+    run_fingerprint: str
+    step: int
+    tokens: int
+    milestone: str | None
+    """Label of the milestone it is, which pins it; None for a rotating checkpoint."""
+    files: dict[str, dict[str, Any]]
+    """`{"bytes", "sha256"}` of each file."""
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """Content hash over all files."""
+        return fingerprint({"files": self.files, "run": self.run_fingerprint, "step": self.step})
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def unfinished(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is written before it is one."""
+    return folder / f"{_UNFINISHED}{folder_name(step)}"
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what killed or failed writers left; for the one process that writes there."""
+    for left in folder.glob(f"{_UNFINISHED}step-*"):
+        shutil.rmtree(left)
+
+
+def commit(
+    tmp: Path,
+    run_fingerprint: str,
+    step: int,
+    tokens: int,
+    milestone: str | None,
+    metrics: dict[str, float],
+    hashed: dict[str, dict[str, Any]],
+) -> Checkpoint:
+    """Turn the written folder `tmp` into a checkpoint beside it.
+
+    Args:
+        hashed: `describe_file` of some of its files; the others are read here.
+    """
+    names = sorted(p.relative_to(tmp).as_posix() for p in tmp.rglob("*") if p.is_file())
+    files = {name: hashed.get(name) or describe_file(tmp / name) for name in names}
+    path = tmp.parent / folder_name(step)
+    checkpoint = Checkpoint(path, run_fingerprint, step, tokens, milestone, files, metrics)
+    _write_info(tmp, checkpoint)
+    publish(tmp, path)
+    return checkpoint
+
+
+def publish(tmp: Path, path: Path) -> None:
+    """Put a folder that has all of a checkpoint but its mark in its place, and mark it."""
+    if path.exists():
+        _delete(path)
+    tmp.rename(path)
+    write_text(path / COMPLETE, "")
+
+
+def _delete(path: Path) -> None:
+    """Remove a checkpoint, its mark first."""
+    (path / COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(path)
+
+
+def _write_info(folder: Path, checkpoint: Checkpoint) -> None:
+    info = asdict(checkpoint)
+    del info["path"]
+    write_json(folder / INFO, {**info, "sha256": fingerprint(info)})
+
+
+def promote(checkpoint: Checkpoint, milestone: str, metrics: dict[str, float]) -> Checkpoint:
+    """Make a rotating checkpoint a milestone."""
+    pinned = Checkpoint(**{**vars(checkpoint), "milestone": milestone, "metrics": metrics})
+    _write_info(checkpoint.path, pinned)
+    return pinned
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The description of one checkpoint folder, its files not yet verified.
+
+    Raises:
+        MissingInputError: there is no complete checkpoint.
+        DataError: its description is damaged.
+    """
+    if not (path / COMPLETE).exists():
+        raise MissingInputError(f"there is no complete checkpoint at {path}")
+    return checked_info(read_json(path / INFO), path, str(path / INFO))
+
+
+def checked_info(info: Any, path: Path, name: str) -> Checkpoint:
+    """The checkpoint at `path` that the contents of its `checkpoint.json` describe; errors call that file `name`.
+
+    Raises:
+        DataError: they are damaged.
+    """
+    try:
+        recorded = info.pop("sha256", None)
+        if recorded != fingerprint(info):
+            raise DataError(f"{name} does not have its recorded sha256: it is damaged")
+        return Checkpoint(path=path, **info)
+    except (TypeError, AttributeError) as e:
+        raise DataError(f"{name} is not a checkpoint's description: {e}") from e
+
+
+def list_checkpoints(folder: Path, run_fingerprint: str, warn: Callable[[str], None]) -> list[Checkpoint]:
+    """Complete checkpoints of this run by step. One with a damaged description is reported and passed over.
+
+    Raises:
+        IdentityError: a checkpoint in the folder is another run's.
+    """
+    found = []
+    for path in sorted(folder.glob("step-" + "[0-9]" * 8)):
+        if not (path / COMPLETE).exists():
+            continue
+        try:
+            checkpoint = read_checkpoint(path)
+        except (DataError, MissingInputError) as e:
+            warn(f"checkpoint {path.name} is passed over: {e}")
+            continue
+        if checkpoint.run_fingerprint != run_fingerprint:
+            raise IdentityError(f"{path} is a checkpoint of another run; move it out of this run's folder")
+        found.append(checkpoint)
+    return found
+
+
+def verify(checkpoint: Checkpoint) -> None:
+    """Compare every file with its recorded size and hash.
+
+    Raises:
+        DataError: names the first file that is missing or differs.
+    """
+    paths = {checkpoint.path / name: recorded for name, recorded in checkpoint.files.items()}
+    for path, recorded in paths.items():
+        if not path.is_file() or path.stat().st_size != recorded["bytes"]:
+            raise DataError(f"checkpoint file {path} is missing or has the wrong size")
+    with ThreadPoolExecutor() as pool:  # hashing gives the interpreter's lock back
+        for path, found in zip(paths, pool.map(sha256_file, paths)):
+            if found != paths[path]["sha256"]:
+                raise DataError(f"checkpoint file {path} does not have its recorded sha256: it is damaged")
+
+
+def newest_intact(checkpoints: list[Checkpoint], max_step: int, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint up to `max_step` whose files all verify.
+
+    Damaged ones are reported and set aside, so that nothing counts on them any more: neither a milestone nor the
+    number of checkpoints that are kept.
+    """
+    for checkpoint in reversed(checkpoints):
+        if checkpoint.step > max_step:
+            continue
+        try:
+            verify(checkpoint)
+            return checkpoint
+        except DataError as e:
+            warn(f"{e}. Falling back to an earlier checkpoint; it is now {set_aside(checkpoint.path).name}")
+    return None
+
+
+def rotate(checkpoints: list[Checkpoint], keep: int, in_use: Collection[int] = ()) -> None:
+    """Delete all but the newest `keep` checkpoints that are not milestones; the mark goes first.
+
+    Args:
+        in_use: steps whose checkpoints stay for now, because they are being copied.
+    """
+    for checkpoint in outdated(checkpoints, keep):
+        if checkpoint.step not in in_use:
+            _delete(checkpoint.path)
+
+
+def outdated(checkpoints: list[Checkpoint], keep: int) -> list[Checkpoint]:
+    """Of checkpoints by step, those that are no milestones, without the newest `keep` of them."""
+    return [c for c in checkpoints if c.milestone is None][:-keep]

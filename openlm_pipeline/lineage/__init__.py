@@ -1,1 +1,0 @@
-"""What a thing is, apart from where and how it was made."""

@@ -1,1 +1,0 @@
-"""The classes that exported Hugging Face folders carry along: two files that need torch and transformers only."""

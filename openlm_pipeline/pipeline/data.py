@@ -1,0 +1,115 @@
+"""From raw text to shards as plain functions, one per stage.
+
+Each stage looks at what is on disk, does only what is missing or no longer matches, and says whether it reused what
+was there. `version` is the content hash that the next stage depends on. No stage needs Dagster.
+"""
+
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+from openlm_pipeline.corpus.discovery import RawFile, discover
+from openlm_pipeline.experiments import Dataset, Experiment, TokenizerSpec
+from openlm_pipeline.pools import PoolFactory
+from openlm_pipeline.result import Report, StageResult
+from openlm_pipeline.shards.dataset import ShardedDataset
+from openlm_pipeline.shards.opening import open_dataset, published_url
+from openlm_pipeline.shards.publish import publish
+from openlm_pipeline.storage.home import Home
+from openlm_pipeline.tokenization.documents import FileTokens
+from openlm_pipeline.tokenization.job import pack_shards, tokenize_files
+from openlm_pipeline.tokenizers.tokenizer import make_tokenizer, read_tokenizer_info, tokenizer_file
+
+
+def make_corpus(experiment: Experiment, home: Home, report: Report) -> StageResult | None:
+    """Make the embedded corpus where the experiment uses it; None where all sources are files of the user's."""
+    if all(d.source.origin == "files" for d in experiment.datasets()):
+        return None
+    from openlm_pipeline.corpus.embedded import build_embedded
+
+    with home.artefact(home.raw("embedded")):
+        return build_embedded(home, report)
+
+
+def ensure_tokenizer(experiment: Experiment, home: Home, report: Report) -> StageResult:
+    """Train or fetch the experiment's tokenizer; it is trained on the first source.
+
+    Raises:
+        MissingInputError: the raw files are not there (said before anything is fetched), or the tokenizer is not.
+    """
+    spec: TokenizerSpec = experiment.tokenizer
+    first = experiment.training_datasets()[0]
+    files = discover(first, home) if first.source.files else []
+    folder = home.tokenizer(spec.name)
+    with home.artefact(folder):
+        info, reused, changed = make_tokenizer(spec, files, first.source.text_key, folder)
+    if changed:
+        report(f"tokenizer {spec.name} was made again: {'; '.join(changed)}")
+    facts = {"vocab_size": info.vocab_size, "eot_id": info.eot_id, "changed": changed}
+    return StageResult(tokenizer_file(folder), info.sha256, reused, facts)
+
+
+def tokenize(
+    dataset: Dataset, home: Home, pools: PoolFactory, report: Report, only: set[str] | None = None
+) -> tuple[list[FileTokens], list[str]]:
+    """Stage 1 over the raw files of a dataset (or those named in `only`); ready-made shards have none.
+
+    Returns:
+        One result a file, sorted by name, and the names of the files that were not done already.
+    """
+    if dataset.source.shards:
+        return [], []
+    raw_files: list[RawFile] = [raw for raw in discover(dataset, home) if only is None or raw.name in only]
+    tokenizer_folder = home.tokenizer(dataset.tokenizer.name)
+    home.pull(tokenizer_folder)
+    info = read_tokenizer_info(tokenizer_folder)
+    tokenized = home.tokenized(dataset.name, dataset.version)
+    with home.artefact(tokenized):
+        files, done = tokenize_files(dataset, raw_files, info, tokenizer_folder, tokenized, pools, report)
+    report(f"{dataset.name}: {len(done)} raw files tokenized, {len(files) - len(done)} reused")
+    return files, done
+
+
+def make_shards(
+    dataset: Dataset, files: list[FileTokens], home: Home, pools: PoolFactory, report: Report
+) -> StageResult:
+    """Stage 2: shards and manifest of a dataset from the results of stage 1, copied to `shards_url` if there is one.
+
+    Ready-made shards are only opened.
+    """
+    if dataset.source.shards:
+        made = open_dataset(dataset, home)
+        report(f"{dataset.name}: {len(made)} ready-made samples of {dataset.seq_len + 1} tokens")
+        return StageResult(made.folder, made.version, True, made.info["totals"])
+    started = time.monotonic()
+    info = read_tokenizer_info(home.tokenizer(dataset.tokenizer.name))
+    folder: Path = home.shards(dataset.name, dataset.version)
+    tokenized = home.tokenized(dataset.name, dataset.version)
+    url = published_url(dataset)
+    with nullcontext() if url else home.artefact(folder):  # what has a place of its own does not go to the home's too
+        reused, changed = pack_shards(dataset, files, info, tokenized, folder, pools, report)
+    if url:
+        publish(folder, url, report, delete_local=not dataset.keep_local_shards)
+    made = ShardedDataset(folder)
+    totals = made.info["totals"]
+    report(
+        f"{dataset.name}: {totals['samples']} samples of {dataset.seq_len + 1} tokens in {totals['shards']} shards "
+        + ("reused" if reused else "made")
+    )
+    facts = {**totals, "changed": changed}
+    if not reused:
+        seconds = time.monotonic() - started
+        facts |= {"seconds": seconds, "tokens_per_second": totals["tokens"] / seconds}
+    return StageResult(folder, made.version, reused, facts)
+
+
+def dataset_versions(experiment: Experiment, home: Home) -> dict[str, str]:
+    """sha256 of the manifest of each training dataset.
+
+    Raises:
+        MissingInputError: a dataset is not there.
+    """
+    for dataset in experiment.training_datasets():
+        if not dataset.source.shards and not published_url(dataset):
+            home.pull(home.shards(dataset.name, dataset.version))
+    return {d.name: open_dataset(d, home).version for d in experiment.training_datasets()}

@@ -1,0 +1,360 @@
+"""The stages of evaluation as plain functions: score a milestone, a baseline or any model.
+
+Like those of `stages`, they do only what is missing and say whether they reused what was there. Under torchrun every
+process calls the same function; the first one writes and reports.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from openlm_pipeline.checkpoints.folders import Checkpoint
+from openlm_pipeline.errors import ConfigError, DataError, MissingInputError, OpenLMError
+from openlm_pipeline.experiments import Evaluation, Experiment
+from openlm_pipeline.fingerprint import fingerprint
+from openlm_pipeline.pipeline.training import open_run
+from openlm_pipeline.result import Report, StageResult
+from openlm_pipeline.runs.launch import milestone_checkpoints
+from openlm_pipeline.shards.opening import open_dataset
+from openlm_pipeline.storage.files import folder_lock, write_json
+from openlm_pipeline.storage.home import Home
+from openlm_pipeline.tokenizers.tokenizer import read_tokenizer_info, tokenizer_file
+from openlm_pipeline.units import milestone_label
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from openlm_pipeline.evaluation.results import SuiteResult
+    from openlm_pipeline.evaluation.scorecard import Provenance, Scorecard
+    from openlm_pipeline.evaluation.subject import Subject
+    from openlm_pipeline.evaluation.suite import Suite
+
+_ITEMS, CARD = "items.parquet", "scorecard.json"
+
+
+def is_first_process() -> bool:
+    """Whether this is the one process, or the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def on_first_process(report: Report) -> Report:
+    """`report` on the first process; elsewhere a report that nobody reads."""
+    return report if is_first_process() else lambda line: None
+
+
+def _writing(out: Path) -> AbstractContextManager[None]:
+    """The lock of a folder that scores are written to, held by the first process."""
+    return folder_lock(out, "scoring") if is_first_process() else nullcontext()
+
+
+def _run_suite(
+    subject: "Subject", suite: "Suite", home: Home, out: Path, context: Mapping[str, Any], report: Report, **how: Any
+) -> "SuiteResult":
+    """Score by the backend that is asked for; `how` has `backend`, `max_seq_len` and `batch_tokens`."""
+    options = {"checkpoint_digest": subject.digest, "max_seq_len": how["max_seq_len"] or subject.max_seq_len}
+    if how["backend"] == "foundry":
+        from openlm_pipeline.evaluation.foundry.backend import score_suite_with_foundry
+
+        with tempfile.TemporaryDirectory(prefix="openlm-foundry-") as folder:
+            model = subject.huggingface_folder(Path(folder))
+            return score_suite_with_foundry(
+                model, suite, home, out, context, tokenizer=subject.tokenizer, python=None, report=report, **options
+            )
+    from openlm_pipeline.evaluation.scorer import score_suite
+
+    return score_suite(
+        subject.model, subject.tokenizer, suite, home, out, context,
+        batch_tokens=how["batch_tokens"], report=report, **options,
+    )  # fmt: skip
+
+
+def items_of(folder: Path | None) -> "pa.Table | None":
+    from openlm_pipeline.evaluation.items import read_items
+
+    return read_items(folder / _ITEMS)[0] if folder and (folder / _ITEMS).exists() else None
+
+
+def _summed_up(
+    result: "SuiteResult",
+    suite: "Suite",
+    provenance: "Provenance",
+    out: Path,
+    before: "pa.Table | None" = None,
+    against: "Mapping[str, pa.Table] | None" = None,
+) -> "tuple[Scorecard, bool]":
+    """The scorecard of scored items, written where it is new; and whether it was there already."""
+    from openlm_pipeline.evaluation.scorecard import load_scorecard, make_scorecard, save_scorecard
+
+    card = make_scorecard(
+        result.items, before, suite=suite, provenance=provenance, task_files=result.task_files, against=against,
+    )  # fmt: skip
+    reused = not result.scored and (out / CARD).exists() and load_scorecard(out / CARD) == card
+    if not reused and is_first_process():
+        save_scorecard(out, card)
+    return card, reused
+
+
+def _facts(card: "Scorecard", result: "SuiteResult") -> dict[str, Any]:
+    accuracies = {f"accuracy_{t.name}": t.accuracy for t in card.tasks}
+    facts = {"average": card.average, **accuracies, "validation_loss": card.validation_loss}
+    fell = {d.measure: d.delta for d in card.changes if d.significant and d.delta < 0}
+    return facts | {
+        "significant_regressions": fell,
+        "scored_tasks": list(result.scored),
+        "reused_tasks": list(result.reused),
+    }
+
+
+def score(experiment: Experiment, home: Home, label: str, report: Report) -> StageResult:
+    """Score one milestone with the experiment's suite; tasks that are scored already are not scored again.
+
+    Raises:
+        ConfigError: the experiment has no evaluation, or no such milestone.
+        MissingInputError: the milestone is not trained, or a task's file is missing.
+    """
+    from tokenizers import Tokenizer
+
+    from openlm_pipeline.evaluation.scorecard import Provenance
+    from openlm_pipeline.evaluation.subject import default_device, milestone_subject, scored_digest
+    from openlm_pipeline.evaluation.suite import load_suite
+
+    evaluation = evaluation_of(experiment)
+    labels = [name for name, _ in experiment.labelled_milestones()]
+    if label not in labels:
+        raise ConfigError(f"recipe {experiment.name} has no milestone {label}; it has {', '.join(labels)}")
+    run = open_run(experiment, home)
+    checkpoint = milestone_checkpoints(experiment, run).get(label)
+    if checkpoint is None:
+        raise MissingInputError(
+            f"milestone {label} is not in {run.checkpoints}; `openlm train {experiment.name}` makes it"
+        )
+    home.pull(home.tokenizer(experiment.tokenizer.name))
+    info = read_tokenizer_info(home.tokenizer(experiment.tokenizer.name))
+    made_with = open_dataset(experiment.training_datasets()[0], home).info["tokenizer"]["sha256"]
+    if made_with not in (None, info.sha256):  # OpenLM's shards don't say
+        raise DataError(f"tokenizer {info.name} is not the one this run's shards were made with; tokenize again")
+    if evaluation.processes > 1 and "RANK" not in os.environ:
+        _score_by_processes(experiment, home, ["--milestone", label], report)  # what follows finds all tasks scored
+    suite = load_suite(evaluation.suite)
+    out = home.scorecard(experiment.name, experiment.version, label)
+    context = {
+        "run": experiment.name,
+        "run_version": experiment.version,
+        "milestone": label,
+        "step": checkpoint.step,
+        "tokens": checkpoint.tokens,
+    }
+    subject = milestone_subject(
+        experiment.name,
+        checkpoint,
+        Tokenizer.from_file(str(tokenizer_file(home.tokenizer(info.name)))),
+        scored_digest(checkpoint.digest, evaluation.precision, evaluation.average),
+        eot=experiment.tokenizer.eot,
+        average=evaluation.average,
+        device=default_device(),
+        precision=evaluation.precision,
+    )
+    with home.artefact(out), _writing(out):
+        result = _run_suite(subject, suite, home, out, context, report, **_how(experiment))
+        others = items_of_others(experiment, home, suite, labels[: labels.index(label)])
+        card, reused = _summed_up(
+            result,
+            suite,
+            Provenance(
+                **context,
+                checkpoint_digest=subject.digest,
+                data_fingerprint=fingerprint({"data": run.identity["data"]}),
+                tokenizer=info.name,
+                validation_loss=checkpoint.metrics.get("validation_loss"),
+            ),
+            out,
+            *others,
+        )
+    report(f"scorecard {experiment.name} {label} {'reused' if reused else 'made'}: average accuracy {card.average:.3f}")
+    return StageResult(out, fingerprint({"scorecard": card.model_dump(mode="json")}), reused, _facts(card, result))
+
+
+def items_of_others(
+    experiment: Experiment, home: Home, suite: "Suite", earlier: list[str]
+) -> "tuple[pa.Table | None, dict[str, pa.Table]]":
+    """What a milestone is compared with: the items of the milestone before (of a fork's first one, its parent), and
+    those of others by name."""
+    folders = {label: home.scorecard(experiment.name, experiment.version, label) for label in earlier}
+    home.pull(home.root / "scorecards" / experiment.name / experiment.version)
+    folders |= {b.name: home.model_scorecard(b.name, suite.name) for b in evaluation_of(experiment).baselines}
+    previous = earlier[-1] if earlier else None
+    if previous is None and (parents := parent_scorecard(experiment, home)):
+        previous = milestone_label(experiment.parent.milestone)
+        folders[previous] = parents
+    found = {name: items for name, folder in folders.items() if (items := items_of(folder)) is not None}
+    of_suite = {name: t for name, t in found.items() if set(t["suite"].to_pylist()) <= {suite.name}}
+    return of_suite.pop(previous, None), of_suite
+
+
+def parent_scorecard(experiment: Experiment, home: Home) -> Path | None:
+    """The folder of the scores of the milestone that a fork goes on from; None where there is no parent."""
+    if experiment.parent is None:
+        return None
+    parent = experiment.parent
+    folder = home.scorecard(parent.run, parent.version, milestone_label(parent.milestone))
+    home.pull(folder)
+    return folder
+
+
+def evaluation_of(experiment: Experiment) -> Evaluation:
+    """Raises ConfigError if the experiment has none."""
+    if experiment.evaluation is None:
+        raise ConfigError(f"recipe {experiment.name} has no `evaluation.suite`")
+    return experiment.evaluation
+
+
+def _how(experiment: Experiment) -> dict[str, Any]:
+    evaluation = evaluation_of(experiment)
+    return {"backend": evaluation.backend, "batch_tokens": evaluation.batch_tokens, "max_seq_len": None}
+
+
+def _score_by_processes(experiment: Experiment, home: Home, what: list[str], report: Report) -> None:
+    """Have torchrun start the processes that score; they put each task's items where this process finds them."""
+    with tempfile.TemporaryDirectory(prefix="openlm-score-") as folder:
+        recipe = Path(folder) / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False))
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone",
+            f"--nproc-per-node={evaluation_of(experiment).processes}",
+            "-m", "openlm_pipeline", "evaluate", str(recipe), *what,
+        ]  # fmt: skip
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, **home.variables}
+        lines: list[str] = []
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process:
+            try:
+                for line in process.stdout:
+                    lines.append(line.rstrip())
+                    report(line.rstrip())
+            finally:
+                process.terminate()
+        if process.returncode:
+            tail = "\n".join(lines[-15:])
+            raise OpenLMError(f"the processes that score ended with exit code {process.returncode}:\n{tail}")
+
+
+def score_baseline(experiment: Experiment, home: Home, name: str, report: Report) -> StageResult:
+    """Score one of the recipe's baselines with its suite."""
+    evaluation = evaluation_of(experiment)
+    found = [b for b in evaluation.baselines if b.name == name]
+    if not found:
+        raise ConfigError(f"recipe {experiment.name} has no baseline {name}")
+    (baseline,) = found
+    if evaluation.processes > 1 and "RANK" not in os.environ:
+        _score_by_processes(experiment, home, ["--baseline", name], report)
+    return score_model(
+        baseline.model, evaluation.suite, home, report,
+        name=baseline.name, tokenizer=baseline.tokenizer, revision=baseline.revision, precision=evaluation.precision,
+        backend=evaluation.backend, batch_tokens=evaluation.batch_tokens,
+    )  # fmt: skip
+
+
+def score_model(
+    path_or_name: str,
+    suite_name: str,
+    home: Home,
+    report: Report,
+    *,
+    name: str | None = None,
+    out_dir: Path | None = None,
+    model: str | None = None,
+    flags: Mapping[str, Any] | None = None,
+    tokenizer: str | None = None,
+    revision: str | None = None,
+    max_seq_len: int | None = None,
+    backend: str = "native",
+    precision: str = "fp32",
+    batch_tokens: int | None = None,
+) -> StageResult:
+    """Score a model that no run here made, or a checkpoint by its path, into `out_dir`.
+
+    Args:
+        name: what it is filed under; by default made of the path.
+        out_dir: by default `scorecards/models/NAME/SUITE` under the home.
+        flags: OpenLM's model flags, such as `{"model_norm": "rms_norm"}`.
+
+    Returns:
+        Its facts hold `metrics` (`metrics/copa/0-shot/...` -> accuracy, as LLM Foundry prints them) and `seconds`.
+    """
+    from openlm_pipeline.evaluation.scorecard import Provenance
+    from openlm_pipeline.evaluation.subject import default_device, open_subject
+    from openlm_pipeline.evaluation.suite import load_suite
+    from openlm_pipeline.models.openlm_settings import settings_of_flags
+
+    if backend == "foundry" and precision != "fp32":
+        raise ConfigError("LLM Foundry as a backend computes in fp32")
+    suite = load_suite(suite_name)
+    if suite.ignored:
+        report(f"{suite_name}: left out, as they only say how to run: {', '.join(suite.ignored)}")
+    name = name or re.sub(
+        r"[^a-z0-9]+", "_", f"{Path(path_or_name).parent.name}_{Path(path_or_name).stem}".lower()
+    ).strip("_")
+    out = out_dir or home.model_scorecard(name, suite.name)
+    started = time.monotonic()
+    subject = open_subject(
+        path_or_name,
+        model=model,
+        tokenizer=tokenizer,
+        revision=revision,
+        device=default_device(),
+        precision=precision,
+        report=report,
+        **settings_of_flags(flags or {}, "the command line"),
+    )
+    context = {"run": name, "run_version": None, "milestone": None, "step": None, "tokens": None}
+    how = {"backend": backend, "batch_tokens": batch_tokens, "max_seq_len": max_seq_len}
+    with home.artefact(out), _writing(out):
+        result = _run_suite(subject, suite, home, out, context, report, **how)
+        provenance = Provenance(run=name, checkpoint_digest=subject.digest, tokenizer=tokenizer or path_or_name)
+        card, reused = _summed_up(result, suite, provenance, out)
+        metrics = _metrics(card)
+        if is_first_process() and not (reused and (out / "results.json").exists()):
+            write_json(out / "results.json", {"model": path_or_name, "suite": suite.name, "metrics": metrics})
+    facts = _facts(card, result) | {"metrics": metrics, "seconds": time.monotonic() - started}
+    return StageResult(out, fingerprint({"scorecard": card.model_dump(mode="json")}), reused, facts)
+
+
+def _metrics(card: "Scorecard") -> dict[str, float]:
+    """Accuracies under LLM Foundry's names: one a category where a task has those."""
+    whole = [t for t in card.tasks if t.num_categories is None]
+    return {f"metrics/{t.name}/{t.metric}": t.accuracy for t in (*whole, *card.categories) if t.accuracy is not None}
+
+
+def milestones_and_scores(experiment: Experiment, home: Home) -> Iterator[tuple[str, Checkpoint, bool]]:
+    """Each milestone on disk: label, checkpoint, and whether its scorecard is of this checkpoint and suite.
+
+    Raises:
+        OpenLMError: the run folder is not this experiment's, or its data is not there.
+    """
+    from openlm_pipeline.evaluation.scorecard import load_scorecard
+    from openlm_pipeline.evaluation.subject import scored_digest
+    from openlm_pipeline.evaluation.suite import HARNESS_VERSION, load_suite
+
+    evaluation = evaluation_of(experiment)
+    suite = load_suite(evaluation.suite)
+    for label, checkpoint in milestone_checkpoints(experiment, open_run(experiment, home)).items():
+        path = home.scorecard(experiment.name, experiment.version, label) / CARD
+        card = load_scorecard(path) if path.exists() else None
+        digest = scored_digest(checkpoint.digest, evaluation.precision, evaluation.average)
+        yield (
+            label,
+            checkpoint,
+            card is not None
+            and (card.checkpoint_digest, card.suite_digest, card.harness_version)
+            == (digest, suite.digest, HARNESS_VERSION),
+        )

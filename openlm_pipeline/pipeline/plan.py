@@ -1,0 +1,277 @@
+"""What running a recipe would do, without doing it: each artefact fresh, stale or missing, why, and what it takes.
+
+An artefact is judged as its stage judges it, by the identity that it records; what lies below a stale one is stale too.
+Touched raw files are hashed, as a run would; nothing else takes long, and nothing is started or changed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from openlm_pipeline.checkpoints.folders import list_checkpoints
+from openlm_pipeline.corpus.discovery import discover
+from openlm_pipeline.errors import DataError, MissingInputError, OpenLMError
+from openlm_pipeline.experiments import Dataset, Experiment
+from openlm_pipeline.fingerprint import differences
+from openlm_pipeline.runs.dry_run import describe
+from openlm_pipeline.runs.folder import RunFolder
+from openlm_pipeline.runs.identity import extension_refusal, run_identity
+from openlm_pipeline.runs.launch import milestone_checkpoints
+from openlm_pipeline.runs.parent import parent_identity
+from openlm_pipeline.shards.dataset import DATASET
+from openlm_pipeline.shards.opening import open_dataset
+from openlm_pipeline.storage.files import read_json
+from openlm_pipeline.storage.home import Home
+from openlm_pipeline.tokenization.documents import FileTokens, finished
+from openlm_pipeline.tokenization.job import shards_identity
+from openlm_pipeline.tokenizers.tokenizer import TRAINING_VERSION, TokenizerInfo, read_tokenizer_info
+from openlm_pipeline.units import format_bytes, format_seconds, format_tokens
+
+State = Literal["fresh", "stale", "missing"]
+_MEASURED_RECORDS = 50
+"""Of the last training records, whose median speed counts."""
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """One thing that a recipe makes."""
+
+    name: str
+    """As in the graph: `shards/pile`."""
+    state: State
+    why: tuple[str, ...] = ()
+    """What differs, or what is not there; empty if fresh."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What training takes that is still to be done."""
+
+    tokens: int
+    steps: int
+    checkpoint_bytes: int
+    """Of the milestones that are missing."""
+    seconds: float | None
+    """None where nothing tells the speed."""
+    gpu_hours: float | None
+    speed: str
+    """Where the time comes from."""
+    money: float | None
+
+
+@dataclass(frozen=True)
+class RecipePlan:
+    """The plan of a recipe."""
+
+    name: str
+    artefacts: tuple[Artefact, ...]
+    cost: Cost
+
+    @property
+    def todo(self) -> tuple[Artefact, ...]:
+        return tuple(a for a in self.artefacts if a.state != "fresh")
+
+    def lines(self) -> Iterator[str]:
+        """The plan for people."""
+        for artefact in self.artefacts:
+            yield f"{artefact.state:8} {artefact.name}"
+            yield from (f"           {reason}" for reason in artefact.why)
+        cost = self.cost
+        if not self.todo:
+            yield "nothing to do"
+        if not cost.tokens:
+            return
+        yield (
+            f"to train: {format_tokens(cost.tokens, 4)} tokens, {cost.steps:,} steps; "
+            f"{format_bytes(cost.checkpoint_bytes)} of milestones"
+        )
+        if cost.seconds is None:
+            yield f"time: {cost.speed}"
+        else:
+            money = f", {cost.money:,.2f} at the price given" if cost.money is not None else ""
+            yield f"time: {format_seconds(cost.seconds)}, {cost.gpu_hours:,.4g} GPU-hours{money} ({cost.speed})"
+
+
+def plan(
+    experiment: Experiment,
+    home: Home,
+    *,
+    device: str | None = None,
+    mfu: float = 0.4,
+    price: float | None = None,
+) -> RecipePlan:
+    """What running a recipe would do now.
+
+    Args:
+        device: a GPU such as `H100`, for the time where the run has no measured speed yet.
+        mfu: share of the device's peak that is reached.
+        price: of an hour of one GPU (or process), in any currency.
+
+    Raises:
+        ConfigError: the device is not known.
+    """
+    tokenizer, tokenizer_artefact = _tokenizer(experiment, home)
+    artefacts = [tokenizer_artefact]
+    for dataset in experiment.datasets():
+        artefacts += _dataset(dataset, home, tokenizer, tokenizer_artefact)
+    training = {f"shards/{d.name}" for d in experiment.training_datasets()}
+    upstream = [a for a in artefacts if a.name in training and a.state != "fresh"]
+    checkpoints, start = _checkpoints(experiment, home, upstream)
+    artefacts += checkpoints
+    artefacts += _scorecards(experiment, home, {a.name: a for a in checkpoints})
+    stale = [a.name for a in artefacts if a.name.startswith(("scorecard/", "checkpoint/")) and a.state != "fresh"]
+    there = (home.report(experiment.name, experiment.version) / "report.html").exists()
+    state: State = "missing" if not there else "stale" if stale else "fresh"
+    why = () if state == "fresh" else (f"{stale[0]} is not fresh",) if stale else ("it was not made yet",)
+    artefacts.append(Artefact(f"report/{experiment.name}", state, why))
+    missing = sum(a.state != "fresh" for a in checkpoints)
+    return RecipePlan(
+        experiment.name, tuple(artefacts), _cost(experiment, home, start, missing, not upstream, device, mfu, price)
+    )
+
+
+def _tokenizer(experiment: Experiment, home: Home) -> tuple[TokenizerInfo | None, Artefact]:
+    spec = experiment.tokenizer
+    name = f"tokenizer/{spec.name}"
+    try:
+        info = read_tokenizer_info(home.tokenizer(spec.name))
+    except MissingInputError:
+        return None, Artefact(name, "missing", ("it was not made yet",))
+    except DataError as e:
+        return None, Artefact(name, "stale", (str(e),))
+    recorded = {key: value for key, value in info.identity.items() if key != "corpus"}  # hashing it all would take long
+    made_from = {"train": spec.train.model_dump(), "code": TRAINING_VERSION} if spec.train else {"source": spec.source}
+    changed = differences(recorded, {**made_from, "eot": spec.eot})
+    return info, Artefact(name, "stale" if changed else "fresh", tuple(changed))
+
+
+def _dataset(dataset: Dataset, home: Home, tokenizer: TokenizerInfo | None, above: Artefact) -> Iterator[Artefact]:
+    name = f"shards/{dataset.name}"
+    if dataset.source.shards:
+        try:
+            open_dataset(dataset, home)
+        except OpenLMError as e:
+            yield Artefact(name, "missing", (str(e),))
+        else:
+            yield Artefact(name, "fresh")
+        return
+    folder = home.shards(dataset.name, dataset.version)
+    there = (folder / DATASET).exists()
+    if tokenizer is None or above.state != "fresh":
+        yield Artefact(name, "stale" if there else "missing", (f"{above.name} is {above.state}",))
+        return
+    try:
+        raw_files = discover(dataset, home)
+    except MissingInputError as e:
+        yield Artefact(f"raw_files/{dataset.name}", "missing", (str(e),))
+        yield Artefact(name, "stale" if there else "missing", ("its raw files are missing",))
+        return
+    tokenized = home.tokenized(dataset.name, dataset.version)
+    done: list[FileTokens] = []
+    for raw in raw_files:
+        if result := finished(dataset, raw, tokenizer, tokenized):
+            done.append(result)
+    if len(done) < len(raw_files):
+        names = {f.name for f in done}
+        todo = [raw.name for raw in raw_files if raw.name not in names]
+        shown = ", ".join(todo[:3]) + (", ..." if len(todo) > 3 else "")
+        why = f"{len(todo)} of {len(raw_files)} raw files are new, changed or not tokenized: {shown}"
+        yield Artefact(f"tokenized/{dataset.name}", "stale" if done else "missing", (why,))
+    else:
+        yield Artefact(f"tokenized/{dataset.name}", "fresh")
+    if not there:
+        yield Artefact(name, "missing", ("they were not made yet",))
+        return
+    if len(done) < len(raw_files):
+        yield Artefact(name, "stale", (f"tokenized/{dataset.name} is not fresh",))
+        return
+    changed = differences(read_json(folder / DATASET)["identity"], shards_identity(dataset, done, tokenizer))
+    yield Artefact(name, "stale" if changed else "fresh", tuple(changed))
+
+
+def _checkpoints(experiment: Experiment, home: Home, upstream: list[Artefact]) -> tuple[list[Artefact], int]:
+    """The milestones, and the tokens of the newest checkpoint that training would go on from."""
+    run = RunFolder(home.run(experiment.name, experiment.version))
+    labels = [label for label, _ in experiment.labelled_milestones()]
+    names = {label: f"checkpoint/{experiment.name}/{label}" for label in labels}
+    exists = (run.path / "run.json").exists()
+    start = experiment.start_tokens()
+    why = [f"{a.name} is {a.state}" for a in upstream]
+    began = None
+    try:
+        began = parent_identity(experiment, home)
+    except OpenLMError as e:
+        why.append(str(e))
+    if why:
+        return [Artefact(name, "stale" if exists else "missing", tuple(why)) for name in names.values()], start
+    if not exists:
+        return [Artefact(name, "missing", ("it was not trained yet",)) for name in names.values()], start
+    versions = {d.name: open_dataset(d, home).version for d in experiment.training_datasets()}
+    identity = run_identity(experiment, versions, began)
+    if refusal := extension_refusal(experiment, run.identity, identity):
+        return [Artefact(name, "stale", tuple(refusal.splitlines())) for name in names.values()], start
+    if changed := run.differences(identity):
+        return [Artefact(name, "stale", tuple(changed)) for name in names.values()], start
+    there = milestone_checkpoints(experiment, run)
+    newest = max((c.tokens for c in list_checkpoints(run.checkpoints, run.fingerprint, lambda _: None)), default=start)
+    states = [
+        Artefact(names[label], "fresh") if label in there else Artefact(names[label], "missing", ("not trained yet",))
+        for label in labels
+    ]
+    return states, newest
+
+
+def _scorecards(experiment: Experiment, home: Home, checkpoints: dict[str, Artefact]) -> Iterator[Artefact]:
+    if experiment.evaluation is None:
+        return
+    from openlm_pipeline.pipeline.evaluation import milestones_and_scores
+
+    scored: dict[str, bool] = {}
+    if any(a.state == "fresh" for a in checkpoints.values()):
+        scored = {label: current for label, _, current in milestones_and_scores(experiment, home)}
+    for label, _ in experiment.labelled_milestones():
+        name = f"scorecard/{experiment.name}/{label}"
+        above = checkpoints[f"checkpoint/{experiment.name}/{label}"]
+        there = (home.scorecard(experiment.name, experiment.version, label) / "scorecard.json").exists()
+        if above.state != "fresh":
+            yield Artefact(name, "stale" if there else "missing", (f"{above.name} is {above.state}",))
+        elif scored.get(label):
+            yield Artefact(name, "fresh")
+        elif there:
+            yield Artefact(name, "stale", ("it is of another checkpoint, suite or harness version",))
+        else:
+            yield Artefact(name, "missing", ("not scored yet",))
+
+
+def _cost(
+    experiment: Experiment,
+    home: Home,
+    start: int,
+    missing: int,
+    same_run: bool,
+    device: str | None,
+    mfu: float,
+    price: float | None,
+) -> Cost:
+    processes = experiment.launcher.world_size
+    whole = describe(experiment, processes, device, mfu, home)
+    tokens = max(0, whole.tokens - (start - experiment.start_tokens())) if missing else 0
+    seconds, speed = None, "not known: the run has no records yet, and no GPU is named (--gpu)"
+    run = RunFolder(home.run(experiment.name, experiment.version))
+    records = [r for r in run.read_metrics() if r.get("tokens_per_second")][-_MEASURED_RECORDS:] if same_run else []
+    if whole.seconds is not None:
+        seconds, speed = whole.seconds * tokens / whole.tokens, f"assumed: {mfu:.0%} MFU on {whole.device_name}"
+    elif records:
+        rates = sorted(r["tokens_per_second"] for r in records)
+        rate = rates[len(rates) // 2]
+        seconds, speed = tokens / rate, f"measured: {rate:,.0f} tokens/s in this run"
+    hours = None if seconds is None else seconds * processes / 3600
+    return Cost(
+        tokens=tokens,
+        steps=-(-tokens // experiment.training.global_batch),
+        checkpoint_bytes=missing * whole.checkpoint_bytes,
+        seconds=seconds,
+        gpu_hours=hours,
+        speed=speed,
+        money=None if hours is None or price is None else hours * price,
+    )

@@ -1,0 +1,198 @@
+"""What is made of scorecards: a run's report, a model card, a table in Weights & Biases, blocks of Markdown files.
+
+Made anew each time, as it takes seconds. Differences between milestones are taken over all scores that are there now,
+whatever the order in which they were made.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from openlm_pipeline import __version__
+from openlm_pipeline.errors import ConfigError, MissingInputError
+from openlm_pipeline.experiments import Experiment, load_experiment, recipe_names
+from openlm_pipeline.pipeline.evaluation import CARD, evaluation_of, items_of, items_of_others, parent_scorecard
+from openlm_pipeline.pipeline.training import open_run
+from openlm_pipeline.result import Report, StageResult
+from openlm_pipeline.runs.folder import RunFolder
+from openlm_pipeline.runs.parent import parent_folder
+from openlm_pipeline.storage.files import sha256_file, write_text
+from openlm_pipeline.storage.home import Home
+from openlm_pipeline.units import format_tokens
+
+if TYPE_CHECKING:
+    from openlm_pipeline.evaluation.baselines import QuotedBaseline
+    from openlm_pipeline.evaluation.scorecard import Scorecard
+    from openlm_pipeline.reports import Table
+
+
+def _cards(experiment: Experiment, home: Home) -> "tuple[list[Scorecard], list[Scorecard]]":
+    """The scorecards of a run's milestones and baselines that are there, each compared with all that is there now."""
+    from openlm_pipeline.evaluation.scorecard import Provenance, load_scorecard, make_scorecard
+    from openlm_pipeline.evaluation.suite import load_suite
+
+    home.pull(home.root / "scorecards" / experiment.name / experiment.version)
+    suite = load_suite(evaluation_of(experiment).suite)
+    labels = [label for label, _ in experiment.labelled_milestones()]
+    cards = []
+    for i, label in enumerate(labels):
+        folder = home.scorecard(experiment.name, experiment.version, label)
+        if not (folder / CARD).exists():
+            continue
+        card = load_scorecard(folder / CARD)
+        items = items_of(folder)
+        if card.suite_digest == suite.digest and items is not None:
+            before, others = items_of_others(experiment, home, suite, labels[:i])
+            card = make_scorecard(
+                items,
+                before,
+                suite=suite,
+                provenance=Provenance(**card.model_dump(include=set(Provenance.model_fields))),
+                task_files={t.name: t.task_file_sha256 for t in card.tasks if t.task_file_sha256},
+                against=others,
+            )
+        cards.append(card)
+    paths = [home.model_scorecard(b.name, suite.name) / CARD for b in evaluation_of(experiment).baselines]
+    return cards, [load_scorecard(path) for path in paths if path.exists()]
+
+
+def _parent_card(experiment: Experiment, home: Home, cards: "Sequence[Scorecard]") -> "Scorecard | None":
+    """The scorecard of the milestone that a fork goes on from, where it is of the same suite."""
+    from openlm_pipeline.evaluation.scorecard import load_scorecard
+
+    folder = parent_scorecard(experiment, home)
+    card = load_scorecard(folder / CARD) if folder and (folder / CARD).exists() else None
+    return card if card and all(c.suite_digest == card.suite_digest for c in cards) else None
+
+
+def _records(experiment: Experiment, home: Home, run: RunFolder) -> list[dict[str, Any]]:
+    """The losses of a run; of a fork those of its parent come before."""
+    before: list[dict[str, Any]] = []
+    if experiment.parent:
+        start = run.identity["parent"]["tokens"]
+        before = [r for r in parent_folder(experiment, home).read_metrics() if r["tokens"] <= start]
+    return [*before, *run.read_metrics()]
+
+
+def _quoted(experiment: Experiment) -> "list[QuotedBaseline]":
+    from openlm_pipeline.evaluation.baselines import quoted_baselines
+
+    names = experiment.evaluation.quoted if experiment.evaluation else ()
+    return quoted_baselines(names) if names else []
+
+
+def make_report(experiment: Experiment, home: Home, report: Report) -> StageResult:
+    """Write the report of a run over all its scorecards that are there."""
+    from openlm_pipeline.reports import write_report
+
+    run = open_run(experiment, home)
+    cards, baselines = _cards(experiment, home) if experiment.evaluation else ([], [])
+    out = home.report(experiment.name, experiment.version)
+    provenance = {"run fingerprint": run.fingerprint, "openlm_pipeline": __version__}
+    with home.artefact(out):
+        paths = write_report(
+            out, experiment, cards, _records(experiment, home, run), provenance,
+            parent=_parent_card(experiment, home, cards), baselines=baselines, quoted=_quoted(experiment),
+        )  # fmt: skip
+    page = paths["report.html"]
+    report(f"report: {page}")
+    facts = {"scorecards": len(cards), "milestones": len(experiment.milestones), "baselines": len(baselines)}
+    return StageResult(page, sha256_file(paths["table.csv"]), False, facts)
+
+
+def _scored(experiment: Experiment, home: Home) -> "tuple[list[Scorecard], list[Scorecard]]":
+    """`_cards` where there are any; else MissingInputError."""
+    cards, baselines = _cards(experiment, home)
+    if not cards:
+        raise MissingInputError(
+            f"no milestone of {experiment.name} is scored; `openlm evaluate {experiment.name}` does it"
+        )
+    return cards, baselines
+
+
+def scores_table(experiment: Experiment, home: Home) -> "Table":
+    """The table of the report: milestones, then baselines.
+
+    Raises:
+        MissingInputError: no milestone is scored.
+    """
+    from openlm_pipeline.reports import milestones_table
+
+    cards, baselines = _scored(experiment, home)
+    return milestones_table(
+        experiment.name,
+        experiment.version,
+        cards,
+        experiment.milestones,
+        parent=_parent_card(experiment, home, cards),
+        baselines=baselines,
+        quoted=_quoted(experiment),
+    )
+
+
+def write_model_card(experiment: Experiment, home: Home, path: Path) -> Path:
+    """Write the Hugging Face model card of the last scored milestone; `path` is the file, such as `README.md`."""
+    from openlm_pipeline.reports.model_card import model_card
+
+    cards, _ = _scored(experiment, home)
+    write_text(path, model_card(experiment, cards[-1]))
+    return path
+
+
+def log_to_wandb(experiment: Experiment, home: Home) -> str:
+    """Log the table of scores to a new run of the project WANDB_PROJECT (default `openlm`); where that run is."""
+    from openlm_pipeline.reports.wandb_table import log_table
+
+    table = scores_table(experiment, home)
+    try:
+        import wandb
+    except ImportError:
+        raise MissingInputError("wandb is not installed; `pip install 'openlm-pipeline[wandb]'`") from None
+    name = f"{experiment.name}-{experiment.version}-scores"
+    with wandb.init(project=os.environ.get("WANDB_PROJECT", "openlm"), name=name, job_type="evaluation") as run:
+        log_table(table, run)
+        return run.url or str(run.dir)
+
+
+def quoted_table(rows: "Sequence[QuotedBaseline]") -> str:
+    """Published rows as a GitHub table, a column a model, as their source prints them."""
+    from openlm_pipeline.reports.table import escape_markdown
+
+    names = [f"{row.title} {format_tokens(row.tokens)}" if row.tokens else row.title for row in rows]
+    tasks = list(dict.fromkeys(task for row in rows for task in row.scores))
+    lines = [["task", *map(escape_markdown, names)], ["---", *["---:"] * len(rows)]]
+    lines += [[task, *(f"{row.scores[task]:.2f}" if task in row.scores else "n/a" for row in rows)] for task in tasks]
+    lines.append(["average", *(f"{row.average:.2f}" + ("*" if row.note else "") for row in rows)])
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    notes = [f"\\* {name}: {row.note}." for name, row in zip(names, rows) if row.note]
+    sources = dict.fromkeys(f"Quoted from {row.source}; {row.harness}." for row in rows)
+    return "\n\n".join([table, *notes, *sources])
+
+
+def fill_blocks(path: Path, home: Home, *, write: bool = True) -> list[str]:
+    """Fill the marked blocks of a Markdown file: `RECIPE` with its table, `quoted FAMILY` with published scores.
+
+    Args:
+        write: False only looks.
+
+    Returns:
+        The blocks that were, or are, out of date.
+
+    Raises:
+        MissingInputError: there is no such file, or no scores for a block.
+        ConfigError: a marker is wrong, or names no recipe and no family.
+    """
+    from openlm_pipeline.evaluation.baselines import quoted_baselines
+    from openlm_pipeline.reports.markdown_blocks import block_names, check_blocks, update_blocks
+
+    tables = {}
+    for name in block_names(path):
+        kind, _, family = name.partition(" ")
+        if kind == "quoted":
+            tables[name] = quoted_table(quoted_baselines([family]))
+        elif name in recipe_names():
+            tables[name] = scores_table(load_experiment(name), home).to_markdown()
+        else:
+            raise ConfigError(f"{path}: block {name!r} is neither a recipe nor `quoted FAMILY`")
+    return (update_blocks if write else check_blocks)(path, tables)

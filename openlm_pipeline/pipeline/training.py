@@ -1,0 +1,111 @@
+"""Training as a plain function: the milestones of a run that are not there, made by its launcher.
+
+It looks at what is on disk, does only what is missing or no longer matches, and says what it reused.
+"""
+
+from collections.abc import Iterator
+
+from openlm_pipeline.checkpoints.folders import Checkpoint, verify
+from openlm_pipeline.errors import BusyError, DataError, IdentityError
+from openlm_pipeline.experiments import Experiment
+from openlm_pipeline.fingerprint import Tree
+from openlm_pipeline.pipeline.data import dataset_versions
+from openlm_pipeline.result import Report, StageResult
+from openlm_pipeline.runs.folder import RunFolder
+from openlm_pipeline.runs.identity import run_identity
+from openlm_pipeline.runs.launch import (
+    Event,
+    MilestoneReached,
+    MilestoneReused,
+    find_job,
+    milestone_checkpoints,
+    train_run,
+)
+from openlm_pipeline.runs.parent import parent_folder, parent_identity
+from openlm_pipeline.runs.upload import push_run
+from openlm_pipeline.storage.files import set_aside
+from openlm_pipeline.storage.home import Home
+
+
+def _identity(experiment: Experiment, home: Home) -> Tree:
+    """Of the run that an experiment is, on the data and the parent that are there."""
+    if experiment.parent:
+        home.pull(parent_folder(experiment, home).path)
+    return run_identity(experiment, dataset_versions(experiment, home), parent_identity(experiment, home))
+
+
+def open_run(experiment: Experiment, home: Home) -> RunFolder:
+    """The run folder of an experiment, which must be this experiment's on the data that is there.
+
+    Raises:
+        IdentityError: the run there was made from other settings or data; the message names what differs.
+    """
+    run = RunFolder(home.run(experiment.name, experiment.version))
+    home.pull(run.path)
+    identity = _identity(experiment, home)
+    if not run.belongs_to(identity):
+        changed = "\n  ".join(run.differences(identity))
+        raise IdentityError(f"{run.path} was trained from something else:\n  {changed}\nTrain it again first.")
+    return run
+
+
+def is_intact(checkpoint: Checkpoint) -> bool:
+    """Whether every file of a checkpoint has its recorded hash."""
+    try:
+        verify(checkpoint)
+    except DataError:
+        return False
+    return True
+
+
+def checkpoint_result(checkpoint: Checkpoint, reused: bool) -> StageResult:
+    """A milestone as the result of a stage."""
+    facts = {"step": checkpoint.step, "tokens": checkpoint.tokens, **checkpoint.metrics}
+    facts["bytes"] = sum(f["bytes"] for f in checkpoint.files.values())
+    return StageResult(checkpoint.path, checkpoint.digest, reused, facts)
+
+
+def train(
+    experiment: Experiment, home: Home, until: int, report: Report, *, supersede: bool = False
+) -> Iterator[MilestoneReused | Event]:
+    """Train every milestone up to `until` tokens that is not there, with torchrun; yields what happens as it happens.
+
+    Closing the iterator stops the trainer, which first saves a checkpoint.
+
+    Args:
+        supersede: set a run of other settings or data in the same folder aside, instead of refusing.
+
+    Raises:
+        IdentityError: the folder holds another run, or this one with a schedule that ended.
+        MissingInputError: the data, or the parent of a fork, is not there.
+        BusyError: the run is being trained already.
+        TrainingError: training ended early.
+    """
+    run = RunFolder(home.run(experiment.name, experiment.version))
+    home.pull(run.path)
+    identity = _identity(experiment, home)
+    changed: list[str] = []
+    if find_job(experiment, home, run, lambda _: None) is None:
+        with run.lock():  # so that the folder of a run that is training is not set aside under it
+            changed = run.claim(experiment, identity, supersede=supersede)
+    elif not run.belongs_to(identity):
+        differing = "\n  ".join(run.differences(identity))
+        raise BusyError(f"a job on the cluster trains {run.path} from something else:\n  {differing}\nCancel it first.")
+    if changed:
+        report(f"the run that was in {run.path} is set aside. What changed: {'; '.join(changed)}")
+    wanted = {label for label, tokens in experiment.labelled_milestones() if tokens <= until}
+    there = {label: c for label, c in milestone_checkpoints(experiment, run).items() if label in wanted}
+    for label, checkpoint in list(there.items()):
+        if not is_intact(checkpoint):
+            report(f"milestone {label} is damaged and made again; what is left of it: {set_aside(checkpoint.path)}")
+            del there[label]
+    for label, checkpoint in there.items():
+        report(f"milestone {label} reused")
+        yield MilestoneReused(label, checkpoint)
+    push_run(home, run)
+    if wanted - set(there):
+        for event in train_run(experiment, home, run, until, report, told=there):
+            if isinstance(event, MilestoneReached):
+                push_run(home, run)
+            yield event
+        push_run(home, run)

@@ -1,0 +1,162 @@
+"""What a recipe costs, as arithmetic on its settings: operations per token, peaks of devices, memory per GPU.
+
+Operations follow PaLM, appendix B (https://arxiv.org/abs/2204.02311): a token costs 6 operations for each weight that
+it is multiplied with, and 12 * layers * width * seq_len for attention, causal or not. What is computed again in the
+backward pass does not count. Peaks are the makers' dense numbers, without sparsity, with sums in fp32.
+
+The parts of the memory are what FSDP2 and autograd keep alive: each is an upper bound of its own, and they are added up
+although not all of them peak at one time. What the allocator wastes and the CUDA context (about 1 GB) come on top.
+Compiled blocks keep less. Against measured peaks of one process the total is right within the factor `TOLERANCE`.
+
+Needs neither torch nor data.
+"""
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from openlm_pipeline.experiments import Experiment
+from openlm_pipeline.models import count_parameters
+from openlm_pipeline.models.config import ModelConfig
+
+Arithmetic = Literal["bf16", "tf32", "fp32"]
+"""What matrix products are computed in; `tf32` is what torch does with fp32 tensors where it is allowed to."""
+
+
+def matmul_parameters(config: ModelConfig) -> int:
+    """Weights that every token is multiplied with: the blocks' matrices and the output matrix, no input embedding."""
+    attention = 4 * config.hidden_dim * config.n_heads * config.head_dim
+    feed_forward = (2 if config.ffn == "gelu" else 3) * config.hidden_dim * config.ffn_dim
+    return config.n_layers * (attention + feed_forward) + config.vocab_size * config.hidden_dim
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> int:
+    """Operations of one token's forward and backward pass, in samples of `seq_len` tokens."""
+    attention = 12 * config.n_layers * config.n_heads * config.head_dim * seq_len
+    return 6 * matmul_parameters(config) + attention
+
+
+@dataclass(frozen=True)
+class Device:
+    """A kind of GPU."""
+
+    name: str
+    pattern: str
+    """Regular expression for the whole of what torch calls it, without the maker, in lower case."""
+    bf16: float | None
+    """TFLOP/s; None where there is no such arithmetic."""
+    tf32: float | None
+    fp32: float
+
+
+DEVICES = (
+    # Sources: the data sheets of NVIDIA and AMD; for GeForce cards the Ada and Ampere GA102 white papers.
+    Device("B200", r"b200", 2250, 1125, 75),
+    Device("GB200", r"gb200", 2500, 1250, 80),
+    Device("H200 SXM", r"h200( sxm5?)?", 989.4, 494.7, 66.9),
+    Device("H200 NVL", r"h200 nvl", 835.5, 417.5, 60),
+    Device("GH200", r"gh200( \d+gb)?", 989.4, 494.7, 66.9),
+    Device("H100 SXM", r"h100([ -]sxm5?)?([ -]80gb)?( hbm3)?", 989.4, 494.7, 66.9),
+    Device("H100 PCIe", r"h100([ -]80gb)?[ -]pcie", 756.5, 378, 51.2),
+    Device("H100 NVL", r"h100 nvl", 835.5, 417.5, 60),
+    Device("A100", r"a100([ -](sxm4?|pcie))?([ -][48]0gb)?( pcie)?", 312, 156, 19.5),
+    Device("A10G", r"a10g", 70, 35, 31.5),
+    Device("A10", r"a10", 125, 62.5, 31.2),
+    Device("L4", r"l4", 121, 60, 30.3),
+    Device("L40", r"l40", 181, 90.5, 90.5),
+    Device("L40S", r"l40s", 362, 183, 91.6),
+    Device("RTX 4090", r"(geforce )?rtx 4090", 165.2, 82.6, 82.6),
+    Device("RTX 3090", r"(geforce )?rtx 3090", 71, 35.6, 35.6),
+    Device("V100 SXM2", r"v100([ -]sxm[23])?([ -](16|32)gb)?", None, None, 15.7),
+    Device("V100 PCIe", r"v100[ -]pcie([ -](16|32)gb)?", None, None, 14),
+    Device("T4", r"t4", None, None, 8.1),
+    Device("MI300X", r"mi300x( oam| vf)?", 1307.4, 653.7, 163.4),
+)
+
+
+def find_device(name: str) -> Device | None:
+    """The device that torch calls `name` (`NVIDIA H100 80GB HBM3`), or a person (`H100`); None for any other.
+
+    A slice of a GPU, a laptop's or another edition with a like name is another device.
+    """
+    short = re.sub(r"^((nvidia|tesla|amd|instinct) )+", "", " ".join(name.lower().split()))
+    return next((d for d in DEVICES if re.fullmatch(d.pattern, short)), None)
+
+
+def peak_flops(name: str, arithmetic: Arithmetic) -> float | None:
+    """Most operations a second of the device called `name`; None where that is not known."""
+    device = find_device(name)
+    teraflops = getattr(device, arithmetic) if device else None
+    return teraflops * 1e12 if teraflops else None
+
+
+TOLERANCE = 1.35
+
+_BYTES = {"fp32": 4, "bf16": 2}
+_LOGIT_COPIES = 3
+"""fp32 arrays as large as the logits in the backward pass of the loss: log-probabilities, and two gradients."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one process."""
+
+    weights: int
+    """This rank's share of the weights."""
+    gradients: int
+    """The share of the gradients, or all of them where micro-batches are added up before they are reduced."""
+    optimizer: int
+    averages: int
+    gathered: int
+    """Whole weights of the blocks under way and of the embeddings, and the latter's gradients."""
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+def block_activations(config: ModelConfig, element_bytes: int, keep: str) -> int:
+    """Bytes a token that one block keeps for its backward pass, or works with while it is made again.
+
+    Args:
+        keep: `none`, `selective` or `full` activation checkpointing.
+    """
+    width, inner, hidden = config.hidden_dim, config.n_heads * config.head_dim, config.ffn_dim
+    if keep == "full":
+        return width * element_bytes  # the block's input
+    projected = 2 * hidden if config.ffn != "gelu" else hidden
+    # Input, q, k and v, what attention gives, what its projection gives, the first and the last product of the FFN.
+    kept = 3 * width + 4 * inner + projected
+    if keep == "none":
+        kept += width + 2 * inner + 2 * hidden  # also a second norm, turned q and k, silu(gate) and its product
+    return kept * element_bytes
+
+
+def estimate_memory(experiment: Experiment, processes: int) -> MemoryEstimate:
+    """What each of `processes` needs."""
+    config, training, execution = experiment.model_config_resolved(), experiment.training, experiment.execution
+    num_parameters, compute_bytes = count_parameters(config), _BYTES[training.precision]
+    state_bytes = _BYTES[training.state_precision]
+    shards = max(1, processes // execution.replicas)
+    embeddings = (1 if config.weight_tying else 2) * config.vocab_size * config.hidden_dim
+    blocks = num_parameters - embeddings
+    local_sequences = training.global_batch // experiment.seq_len // processes
+    micro_batch = execution.micro_batch or local_sequences
+    tokens = micro_batch * experiment.seq_len
+    # FSDP adds up micro-batches' gradients whole, in the type it will reduce them in.
+    gradients = num_parameters * (4 if micro_batch < local_sequences else state_bytes / shards)
+    muon_blocks = blocks if training.optimizer == "muon" else 0
+    alive = embeddings + (2 * blocks // config.n_layers if execution.reshard_after_forward else blocks)
+    per_token = config.n_layers * block_activations(config, compute_bytes, execution.activation_checkpointing)
+    working = block_activations(config, compute_bytes, "none")
+    return MemoryEstimate(
+        weights=num_parameters * state_bytes // shards,
+        gradients=int(gradients),
+        optimizer=(2 * num_parameters - muon_blocks) * state_bytes // shards,
+        averages=len(training.averages) * num_parameters * 4 // shards,
+        gathered=alive * compute_bytes + embeddings * compute_bytes,
+        activations=tokens * (per_token + working + 2 * config.hidden_dim * compute_bytes),
+        logits=min(execution.loss_chunk, tokens) * config.vocab_size * 4 * _LOGIT_COPIES,
+    )

@@ -1,0 +1,73 @@
+"""What a training run is: everything that changes its weights, and nothing else."""
+
+from openlm_pipeline.experiments import Experiment
+from openlm_pipeline.fingerprint import Tree
+from openlm_pipeline.units import format_tokens
+
+TRAINER_VERSION = 1
+"""Raised when the same experiment and data would give other weights."""
+
+
+def settings_identity(experiment: Experiment) -> Tree:
+    """The part of a run's identity that stands in the recipe; milestones only extend a run, so they are not in it."""
+    unused = {"horizon"}
+    if experiment.training.sampling != "windowed":
+        unused.add("window_shards")
+    if experiment.training.sampling not in ("resampled", "manifest"):
+        unused.add("source_batch")
+    training = experiment.training.model_dump(mode="json", exclude=unused)
+    return {
+        "model": experiment.model_config_resolved().model_dump(),
+        "training": {**training, "horizon": experiment.schedule_horizon()},
+        "seq_len": experiment.seq_len,
+        "seed": experiment.seed,
+        **({"parent": experiment.parent.model_dump()} if experiment.parent else {}),
+        "code": TRAINER_VERSION,
+    }
+
+
+def run_identity(experiment: Experiment, dataset_versions: dict[str, str], parent: Tree | None = None) -> Tree:
+    """The whole identity.
+
+    Args:
+        dataset_versions: sha256 of the manifest of each training dataset, by name.
+        parent: what is known of the checkpoint that a fork goes on from, see `runs.parent.parent_identity`.
+    """
+    data = [
+        {"name": d.name, "weight": d.source.weight, "manifest_sha256": dataset_versions[d.name]}
+        for d in experiment.training_datasets()
+    ]
+    settings = settings_identity(experiment)
+    if experiment.parent:
+        settings["parent"] |= parent
+    return {**settings, "data": data}
+
+
+def extension_refusal(experiment: Experiment, old: Tree, new: Tree) -> str | None:
+    """Why a finished schedule is not simply longer now; None where anything else differs, or the recipe says how.
+
+    A cosine or WSD schedule ends at the last milestone unless the recipe has a horizon, so a milestone more would
+    change the learning rate of every step that was trained.
+    """
+    training, before = experiment.training, old.get("training", {}).get("horizon")
+    if training.horizon is not None or before is None or old == new:
+        return None
+    if {**old, "training": {**old["training"], "horizon": experiment.schedule_horizon()}} != new:
+        return None
+    ended, longer = format_tokens(before), format_tokens(experiment.schedule_horizon())
+    floor = max(training.lr_min, training.lr_floor)
+    fork = (
+        f"`openlm fork {experiment.name}@MILESTONE NAME`: a new run from one of its milestones, with a schedule of its "
+    )
+    stable = [t for t in experiment.milestones if t <= before - training.decay]
+    if training.schedule == "wsd" and stable:
+        fork += f"own; the one at {format_tokens(stable[-1])} is the last before the decay"
+    else:
+        fork += "own; parent.schedule=restart warms up again"
+    choices = [fork, f"training.horizon={longer}: train all of it again, with the longer schedule"]
+    if floor > 0:
+        choices.insert(0, f"training.horizon={ended}: go on at the final learning rate of {floor:g}")
+    return (
+        f"the {training.schedule} schedule of {experiment.name} ended at {ended} tokens; ending at {longer}, it would "
+        "have had other learning rates all along. Choose:\n  " + "\n  ".join(choices)
+    )

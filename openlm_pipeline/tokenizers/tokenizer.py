@@ -1,0 +1,169 @@
+"""Tokenizers by name under `tokenizers/`: trained here, or copied from a file or the Hugging Face hub.
+
+A tokenizer folder holds `tokenizer.json` and, written last, `tokenizer_info.json` with its identity.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from openlm_pipeline.corpus.discovery import RawFile
+from openlm_pipeline.corpus.reader import RecordReader
+from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
+from openlm_pipeline.experiments import TokenizerSpec
+from openlm_pipeline.fingerprint import differences
+from openlm_pipeline.storage.files import atomic_writer, read_json, set_aside, sha256_file, write_json
+from openlm_pipeline.storage.remote import sha256_url
+from openlm_pipeline.tokenizers.engine import load_reference
+
+TRAINING_VERSION = 1
+"""Raised when the same corpus and settings would give another tokenizer."""
+
+_INFO = "tokenizer_info.json"
+_FILE = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """A tokenizer on disk."""
+
+    name: str
+    sha256: str
+    """Of `tokenizer.json`."""
+    vocab_size: int
+    """Number of ids, added tokens included."""
+    eot_id: int
+    identity: dict[str, Any]
+    """What it was made from."""
+
+
+def tokenizer_file(folder: Path) -> Path:
+    return folder / _FILE
+
+
+def read_tokenizer_info(folder: Path) -> TokenizerInfo:
+    """The tokenizer of a folder.
+
+    Raises:
+        MissingInputError: none is there.
+        DataError: `tokenizer.json` is not the one that was recorded.
+    """
+    if not (folder / _INFO).exists():
+        raise MissingInputError(f"there is no tokenizer in {folder}; `openlm tokenize RECIPE` makes or fetches it")
+    info = TokenizerInfo(**read_json(folder / _INFO))
+    path = tokenizer_file(folder)
+    if not path.exists() or sha256_file(path) != info.sha256:
+        raise DataError(f"{path} is not the file that {folder / _INFO} describes; delete the folder to make it again")
+    return info
+
+
+def _texts(files: Iterable[RawFile], text_key: str) -> Iterator[str]:
+    for raw in files:
+        reader = RecordReader(raw.url, text_key=text_key, max_bad_fraction=1.0, on_bad=lambda _: None)  # stage 1 judges
+        for record in reader:
+            yield record.text
+
+
+def _train(spec: TokenizerSpec, files: list[RawFile], text_key: str, path: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=spec.train.vocab_size,
+        special_tokens=[spec.eot, "<|padding|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(files, text_key), trainer)
+    with atomic_writer(path) as f:
+        f.write(tokenizer.to_str().encode())
+
+
+def fetch_tokenizer_json(source: str) -> bytes:
+    """The bytes of `tokenizer.json` from a file, a folder or the Hugging Face hub.
+
+    Raises:
+        MissingInputError: it is not there, or the hub cannot be reached.
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = path / _FILE
+    if path.is_file():
+        return path.read_bytes()
+    if path.is_absolute() or source.startswith((".", "~")) or source.endswith(".json") or source.count("/") != 1:
+        raise MissingInputError(
+            f"there is no tokenizer at {source}: give a tokenizer.json, a folder that holds one, or a Hugging Face hub "
+            "name such as EleutherAI/gpt-neox-20b, as `tokenizer.source` or in OPENLM_TOKENIZER"
+        )
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(hf_hub_download(source, _FILE)).read_bytes()
+    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise MissingInputError(
+            f"the tokenizer {source} could not be fetched from the Hugging Face hub ({reason}). Without internet, set "
+            "OPENLM_TOKENIZER (or `tokenizer.source`) to the path of a tokenizer.json"
+        ) from e
+
+
+def make_tokenizer(
+    spec: TokenizerSpec, files: list[RawFile], text_key: str, folder: Path
+) -> tuple[TokenizerInfo, bool, list[str]]:
+    """Make or fetch a tokenizer unless the folder holds the one asked for.
+
+    Args:
+        files: text to train on, used only where the spec says to train.
+        folder: where it goes; a different tokenizer that is there is set aside.
+
+    Returns:
+        The tokenizer, whether it was there already, and how it differs from the one set aside.
+
+    Raises:
+        MissingInputError: the source does not exist or cannot be reached.
+        ConfigError: it lacks the end-of-text token, or is no tokenizer.
+    """
+    content = None
+    if spec.train:
+        corpus = {raw.name: sha256_url(raw.url) for raw in files}
+        identity = {"train": spec.train.model_dump(), "eot": spec.eot, "corpus": corpus, "code": TRAINING_VERSION}
+    else:
+        identity = {"source": spec.source, "eot": spec.eot}
+    changed: list[str] = []
+    if (folder / _INFO).exists():
+        info = read_tokenizer_info(folder)
+        local = spec.source is not None and Path(spec.source).exists()
+        content = fetch_tokenizer_json(spec.source) if local else None
+        same_file = content is None or content == tokenizer_file(folder).read_bytes()
+        if info.identity == identity and same_file:
+            return info, True, []
+        changed = differences(info.identity, identity) or ["the content of tokenizer.json"]
+        set_aside(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = tokenizer_file(folder)
+    if spec.train:
+        _train(spec, files, text_key, path)
+    else:
+        with atomic_writer(path) as f:
+            f.write(content or fetch_tokenizer_json(spec.source))
+    info = _describe(spec, path, identity)
+    write_json(folder / _INFO, asdict(info))
+    return info, False, changed
+
+
+def _describe(spec: TokenizerSpec, path: Path, identity: dict[str, Any]) -> TokenizerInfo:
+    try:
+        tokenizer = load_reference(path)
+    except Exception as e:  # noqa: BLE001 - `tokenizers` raises bare Exception for a file it cannot read
+        raise ConfigError(f"{spec.source or path} is not a tokenizer.json: {e}") from e
+    eot_id = tokenizer.token_to_id(spec.eot)
+    if eot_id is None:
+        raise ConfigError(
+            f"tokenizer {spec.name} has no token {spec.eot!r}; set `tokenizer.eot` to its end-of-text token"
+        )
+    return TokenizerInfo(spec.name, sha256_file(path), tokenizer.get_vocab_size(), eot_id, identity)

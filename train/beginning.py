@@ -1,0 +1,113 @@
+"""Where a run begins: at the weights of checkpoints of any kind, or at its parent's milestone."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+from openlm_pipeline.checkpoints import load_checkpoint
+from openlm_pipeline.checkpoints.folders import MODEL_CONFIG, Checkpoint, verify
+from openlm_pipeline.checkpoints.reading import SafeReader
+from openlm_pipeline.errors import ConfigError, MissingInputError
+from openlm_pipeline.experiments import Experiment
+from openlm_pipeline.fingerprint import Tree, differences, fingerprint
+from openlm_pipeline.models import ModelConfig
+from openlm_pipeline.models.transformer import Transformer
+from openlm_pipeline.runs.folder import RunFolder
+from openlm_pipeline.storage.files import read_json, sha256_file
+from train import saver as checkpoints
+from train.averages import Averages
+from train.distributed import World
+from train.optimizers import Optimizers
+
+_OF_THE_STATE = ("optimizer", "state_precision", "no_decay")
+"""Settings of `training` on which the form of the optimizer's state depends."""
+
+
+def begin_from(
+    checkpoint: Checkpoint,
+    experiment: Experiment,
+    world: World,
+    model: Transformer,
+    optimizer: Optimizers,
+    extra: checkpoints.Extra,
+) -> Averages:
+    """Load a parent's checkpoint: the model, the optimizer unless it is to begin anew, and what of `extra` it has.
+
+    Returns:
+        The averages of the fork: those that the parent has go on, others begin at its weights.
+
+    Raises:
+        DataError: a file of the parent is damaged.
+        ConfigError: the fork has another model, or an optimizer that can't go on from the parent's.
+    """
+    world.from_rank0(lambda: _check(checkpoint, experiment, model))
+    if experiment.parent.optimizer == "reset":
+        checkpoints.load_weights(checkpoint, model)
+        return Averages(experiment.training.averages, model)
+    saved = SafeReader(checkpoint.path).read_metadata().state_dict_metadata
+    there = {name: state for name, state in extra.items() if any(key.startswith(f"{name}.") for key in saved)}
+    checkpoints.load(checkpoint, model, optimizer, there)
+    averages = Averages(experiment.training.averages, model)
+    averages.state |= {name: state for name, state in there.items() if name in averages.state}
+    return averages
+
+
+def _check(checkpoint: Checkpoint, experiment: Experiment, model: Transformer) -> None:
+    verify(checkpoint)
+    theirs, ours = read_json(checkpoint.path / MODEL_CONFIG), model.config.model_dump()
+    if changed := differences({**theirs, "seq_len": 0}, {**ours, "seq_len": 0}):
+        raise ConfigError(f"a fork has its parent's model; here differ: {'; '.join(changed)}")
+    before = RunFolder(checkpoint.path.parents[1]).identity["training"]
+    now = experiment.training.model_dump(mode="json")
+    parts = [{name: training[name] for name in _OF_THE_STATE} for training in (before, now)]
+    if experiment.parent.optimizer == "keep" and (changed := differences(*parts)):
+        raise ConfigError(
+            f"the optimizer's state of the parent does not fit: {'; '.join(changed)}; parent.optimizer=reset begins "
+            "with a new one"
+        )
+
+
+def weights_identity(weights: Mapping[Path, float]) -> Tree:
+    """What a run records of its initial weights: the hash of each checkpoint's content, and its coefficient.
+
+    Raises:
+        MissingInputError: a checkpoint is not there.
+    """
+    return [{"sha256": _digest(path), "coefficient": coefficient} for path, coefficient in weights.items()]
+
+
+def _digest(path: Path) -> str:
+    if not path.exists():
+        raise MissingInputError(f"there is no checkpoint {path} to begin with")
+    if path.is_file():
+        return sha256_file(path)
+    return fingerprint({p.name: sha256_file(p) for p in sorted(path.iterdir()) if p.is_file()})
+
+
+def load_initial_weights(
+    model: torch.nn.Module, config: ModelConfig, weights: Mapping[Path, float], world: World
+) -> None:
+    """Put the sum of coefficient times weights into the sharded `model`; the first process alone reads.
+
+    Raises:
+        OpenLMError: a checkpoint can't be read, or is not one of this model; on every process.
+    """
+    state: dict[str, torch.Tensor] = {}
+
+    def read() -> None:
+        with torch.no_grad():
+            for path, coefficient in weights.items():
+                loaded: Transformer = load_checkpoint(path, config=config, warn=lambda note: print(f"note: {note}"))
+                parameters = dict(loaded.named_parameters())
+                for name, value in loaded.state_dict().items():
+                    if name not in parameters:
+                        state[name] = value
+                    else:
+                        state[name] = value * coefficient + state.get(name, 0)
+
+    world.from_rank0(read)
+    # A checkpoint holds no frequencies that the model does not make itself.
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    set_model_state_dict(model, state, options=options)
