@@ -25,6 +25,7 @@ from assets.common import (
 from openlm_pipeline.corpus.discovery import discover
 from openlm_pipeline.errors import DataError
 from openlm_pipeline.experiments import Dataset, Experiment
+from openlm_pipeline.fingerprint import settings_tree
 from openlm_pipeline.pipeline import data as data_stages
 from openlm_pipeline.pools import DaskSettings
 from openlm_pipeline.result import ProgressLine, Report, StageResult
@@ -32,8 +33,8 @@ from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.opening import open_dataset, published_url
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.storage.remote import public
-from openlm_pipeline.tokenization.documents import STAGE_VERSION, FileTokens
-from openlm_pipeline.tokenization.packing import PACKING_VERSION
+from openlm_pipeline.tokenization.documents import FIRST_MAX_BAD_FRACTION, STAGE_VERSION, FileTokens, files_tree
+from openlm_pipeline.tokenization.packing import PACKING_VERSION, packing_tree
 from openlm_pipeline.tokenizers.tokenizer import TRAINING_VERSION
 
 GROUP = "data"
@@ -77,7 +78,7 @@ def tokenizer_asset(experiment: Experiment) -> dg.AssetsDefinition:
         deps=deps,
         group_name=GROUP,
         kinds={"huggingface", "tokenizer"},
-        code_version=code_version({"spec": spec.model_dump(exclude={"source"}), "code": TRAINING_VERSION}),
+        code_version=code_version({"spec": settings_tree(spec, {"source"}), "code": TRAINING_VERSION}),
         pool=CPU_POOL,
         description=made_how,
     )
@@ -90,15 +91,16 @@ def tokenizer_asset(experiment: Experiment) -> dg.AssetsDefinition:
 
 
 def _files_code_version(dataset: Dataset) -> str:
-    source = dataset.source.model_dump(include={"text_key", "max_bad_fraction"})
+    source = {**files_tree(dataset), "max_bad_fraction": FIRST_MAX_BAD_FRACTION}  # as it was in the first release
     return code_version(
-        {"source": source, "tokenizer": dataset.tokenizer.model_dump(exclude={"source"}), "code": STAGE_VERSION}
+        {"source": source, "tokenizer": settings_tree(dataset.tokenizer, {"source"}), "code": STAGE_VERSION}
     )
 
 
 def _shards_code_version(dataset: Dataset) -> str:
-    own = dataset.model_dump(include={"seq_len", "samples_per_shard", "shuffle_seed", "pad_id"})
-    return code_version({"dataset": own, "files": _files_code_version(dataset), "code": PACKING_VERSION})
+    return code_version(
+        {"dataset": packing_tree(dataset), "files": _files_code_version(dataset), "code": PACKING_VERSION}
+    )
 
 
 def partitions(dataset: Dataset) -> dg.DynamicPartitionsDefinition:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from openlm_pipeline.evaluation.suite_files import read_suite_file, suite_path
-from openlm_pipeline.fingerprint import fingerprint
+from openlm_pipeline.fingerprint import fingerprint, settings_tree
 from openlm_pipeline.strict import Strict, explain
 
 HARNESS_VERSION = "2"
@@ -158,7 +158,7 @@ class IclTask(Strict):
         if self.rule != "prefix":
             exclude |= {"cot_delimiter", "early_stopping_criteria", "do_normalization"}
         generation = {"generation_kwargs": self.generation_kwargs.max_new_tokens} if self.rule == "prefix" else {}
-        return self.model_dump(mode="json", exclude=exclude | {"generation_kwargs"}) | generation
+        return settings_tree(self, exclude | {"generation_kwargs"}) | generation
 
 
 def _matches_itself(text: str) -> bool:

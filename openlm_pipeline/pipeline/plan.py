@@ -12,7 +12,7 @@ from openlm_pipeline.checkpoints.folders import list_checkpoints
 from openlm_pipeline.corpus.discovery import discover
 from openlm_pipeline.errors import DataError, MissingInputError, OpenLMError
 from openlm_pipeline.experiments import Dataset, Experiment
-from openlm_pipeline.fingerprint import differences
+from openlm_pipeline.fingerprint import differences, settings_tree
 from openlm_pipeline.runs.dry_run import describe
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.identity import extension_refusal, run_identity
@@ -140,7 +140,9 @@ def _tokenizer(experiment: Experiment, home: Home) -> tuple[TokenizerInfo | None
     except DataError as e:
         return None, Artefact(name, "stale", (str(e),))
     recorded = {key: value for key, value in info.identity.items() if key != "corpus"}  # hashing it all would take long
-    made_from = {"train": spec.train.model_dump(), "code": TRAINING_VERSION} if spec.train else {"source": spec.source}
+    made_from = (
+        {"train": settings_tree(spec.train), "code": TRAINING_VERSION} if spec.train else {"source": spec.source}
+    )
     changed = differences(recorded, {**made_from, "eot": spec.eot})
     return info, Artefact(name, "stale" if changed else "fresh", tuple(changed))
 

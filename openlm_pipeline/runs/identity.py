@@ -1,7 +1,7 @@
 """What a training run is: everything that changes its weights, and nothing else."""
 
 from openlm_pipeline.experiments import Experiment
-from openlm_pipeline.fingerprint import Tree
+from openlm_pipeline.fingerprint import Tree, settings_tree
 from openlm_pipeline.units import format_tokens
 
 TRAINER_VERSION = 1
@@ -15,13 +15,13 @@ def settings_identity(experiment: Experiment) -> Tree:
         unused.add("window_shards")
     if experiment.training.sampling not in ("resampled", "manifest"):
         unused.add("source_batch")
-    training = experiment.training.model_dump(mode="json", exclude=unused)
+    training = settings_tree(experiment.training, unused)
     return {
-        "model": experiment.model_config_resolved().model_dump(),
+        "model": settings_tree(experiment.model_config_resolved()),
         "training": {**training, "horizon": experiment.schedule_horizon()},
         "seq_len": experiment.seq_len,
         "seed": experiment.seed,
-        **({"parent": experiment.parent.model_dump()} if experiment.parent else {}),
+        **({"parent": settings_tree(experiment.parent)} if experiment.parent else {}),
         "code": TRAINER_VERSION,
     }
 

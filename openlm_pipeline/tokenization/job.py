@@ -26,7 +26,7 @@ from openlm_pipeline.storage.files import (
     write_json,
 )
 from openlm_pipeline.tokenization.documents import FileTokens, finished, join_parts, remove_parts, tokenize_part
-from openlm_pipeline.tokenization.packing import PACKING_VERSION, check_stream, make_shard, write_order
+from openlm_pipeline.tokenization.packing import PACKING_VERSION, check_stream, make_shard, packing_tree, write_order
 from openlm_pipeline.tokenizers.tokenizer import TokenizerInfo
 from openlm_pipeline.units import format_bytes, format_seconds, format_tokens
 
@@ -179,11 +179,8 @@ def tokenize_whole(
 def shards_identity(dataset: Dataset, files: list[FileTokens], tokenizer: TokenizerInfo) -> Tree:
     """What the shards of a dataset are made from."""
     return {
+        **packing_tree(dataset),
         "tokenizer_sha256": tokenizer.sha256,
-        "seq_len": dataset.seq_len,
-        "samples_per_shard": dataset.samples_per_shard,
-        "shuffle_seed": dataset.shuffle_seed,
-        "pad_id": dataset.pad_id,
         "files": {f.name: f.version for f in files},
         "code": PACKING_VERSION,
     }

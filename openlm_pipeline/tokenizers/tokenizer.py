@@ -12,7 +12,7 @@ from openlm_pipeline.corpus.discovery import RawFile
 from openlm_pipeline.corpus.reader import RecordReader
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
 from openlm_pipeline.experiments import TokenizerSpec
-from openlm_pipeline.fingerprint import differences
+from openlm_pipeline.fingerprint import differences, settings_tree
 from openlm_pipeline.storage.files import atomic_writer, read_json, set_aside, sha256_file, write_json
 from openlm_pipeline.storage.remote import sha256_url
 from openlm_pipeline.tokenizers.engine import load_reference
@@ -131,7 +131,7 @@ def make_tokenizer(
     content = None
     if spec.train:
         corpus = {raw.name: sha256_url(raw.url) for raw in files}
-        identity = {"train": spec.train.model_dump(), "eot": spec.eot, "corpus": corpus, "code": TRAINING_VERSION}
+        identity = {"train": settings_tree(spec.train), "eot": spec.eot, "corpus": corpus, "code": TRAINING_VERSION}
     else:
         identity = {"source": spec.source, "eot": spec.eot}
     changed: list[str] = []
