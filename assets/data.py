@@ -10,7 +10,9 @@ from assets.common import (
     CORPUS_KEY,
     CPU_POOL,
     DATA_VERSION_TAG,
+    PREFLIGHT_KEY,
     DaskResource,
+    allowed,
     code_version,
     metadata,
     place,
@@ -52,6 +54,7 @@ def corpus_asset(experiment: Experiment) -> dg.AssetsDefinition:
 
     @dg.asset(
         key=CORPUS_KEY,
+        deps=[PREFLIGHT_KEY],
         group_name=GROUP,
         kinds={"python", "corpus"},
         code_version="1",
@@ -70,7 +73,8 @@ def corpus_asset(experiment: Experiment) -> dg.AssetsDefinition:
 def tokenizer_asset(experiment: Experiment) -> dg.AssetsDefinition:
     """The tokenizer of an experiment."""
     spec = experiment.tokenizer
-    deps = [CORPUS_KEY] if experiment.training_datasets()[0].source.origin == "embedded" and spec.train else []
+    of_embedded = experiment.training_datasets()[0].source.origin == "embedded" and spec.train
+    deps = [PREFLIGHT_KEY, *([CORPUS_KEY] if of_embedded else [])]
     made_how = f"A byte-level BPE of {spec.train.vocab_size} ids." if spec.train else f"From {spec.source}."
 
     @dg.asset(
@@ -84,7 +88,7 @@ def tokenizer_asset(experiment: Experiment) -> dg.AssetsDefinition:
     )
     def tokenizer(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         with user_errors():
-            made = data_stages.ensure_tokenizer(experiment, Home.from_env(), context.log.info)
+            made = data_stages.ensure_tokenizer(experiment, Home.from_env(), context.log.info, allowed(context))
         return dg.MaterializeResult(metadata=metadata(made), data_version=dg.DataVersion(made.version))
 
     return tokenizer
@@ -273,7 +277,8 @@ def dataset_assets(dataset: Dataset) -> list[dg.AssetsDefinition | dg.AssetCheck
         home, pools = Home.from_env(), dask.settings().pool
         with user_errors():
             done, _ = data_stages.tokenize(dataset, home, pools, context.log.debug)
-            made = data_stages.make_shards(dataset, done, home, pools, _progress(context, shards_key(dataset)))
+            report = _progress(context, shards_key(dataset))
+            made = data_stages.make_shards(dataset, done, home, pools, report, allowed(context))
         return dg.Output(None, data_version=dg.DataVersion(made.version), metadata=_shards_metadata(dataset, made))
 
     def nothing(key: dg.AssetKey, **kwargs: dg.PartitionMapping) -> dg.AssetIn:

@@ -56,7 +56,7 @@ def test_the_folder_of_a_run_that_is_being_trained_is_left_alone(tmp_path: Path)
     before = sorted(small.run.path.rglob("*"))
     experiment = small.experiment("seed=1")
     with small.run.lock(), pytest.raises(BusyError, match="already training"):
-        list(training_stage.train(experiment, small.home, 512, lambda _: None, supersede=True))
+        list(training_stage.train(experiment, small.home, 512, lambda _: None, allow={"supersede"}))
     assert sorted(small.run.path.rglob("*")) == before
 
 

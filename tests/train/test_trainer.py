@@ -161,7 +161,7 @@ def test_another_run_in_the_folder_is_refused_by_field_and_set_aside_on_request(
     with pytest.raises(IdentityError, match=r"training\.lr 0\.01 -> 0\.02"):
         copy.train("training.lr=0.02")
     assert copy.run.identity == before
-    copy.train("training.lr=0.02", supersede=True)
+    copy.train("training.lr=0.02", allow={"supersede"})
     assert copy.steps_on_disk() == {4: "t1024", 8: "t2048"}
     old = copy.run.path.with_name("v1.superseded-1")
     assert sorted(p.name for p in (old / "checkpoints").iterdir()) == [
