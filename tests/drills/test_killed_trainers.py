@@ -14,6 +14,7 @@ from drill_pipeline import (
     wait_until,
 )
 
+pytestmark = pytest.mark.drill
 FIRST_STEP = 157
 TRAIN = ("-m", "openlm_pipeline", "train", "tiny")
 
@@ -59,7 +60,6 @@ def test_a_killed_rank_is_started_again_by_torchrun(untrained, finished, program
     assert made["weights and optimizer"] == expected["weights and optimizer"]
 
 
-@pytest.mark.drill
 def test_under_dagster_a_killed_torchrun_and_then_a_killed_rank_fail_the_run_with_a_reason(
     undisturbed, tmp_path, programs_on, instance_of
 ):
