@@ -37,6 +37,7 @@ def test_a_killed_torchrun_is_told_and_the_same_command_goes_on(untrained, finis
     said = programs.last_printed()
     assert "training of tiny ended early" in said and "exit code -9" in said and "Traceback" not in said
     wait_until(lambda: not any(rank.is_running() for rank in ranks), "the rank to go with its torchrun")
+    assert not (untrained.run_folder / "outcome.json").exists()
     done = untrained.finished_work()
     assert any("/step-00000157/" in name for name in done)
     programs.finish(*TRAIN)
