@@ -129,4 +129,4 @@ def wait_until(condition: Callable[[], bool], process: psutil.Popen | None = Non
     while not condition():
         assert process is None or process.poll() is None, "the process ended before what was waited for"
         assert time.monotonic() < end, "what was waited for did not come"
-        time.sleep(0.01)
+        time.sleep(0.05)

@@ -7,7 +7,7 @@ import dagster as dg
 import pytest
 from tiny_pipeline import LABELS, TinyPipeline
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.drill]
 if not Path("/usr/bin/chromium").exists():
     pytest.skip("there is no /usr/bin/chromium", allow_module_level=True)
 pytest.importorskip("playwright", reason="playwright is not installed")

@@ -1,4 +1,4 @@
-"""Workers that die, stop and hang under torchrun, and signals as a terminal and a cluster send them."""
+"""Workers that hang under torchrun, and Ctrl-C in a terminal."""
 
 import json
 import os
@@ -9,13 +9,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from small_run import BATCH, REPOSITORY, SmallRun, wait_until
+from small_run import REPOSITORY, SmallRun, wait_until
 
 from openlm_pipeline.checkpoints.folders import list_checkpoints, verify
 from train.watchdog import EXIT_CODE
-
-STEPS = (10, 150)
-EVERY = f"execution.checkpoint_every={20 * BATCH}"
 
 
 def last_step(small: SmallRun) -> int:
@@ -35,42 +32,6 @@ def workers(launcher: psutil.Popen) -> dict[int, psutil.Process]:
 def assert_intact(small: SmallRun) -> None:
     for checkpoint in list_checkpoints(small.run.checkpoints, small.run.fingerprint, warn=pytest.fail):
         verify(checkpoint)
-
-
-def test_a_run_whose_rank_is_killed_stops_or_starts_again_by_itself(tmp_path: Path):
-    """One run: a rank is killed without restarts, then SIGUSR1 stops it, then a rank is killed with a restart."""
-    small = SmallRun(tmp_path, STEPS)
-
-    torchrun = small.torchrun(2, EVERY)
-    wait_until(lambda: last_step(small) > 25, torchrun)
-    workers(torchrun)[1].kill()
-    assert small.finish(torchrun) != 0
-    assert small.run.read_outcome()["status"] == "failed"
-    assert small.steps_on_disk()[10] == f"t{10 * BATCH}"
-    assert_intact(small)
-    killed_at = last_step(small)
-
-    torchrun = small.torchrun(2, EVERY, flags=("--signals-to-handle=SIGTERM,SIGUSR1",))
-    wait_until(lambda: last_step(small) > killed_at, torchrun)
-    torchrun.send_signal(signal.SIGUSR1)
-    small.finish(torchrun)
-    outcome = small.run.read_outcome()
-    assert outcome["status"] == "preempted"
-    assert outcome["step"] == last_step(small) < STEPS[-1]
-    assert outcome["step"] in small.steps_on_disk()
-
-    before = small.log()
-    torchrun = small.torchrun(2, EVERY, flags=("--max-restarts=1",))
-    wait_until(lambda: last_step(small) > outcome["step"] + 5, torchrun)
-    workers(torchrun)[0].kill()
-    assert small.finish(torchrun) == 0, small.log()
-    assert small.log().removeprefix(before).count("resumed from step-") == 2
-    assert small.run.read_outcome() == {"status": "completed", "step": STEPS[-1], "tokens": STEPS[-1] * BATCH}
-    assert_intact(small)
-
-    alone = SmallRun(tmp_path / "alone", STEPS)
-    alone.train("execution.checkpoint_every=null")
-    assert small.losses() == pytest.approx(alone.losses(), rel=1e-4)
 
 
 def test_a_hang_is_written_down_and_ends_the_run(tmp_path: Path):
