@@ -29,7 +29,7 @@ class Strict(BaseModel):
             for key in data:
                 if key not in (keys := cls.keys()):
                     near = difflib.get_close_matches(str(key), keys, n=1)
-                    hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(keys)}"
+                    hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(keys) or 'none'}"
                     raise ValueError(f"unknown key {key!r}; {hint}")
         return data
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, StringConstraints, create_model, field_validator, model_validator
 
 from openlm_pipeline.models.config import ModelConfig, resolve_model
-from openlm_pipeline.registry import LAUNCHERS, LauncherName
+from openlm_pipeline.registry import LAUNCHERS, EngineName, LauncherName, SamplingName
 from openlm_pipeline.strict import Strict
 from openlm_pipeline.units import Tokens, format_tokens, milestone_label
 
@@ -81,7 +81,7 @@ class Dataset(Strict):
     shards_url: str | None = None
     keep_local_shards: bool = True
     shard_cache_bytes: int | None = None
-    engine: Literal["auto", "huggingface"] = "auto"
+    engine: EngineName = "auto"
     verify_every: int = 500
 
     @property
@@ -158,7 +158,7 @@ class Training(Strict):
     """Steps whose loss or gradient is not finite, or spikes, that may be left out in a row before training stops."""
     spike_factor: float | None = Field(default=None, gt=1)
     """A gradient norm of so many times its running mean is a spike."""
-    sampling: Literal["permutation", "windowed", "resampled", "manifest"] = "permutation"
+    sampling: SamplingName = "permutation"
     """Order of the samples. `permutation`: each once an epoch, shuffled over the whole source. `windowed`: each once an
     epoch, shuffled within `window_shards` shards at a time, for remote shards. `resampled` and `manifest`: OpenLM's."""
     window_shards: int = Field(default=64, ge=1)
@@ -209,7 +209,7 @@ class Execution(Strict):
     """Whether shards stay in `OPENLM_HOME` once they are at `shards_url`."""
     shard_cache_bytes: int | None = Field(default=None, ge=1)
     """Most space a dataset's fetched shards may take in `OPENLM_HOME`; the longest unused goes first."""
-    tokenizer_engine: Literal["auto", "huggingface"] = "auto"
+    tokenizer_engine: EngineName = "auto"
     """`auto` takes the fast engine where it gives the ids of Hugging Face `tokenizers`, which it is checked against."""
     verify_every: int = Field(default=500, ge=1)
     """One in so many documents is encoded by both engines; a difference fails the file."""
@@ -333,7 +333,7 @@ class Launcher(Strict):
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> "Launcher":
-        LAUNCHERS[self.kind].check(self.kind, self)
+        LAUNCHERS[self.kind].check(self)
         return self
 
 

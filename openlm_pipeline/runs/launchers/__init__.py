@@ -4,7 +4,7 @@ A launcher starts and stops processes, and says whether they are there. What tra
 """
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from openlm_pipeline.result import Report
 from openlm_pipeline.runs.launchers.job import Job
@@ -22,9 +22,6 @@ class Launcher(ABC):
     class Settings(Strict):
         """What a recipe may say at `launcher.NAME`; here nothing."""
 
-    several_nodes: ClassVar[bool] = True
-    """Whether `launcher.nodes` may be more than 1."""
-
     def __init__(self, experiment: "Experiment", home: Home, run: "RunFolder", report: Report) -> None:
         """
         Args:
@@ -36,15 +33,13 @@ class Launcher(ABC):
         self.settings: Any = experiment.launcher.settings
         """The class's own `Settings`."""
 
-    @classmethod
-    def check(cls, name: str, common: "spec.Launcher") -> None:
+    @classmethod  # noqa: B027 - most have nothing to look at
+    def check(cls, common: "spec.Launcher") -> None:
         """Look at a recipe's settings together, when it is loaded.
 
         Raises:
             ValueError: they do not go together.
         """
-        if common.nodes > 1 and not cls.several_nodes:
-            raise ValueError(f"kind {name!r} is one machine: nodes must be 1; clusters such as 'slurm' have several")
 
     @property
     def max_requeues(self) -> int:

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import psutil
 
-from openlm_pipeline.experiments import Experiment
+from openlm_pipeline.experiments import Experiment, spec
 from openlm_pipeline.registry import LAUNCHERS
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.launchers import Launcher
@@ -23,7 +23,10 @@ _LOG = "train.log"
 class Local(Launcher):
     """torchrun on this machine; it dies with the process that watches it."""
 
-    several_nodes = False
+    @classmethod
+    def check(cls, common: spec.Launcher) -> None:
+        if common.nodes > 1:
+            raise ValueError("kind 'local' is this machine: nodes must be 1; 'slurm' and 'kubernetes' have several")
 
     def submit(self, until: int) -> "LocalJob":
         return LocalJob(self.experiment, self.home, self.run, until)
