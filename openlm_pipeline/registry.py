@@ -70,7 +70,7 @@ class Registry(Generic[T]):
                     ):
                         self._seen.discard(name)
                         raise ConfigError(
-                            f"{_place(entry)} is a {self.kind} that no name is registered for: put "
+                            f"no name is registered for the {self.kind} {_place(entry)}: put "
                             f'`@{self.kind.upper().replace(" ", "_")}S.register("NAME")` above it'
                         )
 

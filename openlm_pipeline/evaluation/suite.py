@@ -17,7 +17,7 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 from openlm_pipeline.evaluation.suite_files import read_suite_file, suite_path
 from openlm_pipeline.evaluation.task_types import TaskType
 from openlm_pipeline.fingerprint import fingerprint
-from openlm_pipeline.registry import TASK_TYPES
+from openlm_pipeline.registry import RULES, TASK_TYPES, RuleName
 from openlm_pipeline.strict import Strict, explain
 
 HARNESS_VERSION = "2"
@@ -86,6 +86,8 @@ class IclTask(Strict):
     """Strip white space around the string fields of a row and at the end of a context."""
     max_seq_len: int | None = Field(default=None, ge=2)
     """Longest sequence in tokens; by default the model's."""
+    scored_by: RuleName | None = None
+    """Rule that says when an item is right; by default the task type's."""
     batch_size: int | None = None
 
     @model_validator(mode="before")
@@ -122,6 +124,11 @@ class IclTask(Strict):
     def _known_metrics(self) -> "IclTask":
         if other := [m for m in self.metric_names if m != self.metric]:
             raise ValueError(f"task {self.label!r} asks for {', '.join(other)}; {self.icl_task_type} has {self.metric}")
+        if RULES[self.rule].generates != RULES[self.type.rule].generates:
+            raise ValueError(
+                f"task {self.label!r}: rule {self.rule!r} does not judge what {self.icl_task_type} has; one judges "
+                "written texts, the other probabilities. Leave scored_by out"
+            )
         if len(set(self.num_fewshot)) != len(self.num_fewshot):
             raise ValueError(f"task {self.label!r} repeats an entry of num_fewshot")
         owners = {field: name for name, known in TASK_TYPES for field in known.settings}
@@ -148,7 +155,7 @@ class IclTask(Strict):
     @property
     def rule(self) -> str:
         """The name in `RULES` of what makes an item correct."""
-        return self.type.rule
+        return self.scored_by or self.type.rule
 
     def _settings_of_other_types(self) -> set[str]:
         return {name for _, known in TASK_TYPES for name in known.settings}.difference(self.type.settings)
@@ -157,6 +164,8 @@ class IclTask(Strict):
         """The fields that change results: all but where the file is and how many rows go into a batch."""
         exclude = {"dataset_uri", "num_fewshot", "metric_names", "batch_size", "sha256", "category_names"}
         found = self.model_dump(mode="json", exclude=exclude | self._settings_of_other_types())
+        if self.scored_by is None:  # a later field enters identities only where it says something
+            del found["scored_by"]
         if "generation_kwargs" in found:
             found["generation_kwargs"] = self.generation_kwargs.max_new_tokens  # the one that changes a text
         return found
