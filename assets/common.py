@@ -14,7 +14,7 @@ from openlm_pipeline.errors import ConfigError, OpenLMError
 from openlm_pipeline.experiments import Dataset, Experiment
 from openlm_pipeline.fingerprint import Tree, fingerprint, short
 from openlm_pipeline.pools import DaskSettings
-from openlm_pipeline.result import StageResult
+from openlm_pipeline.result import ALLOW_TAG, StageResult, parse_allow
 from openlm_pipeline.runs.folder import WANDB_URL
 from openlm_pipeline.storage.home import Home
 
@@ -23,7 +23,16 @@ CODE_VERSION_TAG = "dagster/code_version"
 
 CPU_POOL, TRAINING_POOL, EVALUATION_POOL = "cpu", "training", "evaluation"
 
+PREFLIGHT_KEY = dg.AssetKey(["preflight"])
 CORPUS_KEY = dg.AssetKey(["corpus", "embedded"])
+
+_STARTED_BY = (
+    "dagster/sensor_name",
+    "dagster/schedule_name",
+    "dagster/auto_materialize",
+    "dagster/from_automation_condition",
+)
+"""Tags of a run that nobody asked for by hand."""
 
 OWNERS = "OPENLM_OWNERS"
 _DEFAULT_OWNERS = "team:openlm_pipeline"
@@ -171,6 +180,18 @@ def run_links(experiment: Experiment) -> dict[str, Any]:
 def metadata(result: StageResult) -> dict[str, Any]:
     """A stage's result as Dagster metadata."""
     return {**place(result.path), "version": short(result.version), "reused": result.reused, **shown(result.facts)}
+
+
+def allowed(context: dg.OpExecutionContext | dg.AssetExecutionContext) -> frozenset[str]:
+    """The consents of a run: its tag `openlm/allow`. Automation never consents.
+
+    Raises:
+        dg.Failure: the tag names what is no consent.
+    """
+    tags = context.run.tags
+    with user_errors():
+        found = parse_allow(tags.get(ALLOW_TAG))
+    return frozenset() if any(tag in tags for tag in _STARTED_BY) else found
 
 
 @contextlib.contextmanager

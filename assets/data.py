@@ -10,7 +10,9 @@ from assets.common import (
     CORPUS_KEY,
     CPU_POOL,
     DATA_VERSION_TAG,
+    PREFLIGHT_KEY,
     DaskResource,
+    allowed,
     code_version,
     metadata,
     place,
@@ -25,6 +27,7 @@ from assets.common import (
 from openlm_pipeline.corpus.discovery import discover
 from openlm_pipeline.errors import DataError
 from openlm_pipeline.experiments import Dataset, Experiment
+from openlm_pipeline.fingerprint import settings_tree
 from openlm_pipeline.pipeline import data as data_stages
 from openlm_pipeline.pools import DaskSettings
 from openlm_pipeline.result import ProgressLine, Report, StageResult
@@ -32,8 +35,8 @@ from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.opening import open_dataset, published_url
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.storage.remote import public
-from openlm_pipeline.tokenization.documents import STAGE_VERSION, FileTokens
-from openlm_pipeline.tokenization.packing import PACKING_VERSION
+from openlm_pipeline.tokenization.documents import FIRST_MAX_BAD_FRACTION, STAGE_VERSION, FileTokens, files_tree
+from openlm_pipeline.tokenization.packing import PACKING_VERSION, packing_tree
 from openlm_pipeline.tokenizers.tokenizer import TRAINING_VERSION
 
 GROUP = "data"
@@ -51,6 +54,7 @@ def corpus_asset(experiment: Experiment) -> dg.AssetsDefinition:
 
     @dg.asset(
         key=CORPUS_KEY,
+        deps=[PREFLIGHT_KEY],
         group_name=GROUP,
         kinds={"python", "corpus"},
         code_version="1",
@@ -69,7 +73,8 @@ def corpus_asset(experiment: Experiment) -> dg.AssetsDefinition:
 def tokenizer_asset(experiment: Experiment) -> dg.AssetsDefinition:
     """The tokenizer of an experiment."""
     spec = experiment.tokenizer
-    deps = [CORPUS_KEY] if experiment.training_datasets()[0].source.origin == "embedded" and spec.train else []
+    of_embedded = experiment.training_datasets()[0].source.origin == "embedded" and spec.train
+    deps = [PREFLIGHT_KEY, *([CORPUS_KEY] if of_embedded else [])]
     made_how = f"A byte-level BPE of {spec.train.vocab_size} ids." if spec.train else f"From {spec.source}."
 
     @dg.asset(
@@ -77,28 +82,29 @@ def tokenizer_asset(experiment: Experiment) -> dg.AssetsDefinition:
         deps=deps,
         group_name=GROUP,
         kinds={"huggingface", "tokenizer"},
-        code_version=code_version({"spec": spec.model_dump(exclude={"source"}), "code": TRAINING_VERSION}),
+        code_version=code_version({"spec": settings_tree(spec, {"source"}), "code": TRAINING_VERSION}),
         pool=CPU_POOL,
         description=made_how,
     )
     def tokenizer(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         with user_errors():
-            made = data_stages.ensure_tokenizer(experiment, Home.from_env(), context.log.info)
+            made = data_stages.ensure_tokenizer(experiment, Home.from_env(), context.log.info, allowed(context))
         return dg.MaterializeResult(metadata=metadata(made), data_version=dg.DataVersion(made.version))
 
     return tokenizer
 
 
 def _files_code_version(dataset: Dataset) -> str:
-    source = dataset.source.model_dump(include={"text_key", "max_bad_fraction"})
+    source = {**files_tree(dataset), "max_bad_fraction": FIRST_MAX_BAD_FRACTION}  # as it was in the first release
     return code_version(
-        {"source": source, "tokenizer": dataset.tokenizer.model_dump(exclude={"source"}), "code": STAGE_VERSION}
+        {"source": source, "tokenizer": settings_tree(dataset.tokenizer, {"source"}), "code": STAGE_VERSION}
     )
 
 
 def _shards_code_version(dataset: Dataset) -> str:
-    own = dataset.model_dump(include={"seq_len", "samples_per_shard", "shuffle_seed", "pad_id"})
-    return code_version({"dataset": own, "files": _files_code_version(dataset), "code": PACKING_VERSION})
+    return code_version(
+        {"dataset": packing_tree(dataset), "files": _files_code_version(dataset), "code": PACKING_VERSION}
+    )
 
 
 def partitions(dataset: Dataset) -> dg.DynamicPartitionsDefinition:
@@ -271,7 +277,8 @@ def dataset_assets(dataset: Dataset) -> list[dg.AssetsDefinition | dg.AssetCheck
         home, pools = Home.from_env(), dask.settings().pool
         with user_errors():
             done, _ = data_stages.tokenize(dataset, home, pools, context.log.debug)
-            made = data_stages.make_shards(dataset, done, home, pools, _progress(context, shards_key(dataset)))
+            report = _progress(context, shards_key(dataset))
+            made = data_stages.make_shards(dataset, done, home, pools, report, allowed(context))
         return dg.Output(None, data_version=dg.DataVersion(made.version), metadata=_shards_metadata(dataset, made))
 
     def nothing(key: dg.AssetKey, **kwargs: dg.PartitionMapping) -> dg.AssetIn:

@@ -19,17 +19,20 @@ from assets.common import (
 from openlm_pipeline.errors import DataError, MissingInputError
 from openlm_pipeline.evaluation.suite import HARNESS_VERSION, Suite, load_suite
 from openlm_pipeline.experiments import Baseline, Experiment
+from openlm_pipeline.fingerprint import settings_tree
 from openlm_pipeline.pipeline import evaluation as scoring
 from openlm_pipeline.pipeline.evaluation import CARD
 from openlm_pipeline.result import StageResult
 from openlm_pipeline.storage.home import Home
 
 _ITEMS = "items.parquet"
+_NOT_SCORING = {"suite", "baselines", "quoted", "batch_tokens", "processes"}
+"""Fields of `evaluation` that change no score; the suite has its own digest."""
 COMPLETE, REGRESSION = "complete_suite", "no_significant_regression"
 
 
 def _version(experiment: Experiment, suite: Suite, **more: str | None) -> str:
-    how = experiment.evaluation.model_dump(include={"backend", "precision", "average"})
+    how = settings_tree(experiment.evaluation, _NOT_SCORING)
     return code_version({"suite": suite.digest, "harness": HARNESS_VERSION, **how, **more})
 
 

@@ -34,6 +34,10 @@ class IdentityError(OpenLMError):
     exit_code = 5
 
 
+class ConsentError(IdentityError):
+    """What was asked for needs a consent that was not given: it would set aside, repeat or spend something."""
+
+
 class TrainingError(OpenLMError):
     """The trainer ended without reaching its goal."""
 

@@ -7,9 +7,109 @@ float, bool, None, lists and dicts with str keys; anything else is refused rathe
 import hashlib
 import json
 import math
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
+from pydantic import BaseModel
+
 Tree = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Neutral:
+    """Annotates a field with the value at which it leaves a fingerprint as it was: `Annotated[int, Neutral(1)] = 1`.
+
+    It never changes, though the field's default may. Without it the default counts.
+    """
+
+    value: Any
+
+
+FIRST_FIELDS = {
+    "ModelConfig": (
+        "hidden_dim n_layers n_heads seq_len vocab_size post_embed_norm weight_tying norm qk_norm "
+        "positional_embedding ffn rope_freq_dtype"
+    ),
+    "Training": (
+        "global_batch lr lr_min schedule warmup decay decay_power lr_floor horizon beta1 beta2 eps "
+        "weight_decay no_decay optimizer state_precision grad_clip z_loss precision float8 document_mask "
+        "mask_left squash_mask_left mask_token averages max_skipped_steps spike_factor sampling window_shards "
+        "source_batch"
+    ),
+    "Parent": "run version milestone optimizer schedule",
+    "TokenizerSpec": "name source train eot",
+    "TrainedTokenizer": "vocab_size",
+    "Source": "name version files shards origin weight text_key max_bad_fraction",
+    "Dataset": (
+        "source tokenizer seq_len samples_per_shard shuffle_seed pad_id vocab_size shards_url "
+        "keep_local_shards shard_cache_bytes engine verify_every"
+    ),
+    "Evaluation": "suite backend precision average baselines quoted batch_tokens processes",
+    "Baseline": "name model revision tokenizer",
+    "IclTask": (
+        "label dataset_uri num_fewshot icl_task_type continuation_delimiter example_delimiter prompt_string "
+        "question_prelimiter metric_names has_categories category_names sha256 cot_delimiter "
+        "early_stopping_criteria do_normalization generation_kwargs fewshot_random_seed strip_dataset "
+        "max_seq_len batch_size"
+    ),
+    "GenerationSettings": ("max_new_tokens do_sample num_beams num_return_sequences use_cache temperature top_k top_p"),
+    "Scorecard": (
+        "run run_version milestone tokens step checkpoint_digest data_fingerprint tokenizer validation_loss "
+        "suite suite_version suite_digest random_baselines harness_version tasks categories averages status "
+        "missing changes against"
+    ),
+    "TaskScore": (
+        "task num_fewshot category metric rule num_items num_categories accuracy ci_low ci_high "
+        "standard_error chance centred mde accuracy_micro accuracy_sum accuracy_norm status problem "
+        "task_file_sha256"
+    ),
+    "Average": ("name kind tasks random_baselines value ci_low ci_high standard_error chance mde status missing"),
+    "Difference": "measure against delta ci_low ci_high p_value p_holm significant mde note",
+}
+"""Fields that are in a fingerprint whatever their value: those of the first release. A later one only where it is not
+neutral, so that what was made before it existed stays what it is."""
+
+
+def settings_tree(settings: BaseModel, exclude: Collection[str] = ()) -> Tree:
+    """The fields of typed settings as a fingerprint holds them: later ones only where they are not neutral.
+
+    Args:
+        exclude: fields that do not change results.
+    """
+    return _without_neutral(settings, settings.model_dump(mode="json", exclude=set(exclude)))
+
+
+def _without_neutral(settings: Any, dumped: Any) -> Any:
+    if isinstance(settings, (tuple, list)):
+        return [_without_neutral(item, tree) for item, tree in zip(settings, dumped)]
+    if isinstance(settings, dict):
+        return {key: _without_neutral(item, tree) for (key, tree), item in zip(dumped.items(), settings.values())}
+    if not isinstance(settings, BaseModel):
+        return dumped
+    kind = type(settings)
+    tree = {}
+    for name, value in dumped.items():
+        own = getattr(settings, name)
+        if not is_later(kind, name) or own != neutral_value(kind, name):
+            tree[name] = _without_neutral(own, value)
+    return tree
+
+
+def is_later(kind: type[BaseModel], name: str) -> bool:
+    """Whether a field came after the first release of its class."""
+    first = FIRST_FIELDS.get(kind.__name__)
+    return _stated(kind, name) is not None if first is None else name not in first.split()
+
+
+def _stated(kind: type[BaseModel], name: str) -> Neutral | None:
+    return next((m for m in kind.model_fields[name].metadata if isinstance(m, Neutral)), None)
+
+
+def neutral_value(kind: type[BaseModel], name: str) -> Any:
+    """The value of a later field at which it is in no fingerprint."""
+    stated = _stated(kind, name)
+    return stated.value if stated else kind.model_fields[name].get_default(call_default_factory=True)
 
 
 def _check(value: Any, path: str) -> None:

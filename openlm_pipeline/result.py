@@ -1,9 +1,21 @@
-"""What every stage of the pipeline gives back, and how it reports."""
+"""What every stage of the pipeline gives back, how it reports, and what it does only with consent."""
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from openlm_pipeline.errors import ConfigError, ConsentError
+
+CONSENTS = {
+    "supersede": "set aside what was made from other settings or data, and make it again",
+    "remake": "set a damaged milestone aside, and train it again",
+    "cpu": "train without a GPU what would take days",
+    "repeat_data": "train on the same text many times over",
+}
+"""What is done only where `--allow` or the run tag `openlm/allow` names it."""
+ALLOW_TAG = "openlm/allow"
 
 
 @dataclass(frozen=True)
@@ -32,3 +44,65 @@ class ProgressLine(str):
 
 Report = Callable[[str], None]
 """Takes one line for people, such as `2 of 6 files, 12 s left`."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a look ahead has to say."""
+
+    level: Literal["ok", "warning", "refusal"]
+    what: str
+    next: str = ""
+    """What to do about it; empty if nothing need be done."""
+    consent: str | None = None
+    """One of `CONSENTS`, with which a refusal is none."""
+
+    def line(self) -> str:
+        """For people."""
+        return f"{self.level}: {self.what}" + (f". {self.next}" if self.next else "")
+
+
+def parse_allow(names: str | Collection[str] | None) -> frozenset[str]:
+    """The consents in `supersede,remake`, or in several such texts.
+
+    Raises:
+        ConfigError: there is no such consent; the message names the nearest.
+    """
+    texts = [names] if isinstance(names, str) else names or []
+    found = [name.strip() for text in texts for name in text.split(",") if name.strip()]
+    for name in found:
+        if name not in CONSENTS:
+            near = difflib.get_close_matches(name, CONSENTS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(CONSENTS)}"
+            raise ConfigError(f"there is no consent {name!r} to allow; {hint}")
+    return frozenset(found)
+
+
+def how_to_allow(consent: str) -> str:
+    """The way on that a refusal names."""
+    return f"to {CONSENTS[consent]}, allow it: `--allow {consent}`, or in Dagster the run tag {ALLOW_TAG}={consent}"
+
+
+def require(consent: str, allow: Collection[str], what: str, otherwise: str) -> None:
+    """Refuse what was not allowed.
+
+    Args:
+        what: what is there and how it differs.
+        otherwise: the way on that keeps it, as a sentence without its end.
+
+    Raises:
+        ConsentError: `consent` is not among `allow`; the message names both ways on.
+    """
+    if consent not in allow:
+        raise ConsentError(f"{what}\n{otherwise}; or, {how_to_allow(consent)}.")
+
+
+def refuse(findings: Iterable[Finding], allow: Collection[str]) -> None:
+    """Refuse where a look ahead found what is not allowed.
+
+    Raises:
+        ConsentError: names every refusal that no consent covers, each with the ways on.
+    """
+    left = [f for f in findings if f.level == "refusal" and f.consent not in allow]
+    if left:
+        raise ConsentError("\n".join(f"{f.what}\n{f.next}" for f in left))

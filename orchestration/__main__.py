@@ -1,9 +1,11 @@
-"""`python -m orchestration JOB`: run a job in this process, with its events kept where the Dagster UI shows them."""
+"""`python -m orchestration JOB [--allow NAME]`: run a job in this process, its events kept where the UI shows them."""
 
+import argparse
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 
 import dagster as dg
@@ -11,6 +13,7 @@ from rich.console import Console
 
 from openlm_pipeline.errors import OpenLMError
 from openlm_pipeline.experiments import load_experiment, recipe_names
+from openlm_pipeline.result import ALLOW_TAG, CONSENTS, parse_allow
 from openlm_pipeline.storage.home import Home
 from orchestration.dead_runs import PROCESS_TAG, fail_dead_runs, free_slots_of_ended_runs, this_process
 
@@ -26,7 +29,7 @@ def _database_error(error: BaseException | None) -> str | None:
     return None
 
 
-def run(job_name: str) -> int:
+def run(job_name: str, allow: Collection[str] = ()) -> int:
     """Run a job; 0 if it succeeded."""
     console = Console(highlight=False, soft_wrap=True)
     warnings.filterwarnings("ignore", category=dg.BetaWarning)  # for whoever changes the code, not for whoever runs it
@@ -51,7 +54,7 @@ def run(job_name: str) -> int:
             instance=instance,
             raise_on_error=False,
             run_config={"loggers": {"live": {}}},
-            tags={PROCESS_TAG: this_process()},
+            tags={PROCESS_TAG: this_process(), **({ALLOW_TAG: ",".join(sorted(allow))} if allow else {})},
         )
     if not result.success:
         console.print(f"{job_name} did not finish. Run the same command again: what is done stays done.")
@@ -64,11 +67,17 @@ def run(job_name: str) -> int:
     return 0
 
 
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m orchestration", description=__doc__)
+    parser.add_argument("job", help="a recipe's name, or another job")
+    parser.add_argument("--allow", action="append", metavar="NAME", help=f"what is otherwise refused: {list(CONSENTS)}")
+    return parser.parse_args()
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m orchestration JOB")
+    arguments = _arguments()
     try:
-        sys.exit(run(sys.argv[1]))
+        sys.exit(run(arguments.job, parse_allow(arguments.allow)))
     except OpenLMError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -5,6 +5,7 @@ import dagster as dg
 from assets.common import DaskResource, RunEnd, owners
 from assets.data import corpus_asset, dataset_assets, tokenizer_asset
 from assets.evaluation import baseline_asset, scorecard_assets
+from assets.preflight import preflight_asset
 from assets.reports import report_asset
 from assets.training import checkpoint_assets
 from openlm_pipeline.errors import ConfigError
@@ -63,7 +64,10 @@ def _baselines(experiments: list[Experiment]) -> dict[str, tuple[Experiment, Bas
 def build_definitions(experiments: list[Experiment]) -> dg.Definitions:
     """Assets, checks and jobs of the given experiments."""
     datasets, tokenizers = _shared(experiments)
-    assets: list[dg.AssetsDefinition] = [tokenizer_asset(e) for e in tokenizers.values()]
+    assets: list[dg.AssetsDefinition] = [
+        preflight_asset(experiments),
+        *(tokenizer_asset(e) for e in tokenizers.values()),
+    ]
     checks: list[dg.AssetChecksDefinition] = []
     if embedded := [e for e in experiments if any(d.source.origin == "embedded" for d in e.datasets())]:
         assets.append(corpus_asset(embedded[0]))

@@ -2,13 +2,27 @@
 
 import dagster as dg
 
-from assets.common import CORPUS_KEY, baseline_key, checkpoint_key, report_key, scorecard_key, shards_key, tokenizer_key
+from assets.common import (
+    CORPUS_KEY,
+    PREFLIGHT_KEY,
+    baseline_key,
+    checkpoint_key,
+    report_key,
+    scorecard_key,
+    shards_key,
+    tokenizer_key,
+)
 from openlm_pipeline.experiments import Dataset, Experiment
 
 
 def _data_keys(datasets: list[Dataset]) -> list[dg.AssetKey]:
     corpus = [CORPUS_KEY] if any(d.source.origin == "embedded" for d in datasets) else []
-    return [*corpus, *{tokenizer_key(d.tokenizer.name) for d in datasets}, *(shards_key(d) for d in datasets)]
+    return [
+        PREFLIGHT_KEY,
+        *corpus,
+        *{tokenizer_key(d.tokenizer.name) for d in datasets},
+        *(shards_key(d) for d in datasets),
+    ]
 
 
 def _score_keys(experiment: Experiment) -> list[dg.AssetKey]:

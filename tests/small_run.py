@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
@@ -57,13 +57,13 @@ def write_dataset(home: Home, name: str, num_samples: int, *, seed: int, vocab_s
     write_manifest(folder, entries)
 
 
-def train_here(experiment: Experiment, home: Home, *, supersede: bool = False) -> Outcome:
+def train_here(experiment: Experiment, home: Home, *, allow: Collection[str] = ()) -> Outcome:
     """Train to the last milestone in this process, as a world of one thread, and leave no trace in it."""
     handlers = {s: signal.getsignal(s) for s in STOP_SIGNALS}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as torchrun sets it, so that sums are the same here and in its workers
     try:
-        return run_training(experiment, home, experiment.milestones[-1], supersede=supersede)
+        return run_training(experiment, home, experiment.milestones[-1], allow=allow)
     finally:
         leave_process_group()
         torch.set_num_threads(threads)
@@ -89,9 +89,9 @@ class SmallRun:
     def experiment(self, *overrides: str) -> Experiment:
         return load_experiment(str(self.recipe), overrides)
 
-    def train(self, *overrides: str, supersede: bool = False) -> None:
+    def train(self, *overrides: str, allow: Collection[str] = ()) -> None:
         """Train to the last milestone in this process."""
-        train_here(self.experiment(*overrides), self.home, supersede=supersede)
+        train_here(self.experiment(*overrides), self.home, allow=allow)
 
     def torchrun(self, processes: int, *overrides: str, flags: tuple[str, ...] = ()) -> psutil.Popen:
         """`torchrun FLAGS -m train` on this run; what it prints goes to `torchrun.log`."""

@@ -112,12 +112,15 @@ class TinyPipeline:
                 patch.setenv(name, value)
             yield build_definitions([load_experiment(name) for name in recipes or ("tiny",)])
 
-    def execute(self, job: str, recipes: tuple[str, ...] = ()) -> dg.ExecuteInProcessResult:
+    def execute(
+        self, job: str, recipes: tuple[str, ...] = (), tags: dict[str, str] | None = None
+    ) -> dg.ExecuteInProcessResult:
         """Run a job to its end in this process."""
         with self.active(*recipes) as definitions, dg.DagsterInstance.get() as instance:
             return definitions.resolve_job_def(job).execute_in_process(
                 instance=instance,
                 raise_on_error=False,
+                tags=tags,
                 run_config={"resources": {"dask": {"config": {"workers": 1}}}, "loggers": {"live": {}}},
             )
 

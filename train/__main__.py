@@ -9,11 +9,12 @@ import sys
 
 from openlm_pipeline.errors import OpenLMError
 from openlm_pipeline.experiments import load_experiment
+from openlm_pipeline.result import parse_allow
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.units import parse_tokens
 from train.signals import die_with_parent
 
-_RECIPE_FLAGS = ("--until", "--supersede")
+_RECIPE_FLAGS = ("--until", "--allow", "--supersede")
 
 
 def _recipe_parser() -> argparse.ArgumentParser:
@@ -21,7 +22,8 @@ def _recipe_parser() -> argparse.ArgumentParser:
     parser.add_argument("recipe", help="a recipe's name (`openlm recipes` lists them) or YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.lr=1e-3 or milestones=[1M]")
     parser.add_argument("--until", type=parse_tokens, help="stop after this many tokens; by default the last milestone")
-    parser.add_argument("--supersede", action="store_true", help="set another run in the same folder aside")
+    parser.add_argument("--allow", action="append", metavar="NAME", help="what is otherwise refused: supersede, remake")
+    parser.add_argument("--supersede", dest="allow", action="append_const", const="supersede", help=argparse.SUPPRESS)
     return parser
 
 
@@ -31,7 +33,7 @@ def _train_recipe(argv: list[str]) -> None:
     from train.loop import run_training
 
     until = arguments.until or experiment.milestones[-1]
-    run_training(experiment, Home.from_env(), until, supersede=arguments.supersede)
+    run_training(experiment, Home.from_env(), until, allow=parse_allow(arguments.allow))
 
 
 def _train_openlm(argv: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,12 +68,15 @@ class Trainer:
         run: RunFolder | None = None,
         initial_weights: Mapping[Path, float] | None = None,
         start_tokens: int = 0,
+        allow: Collection[str] = (),
     ) -> None:
         """
         Args:
             initial_weights: see `run_training`.
             start_tokens: of the parent's checkpoint, where the experiment is a fork.
+            allow: consents, as in `run_training`.
         """
+        self.allow = allow
         self.experiment, self.home, self.world = experiment, home, world
         self.run = run or RunFolder(home.run(experiment.name, experiment.version))
         held_out = experiment.validation_dataset()
@@ -152,7 +155,7 @@ class Trainer:
 
         def choose() -> tuple[Checkpoint | None, bool]:
             before = self._list()
-            newest = newest_intact(before, target, self._warn)
+            newest = newest_intact(before, target, self._warn, self.allow)
             return newest, any(c.milestone and not c.path.exists() for c in before)
 
         newest, milestone_lost = self.world.from_rank0(choose)
@@ -356,14 +359,14 @@ def run_training(
     home: Home,
     until: int,
     *,
-    supersede: bool = False,
+    allow: Collection[str] = (),
     run_path: Path | None = None,
     initial_weights: Mapping[Path, float] | None = None,
 ) -> Outcome:
     """Train to `until` tokens in the process group of this process, and leave `outcome.json` behind.
 
     Args:
-        supersede: set another run in the same folder aside, instead of refusing.
+        allow: consents; `supersede` sets another run in the same folder aside, `remake` a damaged milestone.
         run_path: the run's folder; by default the one in `home` that the experiment's name and version say.
         initial_weights: checkpoints that a new run begins with the sum of, each times its coefficient.
 
@@ -382,7 +385,7 @@ def run_training(
         identity["initial_weights"] = world.from_rank0(lambda: weights_identity(initial_weights))
 
     def held() -> Outcome:
-        world.from_rank0(lambda: run.claim(experiment, identity, supersede=supersede))
+        world.from_rank0(lambda: run.claim(experiment, identity, allow))
         world.from_rank0(run.clear_outcome)  # of an earlier process: until this one ends there is none
         trainer = None
         try:
@@ -391,7 +394,7 @@ def run_training(
                 world.from_rank0(lambda: uploads.start(experiment.steps(until)))
             trainer = Trainer(
                 experiment, home, world, datasets, uploads, run=run, initial_weights=initial_weights,
-                start_tokens=began["tokens"] if began else 0,
+                start_tokens=began["tokens"] if began else 0, allow=allow,
             )  # fmt: skip
             trainer.console.print(f"run {run.path} ({short(run.fingerprint)})")
             with trainer.watchdog.watching():

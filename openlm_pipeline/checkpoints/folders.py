@@ -14,6 +14,7 @@ from typing import Any
 
 from openlm_pipeline.errors import DataError, IdentityError, MissingInputError
 from openlm_pipeline.fingerprint import fingerprint
+from openlm_pipeline.result import require
 from openlm_pipeline.storage.copies import describe_file
 from openlm_pipeline.storage.files import read_json, set_aside, sha256_file, write_json, write_text
 
@@ -21,6 +22,8 @@ INFO = "checkpoint.json"
 COMPLETE = "COMPLETE"
 MODEL_CONFIG = "model_config.json"
 _UNFINISHED = ".tmp-"
+KEEP_DAMAGED = "To keep it, bring back its files from a copy"
+"""The way on from a damaged milestone without training it again."""
 
 
 @dataclass(frozen=True)
@@ -156,8 +159,8 @@ def list_checkpoints(folder: Path, run_fingerprint: str, warn: Callable[[str], N
     return found
 
 
-def verify(checkpoint: Checkpoint) -> None:
-    """Compare every file with its recorded size and hash.
+def verify(checkpoint: Checkpoint, *, hashes: bool = True) -> None:
+    """Compare every file with its recorded size and, unless told not to, its hash.
 
     Raises:
         DataError: names the first file that is missing or differs.
@@ -166,17 +169,27 @@ def verify(checkpoint: Checkpoint) -> None:
     for path, recorded in paths.items():
         if not path.is_file() or path.stat().st_size != recorded["bytes"]:
             raise DataError(f"checkpoint file {path} is missing or has the wrong size")
+    if not hashes:
+        return
     with ThreadPoolExecutor() as pool:  # hashing gives the interpreter's lock back
         for path, found in zip(paths, pool.map(sha256_file, paths)):
             if found != paths[path]["sha256"]:
                 raise DataError(f"checkpoint file {path} does not have its recorded sha256: it is damaged")
 
 
-def newest_intact(checkpoints: list[Checkpoint], max_step: int, warn: Callable[[str], None]) -> Checkpoint | None:
+def newest_intact(
+    checkpoints: list[Checkpoint], max_step: int, warn: Callable[[str], None], allow: Collection[str] = ()
+) -> Checkpoint | None:
     """The newest checkpoint up to `max_step` whose files all verify.
 
     Damaged ones are reported and set aside, so that nothing counts on them any more: neither a milestone nor the
     number of checkpoints that are kept.
+
+    Args:
+        allow: consents; a damaged milestone is set aside only with `remake`.
+
+    Raises:
+        ConsentError: a milestone is damaged.
     """
     for checkpoint in reversed(checkpoints):
         if checkpoint.step > max_step:
@@ -185,6 +198,8 @@ def newest_intact(checkpoints: list[Checkpoint], max_step: int, warn: Callable[[
             verify(checkpoint)
             return checkpoint
         except DataError as e:
+            if checkpoint.milestone:
+                require("remake", allow, f"milestone {checkpoint.milestone} is damaged: {e}", KEEP_DAMAGED)
             warn(f"{e}. Falling back to an earlier checkpoint; it is now {set_aside(checkpoint.path).name}")
     return None
 

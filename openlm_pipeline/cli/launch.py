@@ -1,5 +1,6 @@
 """`openlm launch`: a recipe's job through Dagster, after a look at what it would take, or just that look."""
 
+import json
 import os
 import re
 import subprocess
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from openlm_pipeline.cli.plan import Gpu, Mfu, Price
+from openlm_pipeline.cli.options import Allow, Gpu, Mfu, Price
 from openlm_pipeline.errors import ConfigError, OpenLMError
+from openlm_pipeline.result import ALLOW_TAG, parse_allow, refuse
 
 if TYPE_CHECKING:
     from openlm_pipeline.experiments import Experiment
@@ -50,6 +52,7 @@ def launch(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Start nothing: the plan on stderr, what would be submitted on stdout.")
     ] = False,
+    allow: Allow = None,
     gpu: Gpu = None,
     mfu: Mfu = 0.4,
     price: Price = None,
@@ -80,16 +83,18 @@ def launch(
         if made.cost.tokens:
             print(submission(experiment, home))
         return
+    consents = parse_allow(allow)
+    refuse(made.findings, consents)
     hours = made.cost.gpu_hours
     if budget is not None and made.cost.tokens and not yes and (hours is None or hours > budget):
         known = "of a length that is not known" if hours is None else f"of {hours:,.4g} GPU-hours"
         raise ConfigError(f"training {known} is over the budget of {budget:g}; add --yes to launch it all the same")
-    run_id = str(uuid.uuid4())
+    run_id, tags = str(uuid.uuid4()), json.dumps({ALLOW_TAG: ",".join(sorted(consents))} if consents else {})
     home = os.environ.setdefault("DAGSTER_HOME", str(Path(".dagster").absolute()))
     log = Path(home) / f"launch-{run_id}.log"
     with log.open("wb") as out:  # a file: where it is a pipe, the command lasts as long as the run
         done = subprocess.run(
-            [sys.executable, "-m", "dagster", "job", "launch", "-j", recipe, "--run-id", run_id],
+            [sys.executable, "-m", "dagster", "job", "launch", "-j", recipe, "--run-id", run_id, "--tags", tags],
             stdout=out, stderr=subprocess.STDOUT, check=False,
         )  # fmt: skip
     if done.returncode:

@@ -20,11 +20,13 @@ from openlm_pipeline.cli.export import export
 from openlm_pipeline.cli.fork import fork
 from openlm_pipeline.cli.gc import gc
 from openlm_pipeline.cli.launch import launch
+from openlm_pipeline.cli.options import Allow, Overrides, Recipe
 from openlm_pipeline.cli.plan import plan
 from openlm_pipeline.cli.report import baselines, report
 from openlm_pipeline.cli.shards import shards_app
 from openlm_pipeline.errors import ConfigError, OpenLMError
 from openlm_pipeline.experiments import Experiment, load_experiment, recipe_names
+from openlm_pipeline.result import parse_allow
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.units import format_tokens, parse_tokens
 
@@ -42,10 +44,6 @@ app.add_typer(shards_app, name="shards")
 for command in (plan, launch, fork, download, evaluate, report, baselines, export, gc):
     app.command()(command)
 NEOX = "EleutherAI/gpt-neox-20b"
-Recipe = Annotated[str, typer.Argument(help="Name of a recipe (`openlm recipes`) or path of a YAML file.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, such as training.lr=1e-3.")
-]
 
 
 def say(line: str) -> None:
@@ -57,12 +55,13 @@ def _load(recipe: str, overrides: list[str] | None) -> tuple[Experiment, Home]:
 
 
 @app.command()
-def demo() -> None:
+def demo(allow: Allow = None) -> None:
     """Run the whole pipeline through Dagster on the embedded corpus: minutes on two CPU cores.
 
     Example: openlm demo
     """
-    raise typer.Exit(subprocess.run([sys.executable, "-m", "orchestration", "demo"], check=False).returncode)
+    consents = [f"--allow={name}" for name in sorted(parse_allow(allow))]
+    raise typer.Exit(subprocess.run([sys.executable, "-m", "orchestration", "demo", *consents], check=False).returncode)
 
 
 @app.command()
@@ -90,6 +89,7 @@ def tokenize(
         int | None,
         typer.Option(help="Fill the last sample up with this token instead of leaving it out; OpenLM's is 50256."),
     ] = None,
+    allow: Allow = None,
 ) -> None:
     """Turn raw files into shards: those of a recipe, or those of --input-files with make_2048.py's arguments.
 
@@ -125,16 +125,18 @@ def tokenize(
             pad_id=pad_id,
             text_key=content_key,
             upload=target,
+            allow=parse_allow(allow),
         )
         say(f"shards: {target or made.path} ({made.facts['samples']} samples, {made.facts['tokens']} tokens)")
         return
     experiment, home = _load(recipe, overrides)
     pools = DaskSettings.from_env(workers=workers, address=dask_address).pool
     data_stages.make_corpus(experiment, home, say)
-    data_stages.ensure_tokenizer(experiment, home, say)
+    data_stages.ensure_tokenizer(experiment, home, say, parse_allow(allow))
     for dataset in experiment.datasets():
         files, _ = data_stages.tokenize(dataset, home, pools, say)
-        say(f"shards: {data_stages.make_shards(dataset, files, home, pools, say).path}")
+        made = data_stages.make_shards(dataset, files, home, pools, say, parse_allow(allow))
+        say(f"shards: {made.path}")
 
 
 @app.command()
@@ -142,7 +144,8 @@ def train(
     recipe: Recipe,
     overrides: Overrides = None,
     until: Annotated[str | None, typer.Option(help="Stop after this many tokens, such as 250B.")] = None,
-    supersede: Annotated[bool, typer.Option(help="Set a different run in the same folder aside.")] = False,
+    allow: Allow = None,
+    supersede: Annotated[bool, typer.Option("--supersede", hidden=True, help="As --allow supersede.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what it takes: memory, data, disk, time.")
     ] = False,
@@ -172,7 +175,8 @@ def train(
             say(line)
         return
     limit = _tokens(until) if until else experiment.milestones[-1]
-    for event in training_stage.train(experiment, home, limit, say, supersede=supersede):
+    allowed = parse_allow(allow) | ({"supersede"} if supersede else frozenset())
+    for event in training_stage.train(experiment, home, limit, say, allow=allowed):
         if isinstance(event, Progress):
             say(progress_line(event.record))
         elif isinstance(event, StepSkipped):

@@ -1,20 +1,13 @@
 """`openlm plan`: what a recipe would do, why, and what it takes; nothing is started."""
 
-from typing import Annotated
-
-import typer
 from rich.console import Console
 
-Gpu = Annotated[str | None, typer.Option(help="A GPU such as H100, for the time; default: what the run measured.")]
-Mfu = Annotated[float, typer.Option(help="With --gpu: the share of its peak that is reached.", min=0.01, max=1)]
-Price = Annotated[float | None, typer.Option(help="Of a GPU-hour, in any currency.", min=0)]
+from openlm_pipeline.cli.options import Gpu, Mfu, Overrides, Price, Recipe
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(help="Name of a recipe (`openlm recipes`) or path of a YAML file.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, such as training.lr=1e-3.")
-    ] = None,
+    recipe: Recipe,
+    overrides: Overrides = None,
     gpu: Gpu = None,
     mfu: Mfu = 0.4,
     price: Price = None,

@@ -18,7 +18,7 @@ from openlm_pipeline.checkpoints.reading import load_model
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
 from openlm_pipeline.evaluation.huggingface import huggingface_model
 from openlm_pipeline.evaluation.model import Precision, ScoringModel, native_model
-from openlm_pipeline.fingerprint import fingerprint
+from openlm_pipeline.fingerprint import fingerprint, settings_tree
 from openlm_pipeline.models.config import ModelConfig
 from openlm_pipeline.models.transformer import Transformer
 from openlm_pipeline.result import Report
@@ -219,7 +219,7 @@ def open_subject(
         digest = read_checkpoint(path).digest
     else:
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-        digest = fingerprint({"model": found.config.model_dump(), "weights": {p.name: sha256_file(p) for p in files}})
+        digest = fingerprint({"model": settings_tree(found.config), "weights": {p.name: sha256_file(p) for p in files}})
 
     def load() -> Transformer:
         return load_checkpoint(path, config=model, warn=lambda _: None, **settings)

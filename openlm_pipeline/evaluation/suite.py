@@ -16,7 +16,7 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from openlm_pipeline.evaluation.suite_files import read_suite_file, suite_path
 from openlm_pipeline.evaluation.task_types import TaskType
-from openlm_pipeline.fingerprint import fingerprint
+from openlm_pipeline.fingerprint import Neutral, fingerprint, settings_tree
 from openlm_pipeline.registry import RULES, TASK_TYPES, RuleName
 from openlm_pipeline.strict import Strict, explain
 
@@ -86,7 +86,7 @@ class IclTask(Strict):
     """Strip white space around the string fields of a row and at the end of a context."""
     max_seq_len: int | None = Field(default=None, ge=2)
     """Longest sequence in tokens; by default the model's."""
-    scored_by: RuleName | None = None
+    scored_by: Annotated[RuleName | None, Neutral(None)] = None
     """Rule that says when an item is right; by default the task type's."""
     batch_size: int | None = None
 
@@ -163,9 +163,7 @@ class IclTask(Strict):
     def settings(self) -> dict[str, Any]:
         """The fields that change results: all but where the file is and how many rows go into a batch."""
         exclude = {"dataset_uri", "num_fewshot", "metric_names", "batch_size", "sha256", "category_names"}
-        found = self.model_dump(mode="json", exclude=exclude | self._settings_of_other_types())
-        if self.scored_by is None:  # a later field enters identities only where it says something
-            del found["scored_by"]
+        found = settings_tree(self, exclude | self._settings_of_other_types())
         if "generation_kwargs" in found:
             found["generation_kwargs"] = self.generation_kwargs.max_new_tokens  # the one that changes a text
         return found

@@ -5,6 +5,7 @@ was there. `version` is the content hash that the next stage depends on. No stag
 """
 
 import time
+from collections.abc import Collection
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def make_corpus(experiment: Experiment, home: Home, report: Report) -> StageResu
         return build_embedded(home, report)
 
 
-def ensure_tokenizer(experiment: Experiment, home: Home, report: Report) -> StageResult:
+def ensure_tokenizer(experiment: Experiment, home: Home, report: Report, allow: Collection[str] = ()) -> StageResult:
     """Train or fetch the experiment's tokenizer; it is trained on the first source.
 
     Raises:
@@ -42,7 +43,7 @@ def ensure_tokenizer(experiment: Experiment, home: Home, report: Report) -> Stag
     files = discover(first, home) if first.source.files else []
     folder = home.tokenizer(spec.name)
     with home.artefact(folder):
-        info, reused, changed = make_tokenizer(spec, files, first.source.text_key, folder)
+        info, reused, changed = make_tokenizer(spec, files, first.source.text_key, folder, allow)
     if changed:
         report(f"tokenizer {spec.name} was made again: {'; '.join(changed)}")
     facts = {"vocab_size": info.vocab_size, "eot_id": info.eot_id, "changed": changed}
@@ -71,7 +72,12 @@ def tokenize(
 
 
 def make_shards(
-    dataset: Dataset, files: list[FileTokens], home: Home, pools: PoolFactory, report: Report
+    dataset: Dataset,
+    files: list[FileTokens],
+    home: Home,
+    pools: PoolFactory,
+    report: Report,
+    allow: Collection[str] = (),
 ) -> StageResult:
     """Stage 2: shards and manifest of a dataset from the results of stage 1, copied to `shards_url` if there is one.
 
@@ -87,7 +93,7 @@ def make_shards(
     tokenized = home.tokenized(dataset.name, dataset.version)
     url = published_url(dataset)
     with nullcontext() if url else home.artefact(folder):  # what has a place of its own does not go to the home's too
-        reused, changed = pack_shards(dataset, files, info, tokenized, folder, pools, report)
+        reused, changed = pack_shards(dataset, files, info, tokenized, folder, pools, report, allow)
     if url:
         publish(folder, url, report, delete_local=not dataset.keep_local_shards)
     made = ShardedDataset(folder)

@@ -20,7 +20,7 @@ import yaml
 from openlm_pipeline.checkpoints.folders import Checkpoint
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError, OpenLMError
 from openlm_pipeline.experiments import Evaluation, Experiment
-from openlm_pipeline.fingerprint import fingerprint
+from openlm_pipeline.fingerprint import fingerprint, settings_tree
 from openlm_pipeline.pipeline.training import open_run
 from openlm_pipeline.result import Report, StageResult
 from openlm_pipeline.runs.launch import milestone_checkpoints
@@ -180,7 +180,7 @@ def score(experiment: Experiment, home: Home, label: str, report: Report) -> Sta
             *others,
         )
     report(f"scorecard {experiment.name} {label} {'reused' if reused else 'made'}: average accuracy {card.average:.3f}")
-    return StageResult(out, fingerprint({"scorecard": card.model_dump(mode="json")}), reused, _facts(card, result))
+    return StageResult(out, fingerprint({"scorecard": settings_tree(card)}), reused, _facts(card, result))
 
 
 def items_of_others(
@@ -326,7 +326,7 @@ def score_model(
         if is_first_process() and not (reused and (out / "results.json").exists()):
             write_json(out / "results.json", {"model": path_or_name, "suite": suite.name, "metrics": metrics})
     facts = _facts(card, result) | {"metrics": metrics, "seconds": time.monotonic() - started}
-    return StageResult(out, fingerprint({"scorecard": card.model_dump(mode="json")}), reused, facts)
+    return StageResult(out, fingerprint({"scorecard": settings_tree(card)}), reused, facts)
 
 
 def _metrics(card: "Scorecard") -> dict[str, float]:

@@ -4,20 +4,22 @@ An artefact is judged as its stage judges it, by the identity that it records; w
 Touched raw files are hashed, as a run would; nothing else takes long, and nothing is started or changed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from openlm_pipeline.checkpoints.folders import list_checkpoints
+from openlm_pipeline.checkpoints.folders import KEEP_DAMAGED, Checkpoint, list_checkpoints, verify
 from openlm_pipeline.corpus.discovery import discover
 from openlm_pipeline.errors import DataError, MissingInputError, OpenLMError
 from openlm_pipeline.experiments import Dataset, Experiment
-from openlm_pipeline.fingerprint import differences
+from openlm_pipeline.fingerprint import differences, settings_tree
+from openlm_pipeline.result import Finding, how_to_allow
 from openlm_pipeline.runs.dry_run import describe
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.identity import extension_refusal, run_identity
 from openlm_pipeline.runs.launch import milestone_checkpoints
 from openlm_pipeline.runs.parent import parent_identity
+from openlm_pipeline.runs.spending import spending
 from openlm_pipeline.shards.dataset import DATASET
 from openlm_pipeline.shards.opening import open_dataset
 from openlm_pipeline.storage.files import read_json
@@ -28,6 +30,8 @@ from openlm_pipeline.tokenizers.tokenizer import TRAINING_VERSION, TokenizerInfo
 from openlm_pipeline.units import format_bytes, format_seconds, format_tokens
 
 State = Literal["fresh", "stale", "missing"]
+REFUSED = "refused"
+_OWNERS = {"tokenizer": "the tokenizer", "shards": "the source", "checkpoint": "the recipe"}
 _MEASURED_RECORDS = 50
 """Of the last training records, whose median speed counts."""
 
@@ -41,6 +45,8 @@ class Artefact:
     state: State
     why: tuple[str, ...] = ()
     """What differs, or what is not there; empty if fresh."""
+    consent: str | None = None
+    """One of `result.CONSENTS` that making it needs: something would be set aside. `REFUSED` where none helps."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,8 @@ class RecipePlan:
     name: str
     artefacts: tuple[Artefact, ...]
     cost: Cost
+    findings: tuple[Finding, ...] = ()
+    """What running it needs a consent for, or would be refused for."""
 
     @property
     def todo(self) -> tuple[Artefact, ...]:
@@ -79,6 +87,7 @@ class RecipePlan:
         cost = self.cost
         if not self.todo:
             yield "nothing to do"
+        yield from (finding.line() for finding in self.findings)
         if not cost.tokens:
             return
         yield (
@@ -99,6 +108,7 @@ def plan(
     device: str | None = None,
     mfu: float = 0.4,
     price: float | None = None,
+    only: Collection[str] | None = None,
 ) -> RecipePlan:
     """What running a recipe would do now.
 
@@ -106,6 +116,7 @@ def plan(
         device: a GPU such as `H100`, for the time where the run has no measured speed yet.
         mfu: share of the device's peak that is reached.
         price: of an hour of one GPU (or process), in any currency.
+        only: names of the artefacts that are to be made, to which the findings are limited; by default all.
 
     Raises:
         ConfigError: the device is not known.
@@ -125,9 +136,32 @@ def plan(
     why = () if state == "fresh" else (f"{stale[0]} is not fresh",) if stale else ("it was not made yet",)
     artefacts.append(Artefact(f"report/{experiment.name}", state, why))
     missing = sum(a.state != "fresh" for a in checkpoints)
-    return RecipePlan(
-        experiment.name, tuple(artefacts), _cost(experiment, home, start, missing, not upstream, device, mfu, price)
-    )
+    cost = _cost(experiment, home, start, missing, not upstream, device, mfu, price)
+    wanted = [a for a in artefacts if only is None or a.name in only]
+    untrained = {a.name for a in wanted if a in checkpoints and a.state != "fresh"}
+    until = [t for label, t in experiment.labelled_milestones() if f"checkpoint/{experiment.name}/{label}" in untrained]
+    spent = spending(experiment, home, until[-1]) if until else ()
+    return RecipePlan(experiment.name, tuple(artefacts), cost, (*_findings(wanted), *spent))
+
+
+def _findings(artefacts: list[Artefact]) -> Iterator[Finding]:
+    """A refusal for each artefact that would be set aside; the milestones of a run are set aside as one."""
+    told: set[tuple[str, ...]] = set()
+    for artefact in artefacts:
+        kind, _, name = artefact.name.partition("/")
+        if artefact.consent is None or (kind, *artefact.why) in told:
+            continue
+        told.add((kind, *artefact.why))
+        what = f"the run {name.rpartition('/')[0]}" if kind == "checkpoint" else artefact.name
+        if artefact.consent == REFUSED:
+            yield Finding("refusal", "\n  ".join(artefact.why))
+            continue
+        if artefact.consent == "supersede":
+            keep = f"To keep it, give {_OWNERS[kind]} another `version` or name"
+            what = "\n  ".join([f"{what} was made from something else:", *artefact.why])
+        else:
+            keep, what = KEEP_DAMAGED, f"{artefact.name} is damaged: {artefact.why[0]}"
+        yield Finding("refusal", what, f"{keep}; or, {how_to_allow(artefact.consent)}.", artefact.consent)
 
 
 def _tokenizer(experiment: Experiment, home: Home) -> tuple[TokenizerInfo | None, Artefact]:
@@ -140,9 +174,13 @@ def _tokenizer(experiment: Experiment, home: Home) -> tuple[TokenizerInfo | None
     except DataError as e:
         return None, Artefact(name, "stale", (str(e),))
     recorded = {key: value for key, value in info.identity.items() if key != "corpus"}  # hashing it all would take long
-    made_from = {"train": spec.train.model_dump(), "code": TRAINING_VERSION} if spec.train else {"source": spec.source}
+    made_from = (
+        {"train": settings_tree(spec.train), "code": TRAINING_VERSION} if spec.train else {"source": spec.source}
+    )
     changed = differences(recorded, {**made_from, "eot": spec.eot})
-    return info, Artefact(name, "stale" if changed else "fresh", tuple(changed))
+    if changed:
+        return info, Artefact(name, "stale", tuple(changed), "supersede")
+    return info, Artefact(name, "fresh")
 
 
 def _dataset(dataset: Dataset, home: Home, tokenizer: TokenizerInfo | None, above: Artefact) -> Iterator[Artefact]:
@@ -158,7 +196,9 @@ def _dataset(dataset: Dataset, home: Home, tokenizer: TokenizerInfo | None, abov
     folder = home.shards(dataset.name, dataset.version)
     there = (folder / DATASET).exists()
     if tokenizer is None or above.state != "fresh":
-        yield Artefact(name, "stale" if there else "missing", (f"{above.name} is {above.state}",))
+        yield Artefact(
+            name, "stale" if there else "missing", (f"{above.name} is {above.state}",), above.consent if there else None
+        )
         return
     try:
         raw_files = discover(dataset, home)
@@ -168,10 +208,16 @@ def _dataset(dataset: Dataset, home: Home, tokenizer: TokenizerInfo | None, abov
         return
     tokenized = home.tokenized(dataset.name, dataset.version)
     done: list[FileTokens] = []
+    too_bad: list[str] = []
     for raw in raw_files:
-        if result := finished(dataset, raw, tokenizer, tokenized):
-            done.append(result)
-    if len(done) < len(raw_files):
+        try:
+            if result := finished(dataset, raw, tokenizer, tokenized):
+                done.append(result)
+        except DataError as e:
+            too_bad.append(str(e))
+    if too_bad:
+        yield Artefact(f"tokenized/{dataset.name}", "stale", tuple(too_bad))
+    elif len(done) < len(raw_files):
         names = {f.name for f in done}
         todo = [raw.name for raw in raw_files if raw.name not in names]
         shown = ", ".join(todo[:3]) + (", ..." if len(todo) > 3 else "")
@@ -182,11 +228,17 @@ def _dataset(dataset: Dataset, home: Home, tokenizer: TokenizerInfo | None, abov
     if not there:
         yield Artefact(name, "missing", ("they were not made yet",))
         return
+    info = read_json(folder / DATASET)
     if len(done) < len(raw_files):
-        yield Artefact(name, "stale", (f"tokenized/{dataset.name} is not fresh",))
+        names = {f.name for f in done}
+        # A stream that is gone may be made again just as it was; one that is there is of something else.
+        others = [r.name for r in raw_files if r.name not in names and (tokenized / f"{r.name}.json").exists()]
+        other_files = {r.name for r in raw_files} != set(info["identity"]["files"])
+        consent = "supersede" if others or other_files else None
+        yield Artefact(name, "stale", (f"tokenized/{dataset.name} is not fresh",), consent)
         return
-    changed = differences(read_json(folder / DATASET)["identity"], shards_identity(dataset, done, tokenizer))
-    yield Artefact(name, "stale" if changed else "fresh", tuple(changed))
+    changed = differences(info["identity"], shards_identity(dataset, done, tokenizer))
+    yield Artefact(name, "stale", tuple(changed), "supersede") if changed else Artefact(name, "fresh")
 
 
 def _checkpoints(experiment: Experiment, home: Home, upstream: list[Artefact]) -> tuple[list[Artefact], int]:
@@ -202,23 +254,33 @@ def _checkpoints(experiment: Experiment, home: Home, upstream: list[Artefact]) -
         began = parent_identity(experiment, home)
     except OpenLMError as e:
         why.append(str(e))
+    begun = exists and run.has_begun
     if why:
-        return [Artefact(name, "stale" if exists else "missing", tuple(why)) for name in names.values()], start
+        consent = "supersede" if begun and any(a.consent for a in upstream) else None
+        state: State = "stale" if exists else "missing"
+        return [Artefact(name, state, tuple(why), consent) for name in names.values()], start
     if not exists:
         return [Artefact(name, "missing", ("it was not trained yet",)) for name in names.values()], start
     versions = {d.name: open_dataset(d, home).version for d in experiment.training_datasets()}
     identity = run_identity(experiment, versions, began)
     if refusal := extension_refusal(experiment, run.identity, identity):
-        return [Artefact(name, "stale", tuple(refusal.splitlines())) for name in names.values()], start
+        return [Artefact(name, "stale", tuple(refusal.splitlines()), REFUSED) for name in names.values()], start
     if changed := run.differences(identity):
-        return [Artefact(name, "stale", tuple(changed)) for name in names.values()], start
+        consent = "supersede" if begun else None
+        return [Artefact(name, "stale", tuple(changed), consent) for name in names.values()], start
     there = milestone_checkpoints(experiment, run)
     newest = max((c.tokens for c in list_checkpoints(run.checkpoints, run.fingerprint, lambda _: None)), default=start)
-    states = [
-        Artefact(names[label], "fresh") if label in there else Artefact(names[label], "missing", ("not trained yet",))
-        for label in labels
-    ]
-    return states, newest
+    return [_milestone(names[label], there.get(label)) for label in labels], newest
+
+
+def _milestone(name: str, checkpoint: Checkpoint | None) -> Artefact:
+    if checkpoint is None:
+        return Artefact(name, "missing", ("not trained yet",))
+    try:
+        verify(checkpoint, hashes=False)
+    except DataError as e:
+        return Artefact(name, "stale", (str(e),), "remake")
+    return Artefact(name, "fresh")
 
 
 def _scorecards(experiment: Experiment, home: Home, checkpoints: dict[str, Artefact]) -> Iterator[Artefact]:

@@ -3,14 +3,14 @@
 It looks at what is on disk, does only what is missing or no longer matches, and says what it reused.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
-from openlm_pipeline.checkpoints.folders import Checkpoint, verify
+from openlm_pipeline.checkpoints.folders import KEEP_DAMAGED, Checkpoint, verify
 from openlm_pipeline.errors import BusyError, DataError, IdentityError
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.fingerprint import Tree
 from openlm_pipeline.pipeline.data import dataset_versions
-from openlm_pipeline.result import Report, StageResult
+from openlm_pipeline.result import Report, StageResult, refuse, require
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.identity import run_identity
 from openlm_pipeline.runs.launch import (
@@ -22,6 +22,7 @@ from openlm_pipeline.runs.launch import (
     train_run,
 )
 from openlm_pipeline.runs.parent import parent_folder, parent_identity
+from openlm_pipeline.runs.spending import spending
 from openlm_pipeline.runs.upload import push_run
 from openlm_pipeline.storage.files import set_aside
 from openlm_pipeline.storage.home import Home
@@ -66,17 +67,19 @@ def checkpoint_result(checkpoint: Checkpoint, reused: bool) -> StageResult:
 
 
 def train(
-    experiment: Experiment, home: Home, until: int, report: Report, *, supersede: bool = False
+    experiment: Experiment, home: Home, until: int, report: Report, *, allow: Collection[str] = ()
 ) -> Iterator[MilestoneReused | Event]:
     """Train every milestone up to `until` tokens that is not there, with torchrun; yields what happens as it happens.
 
     Closing the iterator stops the trainer, which first saves a checkpoint.
 
     Args:
-        supersede: set a run of other settings or data in the same folder aside, instead of refusing.
+        allow: consents, see `result.CONSENTS`. Only with `remake` the milestones that are there are hashed; otherwise
+            their sizes are compared, and who loads one compares its hashes.
 
     Raises:
-        IdentityError: the folder holds another run, or this one with a schedule that ended.
+        ConsentError: the folder holds another run, a milestone is damaged, or training needs a consent.
+        IdentityError: the folder holds this run with a schedule that ended.
         MissingInputError: the data, or the parent of a fork, is not there.
         BusyError: the run is being trained already.
         TrainingError: training ended early.
@@ -87,7 +90,7 @@ def train(
     changed: list[str] = []
     if launcher_of(experiment, home, run).find() is None:
         with run.lock():  # so that the folder of a run that is training is not set aside under it
-            changed = run.claim(experiment, identity, supersede=supersede)
+            changed = run.claim(experiment, identity, allow)
     elif not run.belongs_to(identity):
         differing = "\n  ".join(run.differences(identity))
         raise BusyError(f"a job on the cluster trains {run.path} from something else:\n  {differing}\nCancel it first.")
@@ -96,7 +99,10 @@ def train(
     wanted = {label for label, tokens in experiment.labelled_milestones() if tokens <= until}
     there = {label: c for label, c in milestone_checkpoints(experiment, run).items() if label in wanted}
     for label, checkpoint in list(there.items()):
-        if not is_intact(checkpoint):
+        try:
+            verify(checkpoint, hashes="remake" in allow)
+        except DataError as e:
+            require("remake", allow, f"milestone {label} is damaged: {e}", KEEP_DAMAGED)
             report(f"milestone {label} is damaged and made again; what is left of it: {set_aside(checkpoint.path)}")
             del there[label]
     for label, checkpoint in there.items():
@@ -104,6 +110,7 @@ def train(
         yield MilestoneReused(label, checkpoint)
     push_run(home, run)
     if wanted - set(there):
+        refuse(spending(experiment, home, until), allow)
         for event in train_run(experiment, home, run, until, report, told=there):
             if isinstance(event, MilestoneReached):
                 push_run(home, run)

@@ -6,7 +6,7 @@
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ import yaml
 from openlm_pipeline.errors import IdentityError
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.fingerprint import Tree, differences, fingerprint
+from openlm_pipeline.result import require
 from openlm_pipeline.runs.identity import extension_refusal
 from openlm_pipeline.storage.files import atomic_writer, folder_lock, read_json, set_aside, write_json, write_text
 
@@ -72,30 +73,26 @@ class RunFolder:
         """How the run in the folder differs from `identity`, a line a field."""
         return differences(self.identity, identity)
 
-    def claim(self, experiment: Experiment, identity: Tree, *, supersede: bool) -> list[str]:
+    def claim(self, experiment: Experiment, identity: Tree, allow: Collection[str] = ()) -> list[str]:
         """Make the folder this run's, and record the resolved experiment.
 
         Args:
-            supersede: set the folder of another run aside instead of refusing it.
+            allow: consents; `supersede` sets the folder of another run aside instead of refusing it.
 
         Returns:
             How the run that was set aside differed.
 
         Raises:
-            IdentityError: the folder is another run's; the message names each field that differs. Or it is this run
-                with a schedule that ended before the new last milestone.
+            ConsentError: the folder is another run's; the message names each field that differs.
+            IdentityError: it is this run with a schedule that ended before the new last milestone.
         """
         changed: list[str] = []
         if not self.belongs_to(identity) and self.has_begun:
             changed = self.differences(identity)
             if refusal := extension_refusal(experiment, self.identity, identity):
                 raise IdentityError(refusal)
-            if not supersede:
-                raise IdentityError(
-                    f"{self.path} holds another run. What differs:\n  "
-                    + "\n  ".join(changed)
-                    + "\nGive the recipe another `version`, or pass --supersede to set the old run aside."
-                )
+            what = "\n  ".join([f"{self.path} holds another run. What differs:", *changed])
+            require("supersede", allow, what, "To keep it, give the recipe another `version` or name")
             set_aside(self.path)
         write_text(self.experiment_file, yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False))
         record = {"name": experiment.name, "version": experiment.version, "fingerprint": fingerprint(identity)}

@@ -1,7 +1,7 @@
 """What a training run is: everything that changes its weights, and nothing else."""
 
 from openlm_pipeline.experiments import Experiment
-from openlm_pipeline.fingerprint import Tree
+from openlm_pipeline.fingerprint import Tree, settings_tree
 from openlm_pipeline.registry import SAMPLINGS
 from openlm_pipeline.units import format_tokens
 
@@ -13,13 +13,13 @@ def settings_identity(experiment: Experiment) -> Tree:
     """The part of a run's identity that stands in the recipe; milestones only extend a run, so they are not in it."""
     of_samplings = {name for _, sampling in SAMPLINGS for name in sampling.settings}
     unused = {"horizon"} | of_samplings.difference(SAMPLINGS[experiment.training.sampling].settings)
-    training = experiment.training.model_dump(mode="json", exclude=unused)
+    training = settings_tree(experiment.training, unused)
     return {
-        "model": experiment.model_config_resolved().model_dump(),
+        "model": settings_tree(experiment.model_config_resolved()),
         "training": {**training, "horizon": experiment.schedule_horizon()},
         "seq_len": experiment.seq_len,
         "seed": experiment.seed,
-        **({"parent": experiment.parent.model_dump()} if experiment.parent else {}),
+        **({"parent": settings_tree(experiment.parent)} if experiment.parent else {}),
         "code": TRAINER_VERSION,
     }
 

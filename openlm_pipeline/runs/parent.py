@@ -3,7 +3,7 @@
 from openlm_pipeline.checkpoints.folders import Checkpoint, list_checkpoints
 from openlm_pipeline.errors import ConfigError, MissingInputError
 from openlm_pipeline.experiments import Experiment
-from openlm_pipeline.fingerprint import Tree
+from openlm_pipeline.fingerprint import Tree, settings_tree
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.units import format_tokens, milestone_label
@@ -49,8 +49,8 @@ def parent_identity(experiment: Experiment, home: Home) -> Tree | None:
     except MissingInputError:
         own = RunFolder(home.run(experiment.name, experiment.version))
         recorded = own.identity.get("parent") if (own.path / "run.json").exists() else None
-        settings = experiment.parent.model_dump()
-        if recorded is None or any(recorded[name] != settings[name] for name in settings):
+        settings = settings_tree(experiment.parent)
+        if recorded is None or any(recorded.get(name) != settings[name] for name in settings):
             raise
         return {"checkpoint": recorded["checkpoint"], "tokens": recorded["tokens"]}
     batch = experiment.training.global_batch

@@ -31,7 +31,7 @@ from openlm_pipeline.corpus.reader import (
 )
 from openlm_pipeline.errors import DataError
 from openlm_pipeline.experiments import Dataset
-from openlm_pipeline.fingerprint import fingerprint
+from openlm_pipeline.fingerprint import Tree, fingerprint, settings_tree
 from openlm_pipeline.pools import Progress
 from openlm_pipeline.shards.format import SampleFormat
 from openlm_pipeline.storage.files import atomic_writer, read_json, write_json
@@ -71,7 +71,8 @@ class FileTokens:
     @property
     def version(self) -> str:
         """Content hash of the stream and its document boundaries."""
-        return fingerprint({"tokens": self.tokens_sha256, "documents": self.documents, "identity": self.identity})
+        identity = {"max_bad_fraction": FIRST_MAX_BAD_FRACTION, **self.identity}
+        return fingerprint({"tokens": self.tokens_sha256, "documents": self.documents, "identity": identity})
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,22 @@ class _Paths:
         return self.quarantine.exists() and all(p.exists() and p.stat().st_size == n for p, n in wanted.items())
 
 
+FIRST_MAX_BAD_FRACTION = 0.001
+"""Stands in the version of each file: its identity once held the source's `max_bad_fraction`, of which this is the
+default. That changes no token, so it is judged when a file is accepted; a file of that time keeps what it recorded."""
+
+_NOT_TOKENS = {"name", "version", "files", "shards", "origin", "weight", "max_bad_fraction"}
+"""Fields of a source that change no token stream; what the files hold has its own hash."""
+
+
+def files_tree(dataset: Dataset) -> Tree:
+    """The source's settings that change its token streams."""
+    return settings_tree(dataset.source, _NOT_TOKENS)
+
+
 def _settings(dataset: Dataset, tokenizer: TokenizerInfo) -> dict[str, Any]:
     return {
-        "text_key": dataset.source.text_key,
-        "max_bad_fraction": dataset.source.max_bad_fraction,
+        **files_tree(dataset),
         "tokenizer_sha256": tokenizer.sha256,
         "eot_id": tokenizer.eot_id,
         "code": STAGE_VERSION,
@@ -123,6 +136,16 @@ def _settings(dataset: Dataset, tokenizer: TokenizerInfo) -> dict[str, Any]:
 
 def _identity(dataset: Dataset, tokenizer: TokenizerInfo, raw_sha256: str) -> dict[str, Any]:
     return {"raw_sha256": raw_sha256, **_settings(dataset, tokenizer)}
+
+
+def _plain(identity: dict[str, Any]) -> dict[str, Any]:
+    """Without what a file of the first release recorded and no result depends on."""
+    return {name: value for name, value in identity.items() if name != "max_bad_fraction"}
+
+
+def _kept(before: dict[str, Any], identity: dict[str, Any]) -> dict[str, Any]:
+    """`identity`, as a file of the first release recorded it where it is that file made again."""
+    return before if _plain(before) == identity else identity
 
 
 def _part_identity(dataset: Dataset, tokenizer: TokenizerInfo, raw: RawFile, part: Part) -> dict[str, Any]:
@@ -134,7 +157,11 @@ def _token_bytes(tokenizer: TokenizerInfo) -> int:
 
 
 def finished(dataset: Dataset, raw: RawFile, tokenizer: TokenizerInfo, folder: Path) -> FileTokens | None:
-    """The result of a file that is done for this content, tokenizer and settings, else None."""
+    """The result of a file that is done for this content, tokenizer and settings, else None.
+
+    Raises:
+        DataError: more of its records are bad than the source allows by now.
+    """
     paths = _Paths.of(folder, raw.name)
     if not paths.done.exists():
         return None
@@ -143,8 +170,14 @@ def finished(dataset: Dataset, raw: RawFile, tokenizer: TokenizerInfo, folder: P
         return None
     done = FileTokens(**fields)
     raw_sha256 = done.identity["raw_sha256"] if done.stamp == raw.stamp else sha256_url(raw.url)
-    if done.identity != _identity(dataset, tokenizer, raw_sha256) or not paths.sizes_fit(done, _token_bytes(tokenizer)):
+    if _plain(done.identity) != _identity(dataset, tokenizer, raw_sha256):
         return None
+    if not paths.sizes_fit(done, _token_bytes(tokenizer)):
+        return None
+    with paths.quarantine.open("rb") as bad:
+        first_bad = BadRecord(**orjson.loads(line)) if (line := bad.readline()) else None
+    limit = dataset.source.max_bad_fraction
+    check_bad_fraction(raw.url, done.documents, done.quarantined, limit, first_bad)
     if done.stamp != raw.stamp:  # touched, but the same: remember it, or it is hashed again each time
         write_json(paths.done, {**fields, "stamp": raw.stamp})
     return done
@@ -296,6 +329,7 @@ def join_parts(
     raw_sha256 = parts[-1].raw_sha256 or sha256_url(raw.url)
     if restat(raw).stamp != raw.stamp:
         raise DataError(f"raw file {raw.url} changed while it was read; run the command again")
+    before = read_json(final.done)["identity"] if final.done.exists() else {}
     final.done.unlink(missing_ok=True)  # what it describes is about to be replaced
     if count == 1:
         tokens_sha256 = parts[0].tokens_sha256
@@ -317,7 +351,7 @@ def join_parts(
         tokens_sha256 = digest.hexdigest()
     result = FileTokens(
         name=raw.name,
-        identity=_identity(dataset, tokenizer, raw_sha256),
+        identity=_kept(before, _identity(dataset, tokenizer, raw_sha256)),
         stamp=raw.stamp,
         documents=documents,
         quarantined=bad,

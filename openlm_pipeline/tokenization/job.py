@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from openlm_pipeline.errors import DataError, IdentityError
 from openlm_pipeline.experiments import Dataset
 from openlm_pipeline.fingerprint import Tree, differences, fingerprint
 from openlm_pipeline.pools import Call, Facts, Pool, PoolFactory, Progress
-from openlm_pipeline.result import ProgressLine, Report
+from openlm_pipeline.result import ProgressLine, Report, require
 from openlm_pipeline.shards.dataset import DATASET, MANIFEST, QUARANTINE, ShardEntry, write_manifest
 from openlm_pipeline.shards.format import SampleFormat
 from openlm_pipeline.storage.files import (
@@ -26,7 +27,7 @@ from openlm_pipeline.storage.files import (
     write_json,
 )
 from openlm_pipeline.tokenization.documents import FileTokens, finished, join_parts, remove_parts, tokenize_part
-from openlm_pipeline.tokenization.packing import PACKING_VERSION, check_stream, make_shard, write_order
+from openlm_pipeline.tokenization.packing import PACKING_VERSION, check_stream, make_shard, packing_tree, write_order
 from openlm_pipeline.tokenizers.tokenizer import TokenizerInfo
 from openlm_pipeline.units import format_bytes, format_seconds, format_tokens
 
@@ -179,11 +180,8 @@ def tokenize_whole(
 def shards_identity(dataset: Dataset, files: list[FileTokens], tokenizer: TokenizerInfo) -> Tree:
     """What the shards of a dataset are made from."""
     return {
+        **packing_tree(dataset),
         "tokenizer_sha256": tokenizer.sha256,
-        "seq_len": dataset.seq_len,
-        "samples_per_shard": dataset.samples_per_shard,
-        "shuffle_seed": dataset.shuffle_seed,
-        "pad_id": dataset.pad_id,
         "files": {f.name: f.version for f in files},
         "code": PACKING_VERSION,
     }
@@ -197,12 +195,15 @@ def pack_shards(
     folder: Path,
     pools: PoolFactory,
     report: Report,
+    allow: Collection[str] = (),
 ) -> tuple[bool, list[str]]:
     """Stage 2: make the dataset in `folder` unless it is there; return (reused, how it differs from what was there).
 
-    A finished dataset of another identity is set aside, not deleted.
+    Args:
+        allow: consents; with `supersede` a finished dataset of another identity is set aside, not deleted.
 
     Raises:
+        ConsentError: another finished dataset is there.
         DataError: there is too little text for one sample, or tokens were lost.
         BusyError: another process is packing this dataset.
     """
@@ -214,6 +215,8 @@ def pack_shards(
             if old == identity:
                 return True, []
             changed = differences(old, identity)
+            what = "\n  ".join([f"{folder} holds another dataset. What differs:", *changed])
+            require("supersede", allow, what, "To keep it, give the source another `version` or name")
             report(f"set the old shards of {dataset.name} aside as {set_aside(folder)}")
         building = folder / _BUILDING
         begun = building / _IDENTITY

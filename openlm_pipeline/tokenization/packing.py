@@ -20,6 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from openlm_pipeline.errors import DataError
+from openlm_pipeline.experiments import Dataset
+from openlm_pipeline.fingerprint import Tree, settings_tree
 from openlm_pipeline.ordering.permutation import permute_array
 from openlm_pipeline.pools import Progress
 from openlm_pipeline.shards.dataset import ShardEntry
@@ -30,9 +32,26 @@ from openlm_pipeline.tokenization.documents import INDEX_DTYPE, FileTokens
 PACKING_VERSION = 2
 """Raised when the same streams and seed would give other shards."""
 
+_NOT_SHARDS = {
+    "source",
+    "tokenizer",
+    "vocab_size",
+    "shards_url",
+    "keep_local_shards",
+    "shard_cache_bytes",
+    "engine",
+    "verify_every",
+}
+"""Fields of a dataset that change no shard; its files and its tokenizer have their own hashes."""
+
 _CHUNK = 1 << 20
 _MAX_OPEN_FILES = 256
 _TABLES = "order.json"
+
+
+def packing_tree(dataset: Dataset) -> Tree:
+    """The dataset's settings that change its shards."""
+    return settings_tree(dataset, _NOT_SHARDS)
 
 
 def _mapped(path: Path) -> np.ndarray:

@@ -6,6 +6,7 @@ Unlike make_2048.py it keeps every document, shuffles all of them, and uses the 
 
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from openlm_pipeline.corpus.discovery import discover
@@ -48,6 +49,7 @@ def make_shards_of_files(
     pad_id: int | None = None,
     text_key: str = "text",
     upload: str | None = None,
+    allow: Collection[str] = (),
 ) -> StageResult:
     """Make the dataset, or the part of it that is missing.
 
@@ -56,6 +58,7 @@ def make_shards_of_files(
         tokenizer: path of a `tokenizer.json`, of its folder, or a Hugging Face hub name.
         tokenizing, packing: where the tasks of each stage run.
         upload: URL to which the shards are moved once all are made.
+        allow: consents; with `supersede` a dataset made from something else is set aside.
 
     Raises:
         MissingInputError: no input file, or no tokenizer.
@@ -71,10 +74,10 @@ def make_shards_of_files(
     home = Home((output / "work").absolute())
     raw_files = discover(dataset, home)
     tokenizer_folder, tokenized = home.tokenizer(spec.name), home.tokenized("text", "v1")
-    info, _, _ = make_tokenizer(spec, raw_files, text_key, tokenizer_folder)
+    info, _, _ = make_tokenizer(spec, raw_files, text_key, tokenizer_folder, allow)
     files, _ = tokenize_files(dataset, raw_files, info, tokenizer_folder, tokenized, tokenizing, report)
     folder = output.absolute() / f"{seq_len}-v1"
-    reused, changed = pack_shards(dataset, files, info, tokenized, folder, packing, report)
+    reused, changed = pack_shards(dataset, files, info, tokenized, folder, packing, report, allow)
     made = ShardedDataset(folder)
     if upload:
         publish(folder, upload, report, delete_local=True)

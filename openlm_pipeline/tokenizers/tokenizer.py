@@ -3,7 +3,7 @@
 A tokenizer folder holds `tokenizer.json` and, written last, `tokenizer_info.json` with its identity.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from openlm_pipeline.corpus.discovery import RawFile
 from openlm_pipeline.corpus.reader import RecordReader
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
 from openlm_pipeline.experiments import TokenizerSpec
-from openlm_pipeline.fingerprint import differences
+from openlm_pipeline.fingerprint import differences, settings_tree
+from openlm_pipeline.result import require
 from openlm_pipeline.storage.files import atomic_writer, read_json, set_aside, sha256_file, write_json
 from openlm_pipeline.storage.remote import sha256_url
 from openlm_pipeline.tokenizers.engine import load_reference
@@ -113,25 +114,27 @@ def fetch_tokenizer_json(source: str) -> bytes:
 
 
 def make_tokenizer(
-    spec: TokenizerSpec, files: list[RawFile], text_key: str, folder: Path
+    spec: TokenizerSpec, files: list[RawFile], text_key: str, folder: Path, allow: Collection[str] = ()
 ) -> tuple[TokenizerInfo, bool, list[str]]:
     """Make or fetch a tokenizer unless the folder holds the one asked for.
 
     Args:
         files: text to train on, used only where the spec says to train.
-        folder: where it goes; a different tokenizer that is there is set aside.
+        folder: where it goes.
+        allow: consents; `supersede` sets a different tokenizer that is there aside.
 
     Returns:
         The tokenizer, whether it was there already, and how it differs from the one set aside.
 
     Raises:
         MissingInputError: the source does not exist or cannot be reached.
+        ConsentError: another one is there.
         ConfigError: it lacks the end-of-text token, or is no tokenizer.
     """
     content = None
     if spec.train:
         corpus = {raw.name: sha256_url(raw.url) for raw in files}
-        identity = {"train": spec.train.model_dump(), "eot": spec.eot, "corpus": corpus, "code": TRAINING_VERSION}
+        identity = {"train": settings_tree(spec.train), "eot": spec.eot, "corpus": corpus, "code": TRAINING_VERSION}
     else:
         identity = {"source": spec.source, "eot": spec.eot}
     changed: list[str] = []
@@ -143,6 +146,8 @@ def make_tokenizer(
         if info.identity == identity and same_file:
             return info, True, []
         changed = differences(info.identity, identity) or ["the content of tokenizer.json"]
+        what = "\n  ".join([f"{folder} holds another tokenizer. What differs:", *changed])
+        require("supersede", allow, what, "To keep it, give the recipe's tokenizer another name")
         set_aside(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = tokenizer_file(folder)

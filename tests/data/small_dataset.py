@@ -102,13 +102,13 @@ class SmallDataset:
             write_lines(self.raw(name), lines)
 
     def tokenizer(self) -> StageResult:
-        return data_stages.ensure_tokenizer(self.experiment, self.home, lambda line: None)
+        return data_stages.ensure_tokenizer(self.experiment, self.home, lambda line: None, {"supersede"})
 
     def tokenize(self, clients: PoolFactory, only: set[str] | None = None) -> tuple[list[FileTokens], list[str]]:
         return data_stages.tokenize(self.dataset, self.home, clients, lambda line: None, only)
 
     def make_shards(self, files: list[FileTokens], clients: PoolFactory) -> StageResult:
-        return data_stages.make_shards(self.dataset, files, self.home, clients, lambda line: None)
+        return data_stages.make_shards(self.dataset, files, self.home, clients, lambda line: None, {"supersede"})
 
     def run(self, clients: PoolFactory) -> StageResult:
         """All stages from raw files to shards."""

@@ -131,7 +131,8 @@ def test_each_asset_is_made_from_what_the_design_says(tmp_path):
     first, last = LABELS
     expected = {
         "raw_files/tiny_text": set(),
-        "tokenizer/tiny_bpe": set(),
+        "preflight": set(),
+        "tokenizer/tiny_bpe": {"preflight"},
         "tokenized/tiny_text": {"raw_files/tiny_text", "tokenizer/tiny_bpe"},
         "shards/tiny_text": {"tokenized/tiny_text", "tokenizer/tiny_bpe"},
         f"checkpoint/tiny/{first}": {"shards/tiny_text"},

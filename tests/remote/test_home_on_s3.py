@@ -271,7 +271,7 @@ def test_of_a_run_its_records_and_milestones_go_and_another_run_there_is_set_asi
     b.pull(b.run("small", "v1"))
     assert {p.name for p in (b.run("small", "v1") / "checkpoints").iterdir()} == {"step-00000003", "step-00000008"}
     there = {n: bucket.read(n) for n in bucket.names()}
-    small.train("training.lr=2e-2", supersede=True)
+    small.train("training.lr=2e-2", allow={"supersede"})
     push_run(a, small.run)
     now = {n: bucket.read(n) for n in bucket.names()}
     assert {n.replace("/v1/", "/v1.superseded-1/"): data for n, data in there.items()}.items() <= now.items()

@@ -61,7 +61,7 @@ def checkpoint(step: int, version: str = "v1") -> str:
 
 def superseded(small: SmallRun) -> None:
     """Train the run anew with another learning rate, which sets the old one aside."""
-    small.train("training.lr=2e-2", supersede=True)
+    small.train("training.lr=2e-2", allow={"supersede"})
     assert (small.home.root / "runs/small/v1.superseded-1").is_dir()
 
 

@@ -2,22 +2,24 @@
 
 import signal
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import psutil
 import pytest
 from small_run import SmallRun
 
-from openlm_pipeline.errors import BusyError, ConfigError, TrainingError
+from openlm_pipeline.errors import BusyError, ConfigError, ConsentError, TrainingError
 from openlm_pipeline.pipeline import training as training_stage
 from openlm_pipeline.runs.launch import Event, MilestoneReached, MilestoneReused, Progress, milestone_checkpoints
 
 
-def train(small: SmallRun, *overrides: str) -> tuple[list[Event], list[str]]:
+def train(small: SmallRun, *overrides: str, allow: Collection[str] = ()) -> tuple[list[Event], list[str]]:
     """The events and reports of `training_stage.train` to the last milestone."""
     experiment = small.experiment(*overrides)
     reports: list[str] = []
-    return list(training_stage.train(experiment, small.home, experiment.milestones[-1], reports.append)), reports
+    training = training_stage.train(experiment, small.home, experiment.milestones[-1], reports.append, allow=allow)
+    return list(training), reports
 
 
 def milestones(events: list[Event]) -> list[tuple[type, str]]:
@@ -30,7 +32,9 @@ def test_only_a_damaged_milestone_is_made_again(tmp_path: Path):
     digests = {label: c.digest for label, c in milestone_checkpoints(small.experiment(), small.run).items()}
     (part,) = list((small.run.checkpoints / "step-00000004").glob("*.distcp"))
     part.write_bytes(part.read_bytes()[:-1])
-    events, reports = train(small)
+    with pytest.raises(ConsentError, match=r"milestone t1024 is damaged: .*__0_0.distcp.*\n.*--allow remake"):
+        train(small)
+    events, reports = train(small, allow={"remake"})
     assert milestones(events) == [(MilestoneReused, "t0512"), (MilestoneReached, "t1024")]
     assert [e.record["step"] for e in events if isinstance(e, Progress) and "loss" in e.record] == [3, 4]
     assert any("t1024 is damaged and made again" in r and "superseded" in r for r in reports)
@@ -56,7 +60,7 @@ def test_the_folder_of_a_run_that_is_being_trained_is_left_alone(tmp_path: Path)
     before = sorted(small.run.path.rglob("*"))
     experiment = small.experiment("seed=1")
     with small.run.lock(), pytest.raises(BusyError, match="already training"):
-        list(training_stage.train(experiment, small.home, 512, lambda _: None, supersede=True))
+        list(training_stage.train(experiment, small.home, 512, lambda _: None, allow={"supersede"}))
     assert sorted(small.run.path.rglob("*")) == before
 
 
@@ -64,7 +68,9 @@ def test_a_cancelled_trainer_saves(tmp_path: Path):
     small = SmallRun(tmp_path, (2, 100_000))
     experiment = small.experiment()
     others = set(psutil.Process().children(recursive=True))
-    events = training_stage.train(experiment, small.home, experiment.milestones[-1], lambda _: None)
+    events = training_stage.train(
+        experiment, small.home, experiment.milestones[-1], lambda _: None, allow={"repeat_data"}
+    )
     next(events)
     events.close()
     assert not set(psutil.Process().children(recursive=True)) - others
@@ -78,7 +84,9 @@ def test_a_cancelled_trainer_that_cannot_save_is_gone_within_five_seconds(tmp_pa
     small = SmallRun(tmp_path, (2, 100_000))
     experiment = small.experiment("launcher.grace_seconds=1")
     others = set(psutil.Process().children(recursive=True))
-    events = training_stage.train(experiment, small.home, experiment.milestones[-1], lambda _: None)
+    events = training_stage.train(
+        experiment, small.home, experiment.milestones[-1], lambda _: None, allow={"repeat_data"}
+    )
     next(events)
     processes = set(psutil.Process().children(recursive=True)) - others
     (worker,) = [p for p in processes if "LOCAL_RANK" in p.environ()]

@@ -50,14 +50,14 @@ def test_an_outcome_stands_until_it_is_cleared(run: RunFolder):
 def test_a_folder_belongs_to_the_run_that_claimed_it(run: RunFolder, tmp_path: Path):
     experiment = SmallRun(tmp_path, (2,)).experiment()
     mine, other = {"training": {"lr": 0.1, "eps": 1e-8}}, {"training": {"lr": 0.2, "eps": 1e-8}}
-    assert run.claim(experiment, mine, supersede=False) == []
+    assert run.claim(experiment, mine, allow=()) == []
     assert run.belongs_to(mine) and not run.belongs_to(other)
-    assert run.claim(experiment, other, supersede=False) == []  # nothing was trained yet
-    assert run.claim(experiment, mine, supersede=False) == []
+    assert run.claim(experiment, other, allow=()) == []  # nothing was trained yet
+    assert run.claim(experiment, mine, allow=()) == []
     run.append_metrics({"step": 1, "loss": 2.0})
-    with pytest.raises(IdentityError, match=r"training\.lr 0\.1 -> 0\.2\n.*--supersede"):
-        run.claim(experiment, other, supersede=False)
-    assert run.claim(experiment, other, supersede=True) == ["training.lr 0.1 -> 0.2"]
+    with pytest.raises(IdentityError, match=r"training\.lr 0\.1 -> 0\.2\n.*--allow supersede"):
+        run.claim(experiment, other, allow=())
+    assert run.claim(experiment, other, allow={"supersede"}) == ["training.lr 0.1 -> 0.2"]
     assert run.belongs_to(other)
     assert RunFolder(run.path.with_name("v1.superseded-1")).identity == mine
 

@@ -148,9 +148,9 @@ def test_a_finished_cosine_is_extended_by_explicit_choice_only(small):
     small.train(*cosine)
     before = {p: p.stat().st_mtime_ns for p in small.run.path.rglob("*") if p.is_file()}
     longer = f"milestones=[{4 * BATCH}, {8 * BATCH}, {12 * BATCH}]"
-    for supersede in (False, True):
+    for allow in ((), {"supersede"}):
         with pytest.raises(IdentityError, match=r"cosine schedule of small ended at 2\.048K tokens") as refused:
-            small.train(*cosine, longer, supersede=supersede)
+            small.train(*cosine, longer, allow=allow)
         for choice in ("openlm fork small@", "training.horizon=3.072K", "training.horizon=2.048K: go on at the final"):
             assert choice in str(refused.value)
         assert small.steps_on_disk() == {4: "t1024", 8: "t2048"}
@@ -160,7 +160,7 @@ def test_a_finished_cosine_is_extended_by_explicit_choice_only(small):
     checkpoints = {p: time for p, time in before.items() if p.parent.parent == small.run.checkpoints}
     assert checkpoints
     assert {p: p.stat().st_mtime_ns for p in checkpoints} == checkpoints
-    small.train(*cosine, longer, f"training.horizon={12 * BATCH}", supersede=True)
+    small.train(*cosine, longer, f"training.horizon={12 * BATCH}", allow={"supersede"})
     assert small.run.path.with_name("v1.superseded-1").exists()
     assert len(small.losses()) == 12
 

@@ -124,7 +124,7 @@ def test_wandb_has_the_records_and_a_restart_goes_on_with_the_same_run(small: Sm
 
 def test_other_settings_are_another_wandb_run(small: SmallRun, offline: None):
     small.train("execution.report_to=[wandb]", "milestones=[1024]")
-    small.train("execution.report_to=[wandb]", "milestones=[1024]", "training.lr=0.02", supersede=True)
+    small.train("execution.report_to=[wandb]", "milestones=[1024]", "training.lr=0.02", allow={"supersede"})
     (first,) = wandb_histories(small.run.path.with_name("v1.superseded-1"))
     (second,) = wandb_histories(small.run.path)
     assert first[0] != second[0]

@@ -11,7 +11,7 @@ from small_run import SmallRun, write_dataset
 
 from openlm_pipeline.checkpoints.folders import COMPLETE, list_checkpoints, read_checkpoint
 from openlm_pipeline.checkpoints.reading import load_model
-from openlm_pipeline.errors import BusyError, ConfigError, IdentityError, MissingInputError, TrainingError
+from openlm_pipeline.errors import BusyError, ConfigError, ConsentError, IdentityError, MissingInputError, TrainingError
 
 
 def checkpoint_folder(small: SmallRun, step: int) -> Path:
@@ -121,7 +121,10 @@ def test_a_damaged_milestone_is_made_again_and_keeps_its_label(copy: SmallRun, t
     shutil.rmtree(checkpoint_folder(copy, 8))
     (part,) = list(checkpoint_folder(copy, 4).glob("*.distcp"))
     part.write_bytes(part.read_bytes()[:100])
-    copy.train()
+    with pytest.raises(ConsentError, match="milestone t1024 is damaged.*\\n.*--allow remake"):
+        copy.train()
+    assert copy.steps_on_disk() == {4: "t1024"}
+    copy.train(allow={"remake"})
     assert copy.steps_on_disk() == {4: "t1024", 8: "t2048"}
     assert_bitwise_equal(weights(copy, 4), weights(trained, 4))
     assert_bitwise_equal(weights(copy, 8), weights(trained, 8))
@@ -161,7 +164,7 @@ def test_another_run_in_the_folder_is_refused_by_field_and_set_aside_on_request(
     with pytest.raises(IdentityError, match=r"training\.lr 0\.01 -> 0\.02"):
         copy.train("training.lr=0.02")
     assert copy.run.identity == before
-    copy.train("training.lr=0.02", supersede=True)
+    copy.train("training.lr=0.02", allow={"supersede"})
     assert copy.steps_on_disk() == {4: "t1024", 8: "t2048"}
     old = copy.run.path.with_name("v1.superseded-1")
     assert sorted(p.name for p in (old / "checkpoints").iterdir()) == [

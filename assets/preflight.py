@@ -1,0 +1,55 @@
+"""`preflight`: the first step of every job that makes something, a look at what it would set aside, repeat or spend."""
+
+from collections.abc import Sequence
+
+import dagster as dg
+
+from assets.common import PREFLIGHT_KEY, allowed, checkpoint_key, shards_key, tokenizer_key, user_errors
+from openlm_pipeline.experiments import Experiment
+from openlm_pipeline.pipeline.plan import plan
+from openlm_pipeline.result import CONSENTS, refuse
+from openlm_pipeline.storage.home import Home
+
+
+def preflight_asset(experiments: Sequence[Experiment]) -> dg.AssetsDefinition:
+    """A step before all others of a run; it takes no pool slot, and its version never changes."""
+
+    @dg.asset(
+        key=PREFLIGHT_KEY,
+        group_name="preflight",
+        kinds={"python"},
+        code_version="1",
+        description="Refuses what a run would set aside, repeat or spend, unless its tag openlm/allow names it. "
+        f"What can be allowed: {'; '.join(f'{name} ({meaning})' for name, meaning in CONSENTS.items())}.",
+    )
+    def preflight(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        planned = _planned(context)
+        allow = allowed(context)
+        lines = []
+        with user_errors():
+            for experiment in experiments:
+                if not planned & _names(experiment):
+                    continue
+                made = plan(experiment, Home.from_env(), only=planned)
+                refuse(made.findings, allow)
+                if made.todo:
+                    lines += [f"{experiment.name}:", *made.lines()]
+        for line in lines:
+            context.log.info(line)
+        return dg.MaterializeResult(metadata={"allowed": sorted(allow)}, data_version=dg.DataVersion("1"))
+
+    return preflight
+
+
+def _names(experiment: Experiment) -> set[str]:
+    """Names of the assets of a recipe that setting aside may concern."""
+    keys = [tokenizer_key(experiment.tokenizer.name), *map(shards_key, experiment.datasets())]
+    keys += [checkpoint_key(experiment.name, label) for label, _ in experiment.labelled_milestones()]
+    return {"/".join(key.path) for key in keys}
+
+
+def _planned(context: dg.AssetExecutionContext) -> frozenset[str]:
+    """Names of the assets that the run is to make."""
+    events = context.instance.all_logs(context.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED)
+    keys = (event.get_dagster_event().asset_key for event in events)
+    return frozenset("/".join(key.path) for key in keys if key is not None)
