@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 import uuid
@@ -33,17 +32,10 @@ def submission(experiment: "Experiment", home: "Home") -> str:
     Where the recipe has put the value of a variable with a secret's name into it, it shows the variable.
     """
     from openlm_pipeline.runs.folder import RunFolder
-    from openlm_pipeline.runs.launchers import kubernetes, slurm
-    from openlm_pipeline.runs.launchers.job import torchrun_command
+    from openlm_pipeline.runs.launch import launcher_of
 
-    run, until = RunFolder(home.run(experiment.name, experiment.version)), experiment.milestones[-1]
-    if experiment.launcher.kind == "slurm":
-        text = slurm.job_script(experiment, home, run, until)
-    elif experiment.launcher.kind == "kubernetes":
-        text = kubernetes.manifest(experiment, home, until)
-    else:
-        command = torchrun_command(experiment.launcher, run.experiment_file, until, sys.executable, ["--standalone"])
-        text = shlex.join(command)
+    run = RunFolder(home.run(experiment.name, experiment.version))
+    text = launcher_of(experiment, home, run).show(experiment.milestones[-1])
     for name, value in sorted(os.environ.items(), key=lambda item: -len(item[1])):  # one may begin with another
         if len(value) >= _SECRET_LETTERS and _SECRET_NAME.fullmatch(name):
             text = text.replace(value, f"${{{name}}}")

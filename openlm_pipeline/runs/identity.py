@@ -2,6 +2,7 @@
 
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.fingerprint import Tree, settings_tree
+from openlm_pipeline.registry import SAMPLINGS
 from openlm_pipeline.units import format_tokens
 
 TRAINER_VERSION = 1
@@ -10,11 +11,8 @@ TRAINER_VERSION = 1
 
 def settings_identity(experiment: Experiment) -> Tree:
     """The part of a run's identity that stands in the recipe; milestones only extend a run, so they are not in it."""
-    unused = {"horizon"}
-    if experiment.training.sampling != "windowed":
-        unused.add("window_shards")
-    if experiment.training.sampling not in ("resampled", "manifest"):
-        unused.add("source_batch")
+    of_samplings = {name for _, sampling in SAMPLINGS for name in sampling.settings}
+    unused = {"horizon"} | of_samplings.difference(SAMPLINGS[experiment.training.sampling].settings)
     training = settings_tree(experiment.training, unused)
     return {
         "model": settings_tree(experiment.model_config_resolved()),

@@ -1,10 +1,11 @@
-"""What the watcher of a run asks of a launcher, and the one command that all of them start."""
+"""What the watcher of a run asks of a job that a launcher started, and the one command that all of them start."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from openlm_pipeline.experiments.spec import Launcher
+if TYPE_CHECKING:
+    from openlm_pipeline.experiments.spec import Launcher
 
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 """What torchrun passes on to its workers; by default SIGUSR1, with which Slurm warns, would kill it."""
@@ -34,7 +35,7 @@ class Job(Protocol):
 
 
 def torchrun_command(
-    launcher: Launcher, experiment_file: Path | str, until: int, python: str, rendezvous: Sequence[str]
+    launcher: "Launcher", experiment_file: Path | str, until: int, python: str, rendezvous: Sequence[str]
 ) -> list[str]:
     """The command that one machine runs.
 
