@@ -14,8 +14,10 @@ from torch.distributed.tensor import DTensor
 from openlm_pipeline.checkpoints.folders import Checkpoint, list_checkpoints, newest_intact, promote, rotate
 from openlm_pipeline.errors import TrainingError
 from openlm_pipeline.experiments import Experiment
+from openlm_pipeline.experiments.choices import unread_settings
 from openlm_pipeline.fingerprint import short
 from openlm_pipeline.models.transformer import IGNORE_INDEX
+from openlm_pipeline.registry import SCHEDULES
 from openlm_pipeline.runs.dry_run import size_line
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.identity import run_identity
@@ -37,7 +39,6 @@ from train.optimizers import make_optimizer
 from train.parallel import build_model, use_deterministic_algorithms
 from train.profile import StepProfiler
 from train.reporting import Reporter, check_report_to
-from train.schedule import learning_rate
 from train.signals import StopRequest
 from train.stability import Stability
 from train.validation import validate
@@ -97,16 +98,19 @@ class Trainer:
         self.step = start_tokens // experiment.training.global_batch
         self.has_begun = False
         """Whether the weights in memory are the run's."""
-        self.schedule_start, self.horizon = 0, experiment.schedule_horizon()
+        self.schedule_start, horizon = 0, experiment.schedule_horizon()
         if experiment.schedule_start():
             self.schedule_start = self.step
-            self.horizon = self.horizon and self.horizon - start_tokens
+            horizon = horizon and horizon - start_tokens
+        self.schedule = SCHEDULES[experiment.training.schedule](experiment.training, horizon)
         self.uploads = uploads
         self.saver = checkpoints.Saver(
             self.run.checkpoints, world.from_rank0(lambda: self.run.fingerprint), world,
             asynchronous=experiment.execution.async_save, on_saved=self._on_saved,
         )  # fmt: skip
         self.watchdog = Watchdog(experiment.execution.hang_seconds, self.run.path / "hangs", world.rank, self._on_hang)
+        for sentence in unread_settings(experiment.training):
+            self._warn(sentence)
         self.console.print(
             f"{experiment.name}: {size_line(self.model.config, experiment.seq_len)}; on {world.size} x "
             f"{world.device.type}, {self.batches.global_sequences} sequences of {experiment.seq_len} tokens a step"
@@ -232,7 +236,7 @@ class Trainer:
     def _optimizer_step(self, batch: torch.Tensor) -> float:
         """One step on this rank's samples [local_sequences, seq_len + 1]; returns the learning rate used."""
         training = self.experiment.training
-        lr = learning_rate(training, self.horizon, self.step - self.schedule_start)
+        lr = self.schedule.rate(self.step - self.schedule_start)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         inputs = [self.masking(samples) for samples in batch.split(self.batches.micro_batch)]
