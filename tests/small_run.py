@@ -23,7 +23,8 @@ from openlm_pipeline.shards.format import SampleFormat, write_shard
 from openlm_pipeline.storage.files import write_json
 from openlm_pipeline.storage.home import Home
 from train.distributed import leave_process_group
-from train.loop import Outcome, run_training
+from train.loop import Outcome
+from train.run import run_training
 from train.signals import STOP_SIGNALS
 
 REPOSITORY = Path(__file__).parents[1]

@@ -10,7 +10,16 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, StringConstraints, create_model, field_validator, model_validator
 
 from openlm_pipeline.models.config import ModelConfig, resolve_model
-from openlm_pipeline.registry import LAUNCHERS, EngineName, LauncherName, SamplingName
+from openlm_pipeline.registry import (
+    LAUNCHERS,
+    OPTIMIZERS,
+    SCHEDULES,
+    EngineName,
+    LauncherName,
+    OptimizerName,
+    SamplingName,
+    ScheduleName,
+)
 from openlm_pipeline.strict import Strict
 from openlm_pipeline.units import Tokens, format_tokens, milestone_label
 
@@ -113,7 +122,9 @@ class Training(Strict):
     lr: float = Field(gt=0)
     lr_min: float = Field(default=0.0, ge=0)
     """Floor of the cosine and of the decay of WSD."""
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    schedule: ScheduleName = "cosine"
+    schedule_settings: dict[str, Any] = {}
+    """Settings of the schedule's own, for one that has some."""
     warmup: Tokens = 0
     """Tokens of linear warm-up from zero."""
     decay: Tokens = 0
@@ -131,8 +142,10 @@ class Training(Strict):
     """Decoupled; applied to every parameter, norms and embeddings included, as OpenLM does."""
     no_decay: tuple[Literal["norms", "embeddings"], ...] = ()
     """Parameters without weight decay: gains and biases of norms; the embedding and the output matrix."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: OptimizerName = "adamw"
     """`muon`: orthogonalised momentum for the matrices inside the blocks, AdamW for the rest."""
+    optimizer_settings: dict[str, Any] = {}
+    """Settings of the optimizer's own, for one that has some."""
     state_precision: Literal["fp32", "bf16"] = "fp32"
     """Type of the weights between steps and of the optimizer's state; `bf16` halves memory, at a loss of precision."""
     grad_clip: float | None = Field(default=1.0, gt=0)
@@ -165,6 +178,12 @@ class Training(Strict):
     """Shards whose samples are shuffled together by `windowed`."""
     source_batch: int = Field(default=8, ge=1)
     """Consecutive sequences from one source in `resampled` and `manifest`: OpenLM's batch a GPU."""
+
+    @model_validator(mode="after")
+    def _choices_know_their_settings(self) -> "Training":
+        SCHEDULES[self.schedule](self)
+        OPTIMIZERS[self.optimizer](self)
+        return self
 
 
 class Execution(Strict):
@@ -395,7 +414,7 @@ class Experiment(Strict):
         horizon = self.schedule_horizon()
         if horizon is not None:
             length = horizon - self.schedule_start()
-            if self.training.warmup + self.training.decay > length:
+            if SCHEDULES[self.training.schedule](self.training).shortest() > length:
                 raise ValueError(
                     f"warm-up and decay are longer than the schedule ({format_tokens(max(0, length))} tokens)"
                 )
@@ -439,8 +458,8 @@ class Experiment(Strict):
         return self.datasets()[-1] if self.validation else None
 
     def schedule_horizon(self) -> int | None:
-        """Tokens at which the learning-rate schedule ends, None for a constant one."""
-        if self.training.schedule == "constant":
+        """Tokens at which the learning-rate schedule ends, None for one without an end."""
+        if not SCHEDULES[self.training.schedule].has_horizon:
             return None
         return self.training.horizon or self.milestones[-1]
 

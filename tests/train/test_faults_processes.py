@@ -82,7 +82,7 @@ def test_ctrl_c_in_a_terminal_saves_a_checkpoint_and_stops(tmp_path: Path):
     """A terminal sends SIGINT to `openlm train` and all that it started at once."""
     small = SmallRun(tmp_path, (10, 5000))
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OPENLM_HOME": str(small.home.root)}
-    command = [sys.executable, "-m", "openlm_pipeline", "train", str(small.recipe)]
+    command = [sys.executable, "-m", "openlm_pipeline", "train", str(small.recipe), "--allow=repeat_data"]
     with (tmp_path / "openlm.log").open("wb") as log:
         terminal = psutil.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
     wait_until(lambda: last_step(small) > 12, terminal)
