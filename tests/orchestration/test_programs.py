@@ -6,6 +6,7 @@ from pathlib import Path
 
 import dagster as dg
 import psutil
+import pytest
 from tiny_pipeline import LABELS, REPOSITORY, TinyPipeline, environment
 
 
@@ -82,6 +83,7 @@ def test_an_unknown_job_is_refused_with_the_list(tmp_path):
     assert "Traceback" not in refused.stderr
 
 
+@pytest.mark.drill
 def test_a_run_killed_while_it_trains_leaves_no_trainer_and_the_next_one_finishes(
     finished, tmp_path, wait_until, instance_of
 ):
