@@ -27,7 +27,7 @@ from small_run import SmallRun, train_here
 
 from openlm_pipeline.experiments import load_experiment
 
-SECONDS = 180
+SECONDS = 600
 """How long ranks may take, which a busy machine needs by far not all of."""
 
 

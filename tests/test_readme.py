@@ -27,7 +27,7 @@ def variables(home: Path) -> dict[str, str]:
 
 def run(arguments: list[str], home: Path) -> subprocess.CompletedProcess:
     environment = {**os.environ, **variables(home), "COLUMNS": "200"}
-    return subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_the_readme_shows_the_main_commands():
