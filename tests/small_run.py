@@ -107,7 +107,7 @@ class SmallRun:
 
     def finish(self, process: psutil.Popen) -> int:
         """Wait for torchrun's end; its exit code."""
-        return process.wait(timeout=120)
+        return process.wait(timeout=600)
 
     def log(self) -> str:
         return (self.recipe.parent / "torchrun.log").read_text()
@@ -124,7 +124,7 @@ class SmallRun:
         return {c.step: c.milestone for c in found}
 
 
-def wait_until(condition: Callable[[], bool], process: psutil.Popen | None = None, seconds: float = 90) -> None:
+def wait_until(condition: Callable[[], bool], process: psutil.Popen | None = None, seconds: float = 600) -> None:
     """Poll until `condition()`; fails when the time is up or `process` ended before."""
     end = time.monotonic() + seconds
     while not condition():

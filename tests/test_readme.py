@@ -4,13 +4,11 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from commands import openlm
 
-from openlm_pipeline.cli import main
 from openlm_pipeline.experiments import load_experiment
 
 ROOT = Path(__file__).parents[1]
@@ -23,39 +21,13 @@ def commands() -> list[str]:
     return [line for line in lines if line.split(" ")[0] in ("openlm", "torchrun", "make", "dagster")]
 
 
-@dataclass
-class Ended:
-    """How a command ended."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture
-def openlm(tmp_path: Path, monkeypatch, capfd) -> Callable[..., Ended]:
-    """The `openlm` command in this process: to start another one for each takes a second or two."""
-
-    def call(*arguments: str) -> Ended:
-        for name, value in {**variables(tmp_path), "COLUMNS": "200"}.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, "argv", ["openlm", *arguments])
-        monkeypatch.setattr(main, "freeze", lambda: None)  # it is for the end of the process
-        with pytest.raises(SystemExit) as ended:
-            main.main()
-        return Ended(ended.value.code or 0, *capfd.readouterr())
-
-    return call
-
-
 def variables(home: Path) -> dict[str, str]:
     return {"OPENLM_HOME": str(home), "OPENLM_RECIPES": str(home), "OPENLM_RAW_DATA": str(home / "none")}
 
 
 def run(arguments: list[str], home: Path) -> subprocess.CompletedProcess:
     environment = {**os.environ, **variables(home), "COLUMNS": "200"}
-    return subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_the_readme_shows_the_main_commands():
@@ -64,9 +36,10 @@ def test_the_readme_shows_the_main_commands():
 
 
 @pytest.mark.parametrize("line", [c for c in commands() if c.startswith("openlm")])
-def test_openlm_commands_work_or_name_the_missing_input(line, tmp_path, openlm):
+def test_openlm_commands_work_or_name_the_missing_input(line, tmp_path, monkeypatch):
     arguments = shlex.split(line)[1:]
-    result = openlm(*arguments)
+    monkeypatch.chdir(ROOT)
+    result = openlm(*arguments, variables={**variables(tmp_path), "COLUMNS": "200"})
     needs_input = any(a.startswith(("pretrain_", "/data/")) for a in arguments) and "--dry-run" not in arguments
     assert result.returncode == (3 if needs_input else 0), result.stderr + result.stdout
     if needs_input:
@@ -89,8 +62,8 @@ def test_make_targets_exist(line, tmp_path):
 @pytest.mark.parametrize(
     "arguments", [["train", "no_such"], ["train", "demo", "training.lrr=1"], ["evaluate", "demo", "x"]]
 )
-def test_a_wrong_recipe_or_key_is_exit_code_2(arguments, openlm):
-    result = openlm(*arguments)
+def test_a_wrong_recipe_or_key_is_exit_code_2(arguments, tmp_path):
+    result = openlm(*arguments, variables=variables(tmp_path))
     assert result.returncode == 2
     assert result.stderr.startswith("error: ")
     assert "Traceback" not in result.stderr

@@ -42,8 +42,8 @@ def test_a_hang_is_written_down_and_ends_the_run(tmp_path: Path):
     ranks = workers(torchrun)
     ranks[1].suspend()
     try:
-        wait_until(lambda: small.run.read_outcome() is not None, torchrun, seconds=30)
-        wait_until(lambda: not ranks[0].is_running() or ranks[0].status() == psutil.STATUS_ZOMBIE, seconds=30)
+        wait_until(lambda: small.run.read_outcome() is not None, torchrun, seconds=300)
+        wait_until(lambda: not ranks[0].is_running() or ranks[0].status() == psutil.STATUS_ZOMBIE, seconds=300)
     finally:
         ranks[1].resume()
     assert small.finish(torchrun) != 0
@@ -73,7 +73,7 @@ with watchdog.watching():
 
 def test_a_hang_in_which_no_thread_of_python_runs_ends_too(tmp_path: Path):
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run([sys.executable, "-c", HOLDS_THE_LOCK, str(tmp_path)], env=environment, timeout=60)
+    done = subprocess.run([sys.executable, "-c", HOLDS_THE_LOCK, str(tmp_path)], env=environment, timeout=300)
     assert done.returncode == 1
     assert "in match" in (tmp_path / "stacks-rank-0.txt").read_text()
 
@@ -89,7 +89,7 @@ def test_ctrl_c_in_a_terminal_saves_a_checkpoint_and_stops(tmp_path: Path):
     trainers = workers(terminal)
     assert trainers
     os.killpg(terminal.pid, signal.SIGINT)
-    assert terminal.wait(timeout=60) != 0
+    assert terminal.wait(timeout=300) != 0
     assert not any(w.is_running() and w.status() != psutil.STATUS_ZOMBIE for w in trainers.values())
     outcome = small.run.read_outcome()
     assert outcome["status"] == "preempted"

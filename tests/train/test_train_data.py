@@ -82,7 +82,7 @@ def test_closing_the_iterator_ends_its_thread(small: SmallRun, datasets: list[Sh
     next(batches)
     (thread,) = set(reading_threads()) - before
     batches.close()
-    thread.join(timeout=30)
+    thread.join(timeout=300)
     assert not thread.is_alive()
 
 
