@@ -35,7 +35,9 @@ from openlm_pipeline.checkpoints.folders import (
     unfinished,
 )
 from openlm_pipeline.checkpoints.reading import SafePlanner, SafeReader
+from openlm_pipeline.checkpoints.weights_digest import Part, digest_of_parts, local_part
 from openlm_pipeline.errors import TrainingError
+from openlm_pipeline.models.init import parameter_name
 from openlm_pipeline.models.transformer import Transformer
 from openlm_pipeline.storage.files import write_json
 from train.distributed import World
@@ -146,9 +148,10 @@ class Saver:
         self.wait()
         state = _state(model, optimizer, extra)
         config = model.config.model_dump()
+        parameters = [parameter_name(name) for name, _ in model.named_parameters()]
 
         def write() -> None:
-            self._write(state, config, step, tokens, milestone, metrics, began, staged - began)
+            self._write(state, parameters, config, step, tokens, milestone, metrics, began, staged - began)
 
         if self._pool is None:
             staged = began
@@ -161,6 +164,7 @@ class Saver:
     def _write(
         self,
         state: dict[str, object],
+        parameters: list[str],
         config: dict[str, object],
         step: int,
         tokens: int,
@@ -173,7 +177,7 @@ class Saver:
 
         def finish() -> None:
             write_json(tmp / MODEL_CONFIG, config)
-            made = commit(tmp, self.run_fingerprint, step, tokens, milestone, metrics, hashed)
+            made = commit(tmp, self.run_fingerprint, step, tokens, milestone, metrics, hashed, digest)
             seconds = time.perf_counter() - began
             stall = seconds if self._pool is None else stall_seconds
             self.on_saved(Saved(made, stall, seconds - stall))
@@ -182,6 +186,7 @@ class Saver:
             self.world.from_rank0(lambda: clear_unfinished(self.folder))
             dcp.save(state, checkpoint_id=tmp, process_group=self.world.cpu_group)
             hashed = self._hash_files(tmp)
+            digest = self._weights_digest({name: state["model"][name] for name in parameters})
             self.world.from_rank0(finish)
         except (CheckpointException, OSError, RuntimeError) as e:
             if self.world.rank == 0:
@@ -191,6 +196,13 @@ class Saver:
                 "are untouched; make sure that there is room and that the folder can be written, and start the run "
                 "again"
             ) from e
+
+    def _weights_digest(self, parameters: dict[str, Tensor]) -> str | None:
+        """The digest on rank 0; each rank hashes the rows it has."""
+        mine = {name: local_part(value) for name, value in parameters.items()}
+        found: list[dict[str, Part]] | None = [{}] * self.world.size if self.world.rank == 0 else None
+        dist.gather_object(mine, found, dst=0, group=self.world.cpu_group)
+        return digest_of_parts(found) if found is not None else None
 
     def _hash_files(self, tmp: Path) -> dict[str, dict[str, object]]:
         """Size and hash of every rank's files, each read by the rank that wrote it."""

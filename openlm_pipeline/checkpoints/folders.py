@@ -1,8 +1,9 @@
 """Checkpoints of a run: folders `step-XXXXXXXX` that are verified whole or not seen.
 
 A checkpoint is written under `.tmp-step-XXXXXXXX`, described in `checkpoint.json` (run fingerprint, step, tokens,
-sha256 of every file and of the description itself), renamed, and marked with an empty `COMPLETE` last. A reader trusts
-a folder only if `COMPLETE` is there, the run is its own and, before loading, every file has its recorded hash.
+digest of the weights, sha256 of every file and of the description itself), renamed, and marked with an empty `COMPLETE`
+last. A reader trusts a folder only if `COMPLETE` is there, the run is its own and, before loading, every file has its
+recorded hash.
 """
 
 import shutil
@@ -39,10 +40,12 @@ class Checkpoint:
     files: dict[str, dict[str, Any]]
     """`{"bytes", "sha256"}` of each file."""
     metrics: dict[str, float] = field(default_factory=dict)
+    weights_digest: str | None = None
+    """Of the weights alone, see `checkpoints.weights_digest`; None where an earlier release wrote the checkpoint."""
 
     @property
     def digest(self) -> str:
-        """Content hash over all files."""
+        """Content hash over all files. Equal weights that were saved by other numbers of processes have another."""
         return fingerprint({"files": self.files, "run": self.run_fingerprint, "step": self.step})
 
 
@@ -69,6 +72,7 @@ def commit(
     milestone: str | None,
     metrics: dict[str, float],
     hashed: dict[str, dict[str, Any]],
+    weights_digest: str | None = None,
 ) -> Checkpoint:
     """Turn the written folder `tmp` into a checkpoint beside it.
 
@@ -78,7 +82,7 @@ def commit(
     names = sorted(p.relative_to(tmp).as_posix() for p in tmp.rglob("*") if p.is_file())
     files = {name: hashed.get(name) or describe_file(tmp / name) for name in names}
     path = tmp.parent / folder_name(step)
-    checkpoint = Checkpoint(path, run_fingerprint, step, tokens, milestone, files, metrics)
+    checkpoint = Checkpoint(path, run_fingerprint, step, tokens, milestone, files, metrics, weights_digest)
     _write_info(tmp, checkpoint)
     publish(tmp, path)
     return checkpoint
@@ -101,6 +105,8 @@ def _delete(path: Path) -> None:
 def _write_info(folder: Path, checkpoint: Checkpoint) -> None:
     info = asdict(checkpoint)
     del info["path"]
+    if checkpoint.weights_digest is None:
+        del info["weights_digest"]
     write_json(folder / INFO, {**info, "sha256": fingerprint(info)})
 
 
