@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -56,6 +57,15 @@ class Saved:
     """Time that training waited: for the save before it, and for the copy of the state."""
     write_seconds: float
     """Time until it was complete on disk, from then on."""
+
+
+@dataclass(frozen=True)
+class _Described:
+    """What one rank says of its part of a checkpoint."""
+
+    files: dict[str, dict[str, Any]]
+    """`describe_file` of those it wrote."""
+    weights: dict[str, Part]
 
 
 def _state(model: Transformer, optimizer: Optimizer, extra: Extra) -> dict[str, object]:
@@ -176,8 +186,14 @@ class Saver:
         tmp = unfinished(self.folder, step)
 
         def finish() -> None:
+            files: dict[str, dict[str, Any]] = {}
+            for described in found:
+                if isinstance(described, Exception):
+                    raise described
+                files |= described.files
+            digest = digest_of_parts(described.weights for described in found)
             write_json(tmp / MODEL_CONFIG, config)
-            made = commit(tmp, self.run_fingerprint, step, tokens, milestone, metrics, hashed, digest)
+            made = commit(tmp, self.run_fingerprint, step, tokens, milestone, metrics, files, digest)
             seconds = time.perf_counter() - began
             stall = seconds if self._pool is None else stall_seconds
             self.on_saved(Saved(made, stall, seconds - stall))
@@ -185,8 +201,7 @@ class Saver:
         try:
             self.world.from_rank0(lambda: clear_unfinished(self.folder))
             dcp.save(state, checkpoint_id=tmp, process_group=self.world.cpu_group)
-            hashed = self._hash_files(tmp)
-            digest = self._weights_digest({name: state["model"][name] for name in parameters})
+            found = self._describe(tmp, {name: state["model"][name] for name in parameters})
             self.world.from_rank0(finish)
         except (CheckpointException, OSError, RuntimeError) as e:
             if self.world.rank == 0:
@@ -197,26 +212,17 @@ class Saver:
                 "again"
             ) from e
 
-    def _weights_digest(self, parameters: dict[str, Tensor]) -> str | None:
-        """The digest on rank 0; each rank hashes the rows it has."""
-        mine = {name: local_part(value) for name, value in parameters.items()}
-        found: list[dict[str, Part]] | None = [{}] * self.world.size if self.world.rank == 0 else None
-        dist.gather_object(mine, found, dst=0, group=self.world.cpu_group)
-        return digest_of_parts(found) if found is not None else None
-
-    def _hash_files(self, tmp: Path) -> dict[str, dict[str, object]]:
-        """Size and hash of every rank's files, each read by the rank that wrote it."""
-        mine: dict[str, dict[str, object]] | OSError
+    def _describe(self, tmp: Path, parameters: dict[str, Tensor]) -> list[_Described | Exception]:
+        """On rank 0 what every rank says of what it wrote, or why it cannot; elsewhere nothing."""
+        mine: _Described | Exception
         try:
-            mine = {p.name: describe_file(p) for p in tmp.glob(f"__{self.world.rank}_*.distcp")}
-        except OSError as e:
+            files = {p.name: describe_file(p) for p in tmp.glob(f"__{self.world.rank}_*.distcp")}
+            mine = _Described(files, {name: local_part(value) for name, value in parameters.items()})
+        except Exception as e:  # noqa: BLE001 - raised by rank 0, on every rank
             mine = e
-        found: list[dict[str, dict[str, object]] | OSError] = [{}] * self.world.size
-        dist.all_gather_object(found, mine, group=self.world.cpu_group)
-        for files in found:
-            if isinstance(files, OSError):
-                raise files
-        return {name: described for files in found for name, described in files.items()}
+        found: list[Any] | None = [None] * self.world.size if self.world.rank == 0 else None
+        dist.gather_object(mine, found, dst=0, group=self.world.cpu_group)
+        return found or []
 
 
 def load(checkpoint: Checkpoint, model: Transformer, optimizer: Optimizers, extra: Extra) -> None:

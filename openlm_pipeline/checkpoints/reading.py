@@ -69,9 +69,17 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class SafeReader(FileSystemReader):
-    """DCP's reader for folders, with the metadata read by an unpickler that runs nothing."""
+    """DCP's reader for folders, with the metadata read by an unpickler that runs nothing, and once only."""
+
+    _metadata: Metadata | None = None
 
     def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
+        if self._metadata is None:
+            self._metadata = self._read_metadata()
+        self._metadata.storage_meta.load_id = self.load_id
+        return self._metadata
+
+    def _read_metadata(self) -> Metadata:
         path = Path(self.path) / ".metadata"
         with path.open("rb") as f:
             try:
@@ -82,7 +90,6 @@ class SafeReader(FileSystemReader):
             raise DataError(f"{path} is not the description of a checkpoint")
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = self.storage_meta()
-        metadata.storage_meta.load_id = self.load_id
         return metadata
 
 

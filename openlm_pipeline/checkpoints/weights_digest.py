@@ -2,23 +2,25 @@
 
 It is the fingerprint of [name, dtype, shape, digest] of each parameter, by name. A tensor's digest is the sha256 of its
 rows' sha256, a row being what stands at one index of the first dimension; a tensor of fewer than two dimensions is one
-row. Bytes are those of the saved type, contiguous, little-endian. Tied weights count once, under the first name that
+row. Bytes are those of the saved type, contiguous, little-endian. A tied weight counts once, under the first name that
 `named_parameters` gives; buffers, which follow from the model's config, do not count.
 
-So a process of a sharded run hashes the rows it has, and 32 bytes per row are all that is sent: 47 MB for a 7B model.
+So a process of a sharded run hashes the rows it has and sends 32 bytes for each, in all 47 MB for a 7B model. What is
+sent as it is are tensors whose rows are split over processes: with FSDP those of one dimension, 1 MB for a 7B model.
 """
 
 import hashlib
+import math
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from openlm_pipeline.checkpoints.folders import MODEL_CONFIG, Checkpoint, verify
 from openlm_pipeline.checkpoints.reading import SafePlanner, SafeReader
@@ -31,80 +33,92 @@ from openlm_pipeline.storage.files import read_json
 
 @dataclass(frozen=True)
 class Part:
-    """What one process knows of a parameter."""
+    """What one process tells of a parameter: a block of it."""
 
     dtype: str
     shape: tuple[int, ...]
-    rows: dict[int, bytes] = field(default_factory=dict)
-    """First row -> the sha256 of each row from there on, one after the other."""
-    pieces: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
-    """Offsets -> values, where a process has no whole rows."""
+    """The whole parameter's."""
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    data: bytes
+    """The sha256 of each row, one after the other, where the block has `whole_rows`; otherwise its elements. Empty
+    where the block is, or where another process has the same one and gives it."""
+
+    @property
+    def whole_rows(self) -> bool:
+        return len(self.shape) >= 2 and self.sizes[1:] == self.shape[1:]
 
 
 def local_part(tensor: Tensor) -> Part:
-    """This process's part of a parameter, which may be sharded; replicas of a shard are the first process's to give."""
-    shape = tuple(tensor.shape)
-    part = Part(str(tensor.dtype).removeprefix("torch."), shape)
-    offsets: tuple[int, ...] = (0,) * len(shape)
-    local = tensor
+    """This process's part of a parameter, which may be sharded.
+
+    The processes that have replicas of the same rows share them out; of other blocks the first one gives all.
+    """
+    local, shape = tensor, tuple(tensor.shape)
+    offsets, replica, replicas = [0] * len(shape), 0, 1
     if isinstance(tensor, DTensor):
-        mesh, placements, local = tensor.device_mesh, tensor.placements, tensor.to_local()
-        if any(p.is_replicate() and index for p, index in zip(placements, mesh.get_coordinate())):
-            return part
-        _, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
-    local = local.detach().cpu().contiguous()
-    if not local.numel() and shape:
-        return part
+        mesh = tensor.device_mesh
+        for placement, size, index in zip(tensor.placements, mesh.shape, mesh.get_coordinate()):
+            if placement.is_replicate():
+                replica, replicas = replica * size + index, replicas * size
+        (chunk,) = tensor.__create_chunk_list__()
+        local, offsets = tensor.to_local(), list(chunk.offsets)
     if len(shape) >= 2 and local.shape[1:] == shape[1:]:
-        part.rows[offsets[0]] = _row_digests(local)
+        first, end = (len(local) * n // replicas for n in (replica, replica + 1))
+        local, offsets[0] = local[first:end], offsets[0] + first
+        data = _row_digests(_elements(local), len(local))
     else:
-        part.pieces[tuple(offsets)] = local
-    return part
+        data = b"" if replica else _elements(local).tobytes()
+    return Part(str(tensor.dtype).removeprefix("torch."), shape, tuple(offsets), tuple(local.shape), data)
 
 
-def _row_digests(tensor: Tensor) -> bytes:
-    """The sha256 of each row of a contiguous tensor on the CPU, one after the other."""
-    num_rows = tensor.shape[0] if tensor.ndim >= 2 else 1
-    data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-    size = len(data) // num_rows
-    return b"".join(hashlib.sha256(data[i * size : (i + 1) * size]).digest() for i in range(num_rows))
+def _elements(tensor: Tensor) -> np.ndarray:
+    """The bytes of a tensor's elements in their order, uint8 [n]."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
-def digest_of_parts(parts: Iterable[Mapping[str, Part]]) -> str:
+def _row_digests(elements: np.ndarray, num_rows: int) -> bytes:
+    data = memoryview(elements)
+    size = len(data) // max(num_rows, 1)
+    return b"".join(hashlib.sha256(data[n * size : (n + 1) * size]).digest() for n in range(num_rows))
+
+
+def digest_of_parts(processes: Iterable[Mapping[str, Part]]) -> str:
     """The digest, from the parts of all processes by parameter.
 
     Raises:
         DataError: together they are not the whole of a parameter.
     """
-    found: dict[str, list[Part]] = {}
-    for mapping in parts:
+    parts: dict[str, list[Part]] = {}
+    for mapping in processes:
         for name, part in mapping.items():
-            found.setdefault(name, []).append(part)
-    return fingerprint({"weights": [_described(name, found[name]) for name in sorted(found)]})
+            parts.setdefault(name, []).append(part)
+    return fingerprint({"weights": [_described(name, parts[name]) for name in sorted(parts)]})
 
 
 def _described(name: str, parts: list[Part]) -> list[object]:
-    first = parts[0]
-    rows = {start: digests for part in parts for start, digests in part.rows.items()}
-    pieces = {offsets: values for part in parts for offsets, values in part.pieces.items()}
-    if pieces:
-        whole = torch.empty(first.shape, dtype=getattr(torch, first.dtype))
-        for offsets, values in pieces.items():
-            whole[tuple(slice(o, o + n) for o, n in zip(offsets, values.shape))] = values
-        missing = whole.numel() - sum(values.numel() for values in pieces.values())
-        digests = _row_digests(whole)
-    else:
-        digests = b"".join(rows[start] for start in sorted(rows))
-        missing = first.shape[0] - len(digests) // 32
-    if missing or (rows and pieces):
+    dtype, shape = parts[0].dtype, parts[0].shape
+    given = sorted((part for part in parts if part.data), key=lambda part: part.offsets)
+    if sum(math.prod(part.sizes) for part in given) != math.prod(shape) or len({p.whole_rows for p in given}) != 1:
         raise DataError(f"the parts of {name} that the processes have are not the whole of it")
-    return [name, first.dtype, list(first.shape), hashlib.sha256(digests).hexdigest()]
+    digests = b"".join(part.data for part in given) if given[0].whole_rows else _digests_of_blocks(shape, given)
+    return [name, dtype, list(shape), hashlib.sha256(digests).hexdigest()]
+
+
+def _digests_of_blocks(shape: tuple[int, ...], parts: list[Part]) -> bytes:
+    """The sha256 of each row of a tensor whose rows are split over processes."""
+    width = sum(len(part.data) for part in parts) // math.prod(shape)
+    whole = np.empty((*shape, width), np.uint8)
+    for part in parts:
+        block = tuple(slice(offset, offset + size) for offset, size in zip(part.offsets, part.sizes))
+        whole[block] = np.frombuffer(part.data, np.uint8).reshape(*part.sizes, width)
+    return _row_digests(whole.reshape(-1), shape[0] if len(shape) >= 2 else 1)
 
 
 def weights_digest(checkpoint: Checkpoint) -> str:
-    """The digest of a checkpoint's weights: as recorded, or of one that an earlier release wrote, from its files.
+    """The digest of a checkpoint's weights: as recorded or, where an earlier release wrote it, from its files.
 
-    Reads one parameter at a time.
+    In the latter case all its files are read, and the weights again, one parameter at a time in memory.
 
     Raises:
         DataError: a file is damaged, or is not what a checkpoint of its model holds.
@@ -112,17 +126,19 @@ def weights_digest(checkpoint: Checkpoint) -> str:
     if checkpoint.weights_digest is not None:
         return checkpoint.weights_digest
     verify(checkpoint)
-    described = SafeReader(checkpoint.path).read_metadata().state_dict_metadata
+    reader = SafeReader(checkpoint.path)
+    described = reader.read_metadata().state_dict_metadata
     with torch.device("meta"):
         model = Transformer(ModelConfig(**read_json(checkpoint.path / MODEL_CONFIG)))
     parts = {}
-    for name, _ in model.named_parameters():
-        saved = described.get(f"model.{name}")
-        if not isinstance(saved, TensorStorageMetadata):
-            raise DataError(f"{checkpoint.path} has no tensor {name}")
-        state = {f"model.{name}": torch.empty(saved.size, dtype=saved.properties.dtype)}
+    for name, parameter in model.named_parameters():
+        key = f"model.{name}"
+        saved = described.get(key)
+        if not isinstance(saved, TensorStorageMetadata) or saved.size != parameter.shape:
+            raise DataError(f"{checkpoint.path} has no tensor {name} of shape {list(parameter.shape)}")
+        state = {key: torch.empty(saved.size, dtype=saved.properties.dtype)}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is the intent
-            dcp.load(state, storage_reader=SafeReader(checkpoint.path), planner=SafePlanner(), no_dist=True)
-        parts[name] = local_part(state[f"model.{name}"])
+            dcp.load(state, storage_reader=reader, planner=SafePlanner(), no_dist=True)
+        parts[name] = local_part(state[key])
     return digest_of_parts([parts])

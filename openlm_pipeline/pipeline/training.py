@@ -63,6 +63,8 @@ def checkpoint_result(checkpoint: Checkpoint, reused: bool) -> StageResult:
     """A milestone as the result of a stage."""
     facts = {"step": checkpoint.step, "tokens": checkpoint.tokens, **checkpoint.metrics}
     facts["bytes"] = sum(f["bytes"] for f in checkpoint.files.values())
+    if checkpoint.weights_digest is not None:
+        facts["weights_digest"] = checkpoint.weights_digest
     return StageResult(checkpoint.path, checkpoint.digest, reused, facts)
 
 

@@ -4,11 +4,15 @@ Real processes with gloo. fp32 losses agree within 1e-6; batches and initial wei
 test_train_data.py, and bitwise resume on one mesh in test_processes.py.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from gloo_workers import train_in_processes
 from small_run import BATCH, SmallRun
+
+from openlm_pipeline.checkpoints.folders import list_checkpoints
+from openlm_pipeline.checkpoints.weights_digest import weights_digest
 
 STEPS = (10, 20, 30, 40)
 SETTINGS = ("training.lr=1.0e-3", "training.mask_token=7", "training.averages=[ema_0.9_2]")
@@ -44,3 +48,5 @@ def test_a_run_passed_from_one_to_two_to_two_times_two_processes_gives_the_losse
     passed.train(*SETTINGS)
     assert passed.losses() == pytest.approx(one.losses(), rel=1e-6)
     assert passed.validation_losses() == pytest.approx(one.validation_losses(), rel=1e-6)
+    for checkpoint in list_checkpoints(passed.run.checkpoints, passed.run.fingerprint, warn=pytest.fail):
+        assert weights_digest(replace(checkpoint, weights_digest=None)) == checkpoint.weights_digest, checkpoint.path
