@@ -28,6 +28,8 @@ from openlm_pipeline.storage.files import write_text
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.strict import Strict
 
+_TRAINER = ("-m", "openlm_pipeline.runs.programs", "train")
+"""How a pod starts the trainer: its image knows where that is."""
 _QUERY_SECONDS = 5.0
 _POLL_SECONDS = 0.5
 _DELETE_SECONDS = 120
@@ -76,7 +78,7 @@ def job_object(experiment: Experiment, home: Home, until: int) -> dict[str, Any]
             f"--nnodes={launcher.nodes}", "--rdzv-backend=c10d", "--rdzv-endpoint=$(MASTER_ADDR):$(MASTER_PORT)",
             f"--rdzv-id={name}",
         ]  # fmt: skip
-    command = torchrun_command(launcher, run_path / "experiment.yaml", until, "python", rendezvous)
+    command = torchrun_command(launcher, run_path / "experiment.yaml", until, "python", rendezvous, _TRAINER)
     template = {
         "metadata": {"labels": {_RUN_LABEL: name}},
         "spec": _pod_spec(launcher.settings, command, root, launcher.grace_seconds),
