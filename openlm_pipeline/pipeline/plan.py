@@ -195,17 +195,16 @@ def _dataset(dataset: Dataset, home: Home, tokenizer: TokenizerInfo | None, abov
         return
     folder = home.shards(dataset.name, dataset.version)
     there = (folder / DATASET).exists()
-    if tokenizer is None or above.state != "fresh":
-        yield Artefact(
-            name, "stale" if there else "missing", (f"{above.name} is {above.state}",), above.consent if there else None
-        )
-        return
     try:
         raw_files = discover(dataset, home)
     except MissingInputError as e:
         refused = REFUSED if dataset.source.origin == "files" else None  # the embedded corpus is made by the run
         yield Artefact(f"raw_files/{dataset.name}", "missing", (str(e),), refused)
         yield Artefact(name, "stale" if there else "missing", ("its raw files are missing",))
+        return
+    if tokenizer is None or above.state != "fresh":
+        state: State = "stale" if there else "missing"
+        yield Artefact(name, state, (f"{above.name} is {above.state}",), above.consent if there else None)
         return
     tokenized = home.tokenized(dataset.name, dataset.version)
     done: list[FileTokens] = []
