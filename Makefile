@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 # Processes that run tests side by side; a test starts up to four trainers of one thread each.
 TEST_WORKERS ?= 2
 DRILLS ?= tests
+# Tests start some hundred interpreters: each compiles what it imports where the environment forbids to keep bytecode.
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 .PHONY: demo test drills ui setup foundry lint clean
 .DEFAULT_GOAL := help
@@ -31,7 +33,7 @@ demo: setup
 	@$(BIN)/openlm demo
 
 test: setup
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+	@$(PYTEST)
 
 # LLM Foundry's requirements do not go together with ours, and its own metadata asks for CUDA: its packages come without
 # their dependencies, over the versions that work with them.
@@ -46,7 +48,7 @@ $(FOUNDRY)/.ready: $(FOUNDRY_REQUIREMENTS)
 foundry: $(FOUNDRY)/.ready
 
 drills: setup
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m drill -n $(TEST_WORKERS) --dist loadfile $(DRILLS)
+	@$(PYTEST) -m drill $(DRILLS)
 
 ui: setup
 	@DAGSTER_HOME="$(CURDIR)/.dagster" $(BIN)/dagster dev --host 127.0.0.1 --port $${PORT:-3000}

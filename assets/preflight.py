@@ -50,6 +50,6 @@ def _names(experiment: Experiment) -> set[str]:
 
 def _planned(context: dg.AssetExecutionContext) -> frozenset[str]:
     """Names of the assets that the run is to make."""
-    events = context.instance.all_logs(context.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED)
+    events = context.instance.all_logs(context.run.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED)
     keys = (event.get_dagster_event().asset_key for event in events)
     return frozenset("/".join(key.path) for key in keys if key is not None)

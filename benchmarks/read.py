@@ -43,7 +43,7 @@ def read_ours(shards: Path, batch: int) -> Iterator[int]:
     """Tokens of each batch, for ever."""
     import numpy as np
 
-    from openlm_pipeline.ordering import DataOrder
+    from openlm_pipeline.ordering.samplings.permutation import DataOrder
     from openlm_pipeline.shards.dataset import ShardedDataset
 
     dataset = ShardedDataset(shards)

@@ -70,7 +70,7 @@ class Registry(Generic[T]):
                     ):
                         self._seen.discard(name)
                         raise ConfigError(
-                            f"{_place(entry)} is a {self.kind} that no name is registered for: put "
+                            f"no name is registered for the {self.kind} {_place(entry)}: put "
                             f'`@{self.kind.upper().replace(" ", "_")}S.register("NAME")` above it'
                         )
 
@@ -130,4 +130,6 @@ ScheduleName = Annotated[str, AfterValidator(SCHEDULES.check)]
 OptimizerName = Annotated[str, AfterValidator(OPTIMIZERS.check)]
 SamplingName = Annotated[str, AfterValidator(SAMPLINGS.check)]
 LauncherName = Annotated[str, AfterValidator(LAUNCHERS.check)]
-EngineName = Annotated[str, AfterValidator(ENGINES.check)]
+EngineName = Annotated[str, AfterValidator(lambda name: name if name == "auto" else ENGINES.check(name))]
+"""An engine, or `auto`, which chooses one."""
+RuleName = Annotated[str, AfterValidator(RULES.check)]

@@ -17,14 +17,19 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
+    @classmethod
+    def keys(cls) -> list[str]:
+        """The keys that it may have."""
+        return list(cls.model_fields)
+
     @model_validator(mode="before")
     @classmethod
     def _name_unknown_keys(cls, data: Any) -> Any:
         if isinstance(data, dict):
             for key in data:
-                if key not in cls.model_fields:
-                    near = difflib.get_close_matches(str(key), cls.model_fields, n=1)
-                    hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(cls.model_fields)}"
+                if key not in (keys := cls.keys()):
+                    near = difflib.get_close_matches(str(key), keys, n=1)
+                    hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(keys) or 'none'}"
                     raise ValueError(f"unknown key {key!r}; {hint}")
         return data
 

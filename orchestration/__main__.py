@@ -6,7 +6,6 @@ import os
 import sys
 import warnings
 from collections.abc import Collection
-from pathlib import Path
 
 import dagster as dg
 from rich.console import Console
@@ -14,6 +13,7 @@ from rich.console import Console
 from openlm_pipeline.errors import OpenLMError
 from openlm_pipeline.experiments import load_experiment, recipe_names
 from openlm_pipeline.result import ALLOW_TAG, CONSENTS, parse_allow
+from openlm_pipeline.runs.programs import dagster_home
 from openlm_pipeline.storage.home import Home
 from orchestration.dead_runs import PROCESS_TAG, fail_dead_runs, free_slots_of_ended_runs, this_process
 
@@ -35,11 +35,7 @@ def run(job_name: str, allow: Collection[str] = ()) -> int:
     warnings.filterwarnings("ignore", category=dg.BetaWarning)  # for whoever changes the code, not for whoever runs it
     # Dagster's six attempts at a database, each of several lines; how they end is told in one.
     logging.getLogger().addFilter(lambda record: not record.getMessage().startswith("Retrying failed database"))
-    os.environ.setdefault("DAGSTER_HOME", str(Path(".dagster").absolute()))
-    if not (Path(os.environ["DAGSTER_HOME"]) / "dagster.yaml").exists():
-        print(f"error: DAGSTER_HOME is {os.environ['DAGSTER_HOME']}, which has no dagster.yaml; run this from the "
-              "project's root folder", file=sys.stderr)  # fmt: skip
-        return 2
+    os.environ["DAGSTER_HOME"] = str(dagster_home())
     from orchestration.definitions import defs
 
     if job_name not in {job.name for job in defs.jobs}:
@@ -63,7 +59,7 @@ def run(job_name: str, allow: Collection[str] = ()) -> int:
     if job_name in recipe_names():
         experiment = load_experiment(job_name)
         console.print(f"  report   file://{home.report(experiment.name, experiment.version) / 'report.html'}")
-    console.print("  Dagster  make ui, then http://127.0.0.1:3000 (the graph, every run, all metadata)")
+    console.print("  Dagster  openlm ui, then http://127.0.0.1:3000 (the graph, every run, all metadata)")
     return 0
 
 

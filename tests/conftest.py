@@ -1,9 +1,13 @@
 """Fixtures shared by all tests."""
 
+import gc
 import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from once import run_folder
 
 # A shell starts what it puts into the background with Ctrl-C ignored, and so would be all programs under test.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -18,3 +22,23 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"real text and evaluation sets are not at {path}")
     return path
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """All that was imported stays; without this each full collection of garbage walks through it again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if "gloo_workers" in sys.modules:
+        sys.modules["gloo_workers"].stop()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What torch compiles is kept for all tests of this run, and only for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(run_folder(tmp_path_factory) / "compiled"))
+        patch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")  # here: more start a pool of processes that import torch
+        yield

@@ -49,7 +49,7 @@ PartitionName=main Nodes=a,b Default=YES MaxTime=INFINITE
 
 def command(*arguments: str) -> str:
     """Output of a Slurm program, which must succeed."""
-    return subprocess.run(arguments, check=True, capture_output=True, text=True, timeout=60).stdout
+    return subprocess.run(arguments, check=True, capture_output=True, text=True, timeout=300).stdout
 
 
 def job_ids() -> list[str]:
@@ -93,7 +93,7 @@ class SlurmCluster:
 
     def start_controller(self) -> None:
         """Start it again with the state that it left, and wait until it answers."""
-        wait_until(lambda: len(_states()) == 2, self.start("slurmctld", "-D"), seconds=60)
+        wait_until(lambda: len(_states()) == 2, self.start("slurmctld", "-D"), seconds=300)
 
     def stop(self) -> None:
         for process in reversed(self._daemons.values()):
@@ -138,8 +138,8 @@ def slurm_cluster() -> Iterator[SlurmCluster]:
         for daemon in _start(folder):
             process = cluster.start(*daemon)
             if daemon[0] == "munged":
-                wait_until((folder / "munge.socket").exists, process, seconds=20)
-        wait_until(lambda: _states() == ["idle", "idle"], process, seconds=60)
+                wait_until((folder / "munge.socket").exists, process, seconds=300)
+        wait_until(lambda: _states() == ["idle", "idle"], process, seconds=300)
         stack.callback(_cancel_all)
         yield cluster
 
@@ -154,4 +154,4 @@ def _cancel_all() -> None:
     for job_id in job_ids():
         command("scancel", "--full", "--signal=KILL", job_id)
         command("scancel", job_id)
-    wait_until(lambda: not job_ids(), seconds=60)
+    wait_until(lambda: not job_ids(), seconds=300)

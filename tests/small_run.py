@@ -23,7 +23,8 @@ from openlm_pipeline.shards.format import SampleFormat, write_shard
 from openlm_pipeline.storage.files import write_json
 from openlm_pipeline.storage.home import Home
 from train.distributed import leave_process_group
-from train.loop import Outcome, run_training
+from train.loop import Outcome
+from train.run import run_training
 from train.signals import STOP_SIGNALS
 
 REPOSITORY = Path(__file__).parents[1]
@@ -106,7 +107,7 @@ class SmallRun:
 
     def finish(self, process: psutil.Popen) -> int:
         """Wait for torchrun's end; its exit code."""
-        return process.wait(timeout=120)
+        return process.wait(timeout=600)
 
     def log(self) -> str:
         return (self.recipe.parent / "torchrun.log").read_text()
@@ -123,10 +124,10 @@ class SmallRun:
         return {c.step: c.milestone for c in found}
 
 
-def wait_until(condition: Callable[[], bool], process: psutil.Popen | None = None, seconds: float = 90) -> None:
+def wait_until(condition: Callable[[], bool], process: psutil.Popen | None = None, seconds: float = 600) -> None:
     """Poll until `condition()`; fails when the time is up or `process` ended before."""
     end = time.monotonic() + seconds
     while not condition():
         assert process is None or process.poll() is None, "the process ended before what was waited for"
         assert time.monotonic() < end, "what was waited for did not come"
-        time.sleep(0.01)
+        time.sleep(0.05)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import openlm
 
 from openlm_pipeline.experiments import load_experiment
 
@@ -20,10 +21,13 @@ def commands() -> list[str]:
     return [line for line in lines if line.split(" ")[0] in ("openlm", "torchrun", "make", "dagster")]
 
 
+def variables(home: Path) -> dict[str, str]:
+    return {"OPENLM_HOME": str(home), "OPENLM_RECIPES": str(home), "OPENLM_RAW_DATA": str(home / "none")}
+
+
 def run(arguments: list[str], home: Path) -> subprocess.CompletedProcess:
-    variables = {"OPENLM_HOME": str(home), "OPENLM_RECIPES": str(home), "OPENLM_RAW_DATA": str(home / "none")}
-    environment = {**os.environ, **variables, "COLUMNS": "200"}
-    return subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    environment = {**os.environ, **variables(home), "COLUMNS": "200"}
+    return subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_the_readme_shows_the_main_commands():
@@ -32,9 +36,10 @@ def test_the_readme_shows_the_main_commands():
 
 
 @pytest.mark.parametrize("line", [c for c in commands() if c.startswith("openlm")])
-def test_openlm_commands_work_or_name_the_missing_input(line, tmp_path):
+def test_openlm_commands_work_or_name_the_missing_input(line, tmp_path, monkeypatch):
     arguments = shlex.split(line)[1:]
-    result = run([sys.executable, "-m", "openlm_pipeline", *arguments], tmp_path)
+    monkeypatch.chdir(ROOT)
+    result = openlm(*arguments, variables={**variables(tmp_path), "COLUMNS": "200"})
     needs_input = any(a.startswith(("pretrain_", "/data/")) for a in arguments) and "--dry-run" not in arguments
     assert result.returncode == (3 if needs_input else 0), result.stderr + result.stdout
     if needs_input:
@@ -58,7 +63,16 @@ def test_make_targets_exist(line, tmp_path):
     "arguments", [["train", "no_such"], ["train", "demo", "training.lrr=1"], ["evaluate", "demo", "x"]]
 )
 def test_a_wrong_recipe_or_key_is_exit_code_2(arguments, tmp_path):
-    result = run([sys.executable, "-m", "openlm_pipeline", *arguments], tmp_path)
+    result = openlm(*arguments, variables=variables(tmp_path))
     assert result.returncode == 2
     assert result.stderr.startswith("error: ")
     assert "Traceback" not in result.stderr
+
+
+def test_the_program_ends_as_the_command_in_this_process(tmp_path):
+    program = [sys.executable, "-m", "openlm_pipeline"]
+    assert run([*program, "recipes"], tmp_path).returncode == 0
+    refused = run([*program, "train", "no_such"], tmp_path)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: ")
+    assert "Traceback" not in refused.stderr

@@ -11,11 +11,14 @@ import shutil
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import pytest
+from gloo_workers import forked_trainers
+from once import made_once
 
 REPOSITORY = Path(__file__).parents[1]
 LABELS = ("t0010K", "t0040K")
@@ -112,11 +115,18 @@ class TinyPipeline:
                 patch.setenv(name, value)
             yield build_definitions([load_experiment(name) for name in recipes or ("tiny",)])
 
+    def instance(self) -> dg.DagsterInstance:
+        """Its Dagster instance, to be closed by the caller."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DAGSTER_HOME", str(self.root / "dagster"))
+            return dg.DagsterInstance.get()
+
     def execute(
-        self, job: str, recipes: tuple[str, ...] = (), tags: dict[str, str] | None = None
+        self, job: str, recipes: tuple[str, ...] = (), *, tags: dict[str, str] | None = None, torchrun: bool = False
     ) -> dg.ExecuteInProcessResult:
-        """Run a job to its end in this process."""
-        with self.active(*recipes) as definitions, dg.DagsterInstance.get() as instance:
+        """Run a job to its end in this process; its trainer is another one, started by torchrun only if told."""
+        trainers = contextlib.nullcontext() if torchrun else forked_trainers()
+        with self.active(*recipes) as definitions, dg.DagsterInstance.get() as instance, trainers:
             return definitions.resolve_job_def(job).execute_in_process(
                 instance=instance,
                 raise_on_error=False,
@@ -133,27 +143,35 @@ class TinyPipeline:
 
 @dataclass(frozen=True)
 class FinishedPipeline:
-    """A pipeline whose job ran once, and that run. Tests work on copies of it."""
+    """A pipeline whose job ran once. Tests work on copies of it."""
 
     pipeline: TinyPipeline
-    result: dg.ExecuteInProcessResult
 
     def copy(self, to: Path) -> TinyPipeline:
         return self.pipeline.copy(to / "pipeline")
 
+    @cached_property
+    def all_events(self) -> list[dg.DagsterEvent]:
+        """What Dagster recorded of that run."""
+        with self.pipeline.instance() as instance:
+            (run,) = instance.get_runs()
+            return [entry.dagster_event for entry in instance.all_logs(run.run_id) if entry.dagster_event]
 
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> FinishedPipeline:
-    """The tiny pipeline after its job ran once from raw files to report."""
-    pipeline = TinyPipeline.create(tmp_path_factory.mktemp("tiny") / "pipeline")
-    result = pipeline.execute("tiny")
+
+def _make_finished(folder: Path) -> None:
+    result = TinyPipeline.create(folder / "pipeline").execute("tiny", torchrun=True)
     failures = [
         event.step_failure_data.user_failure_data or event.step_failure_data.error
         for event in result.all_events
         if event.is_step_failure
     ]
     assert result.success, failures
-    return FinishedPipeline(pipeline, result)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> FinishedPipeline:
+    """The tiny pipeline after its job ran once from raw files to report, its trainer under torchrun."""
+    return FinishedPipeline(TinyPipeline(made_once(tmp_path_factory, "tiny", _make_finished) / "pipeline"))
 
 
 @pytest.fixture
@@ -162,9 +180,7 @@ def instance_of() -> Iterator[Callable[[TinyPipeline], dg.DagsterInstance]]:
     opened: list[dg.DagsterInstance] = []
 
     def open_instance(pipeline: TinyPipeline) -> dg.DagsterInstance:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("DAGSTER_HOME", str(pipeline.root / "dagster"))
-            opened.append(dg.DagsterInstance.get())
+        opened.append(pipeline.instance())
         return opened[-1]
 
     yield open_instance

@@ -30,7 +30,7 @@ def _recipe_parser() -> argparse.ArgumentParser:
 def _train_recipe(argv: list[str]) -> None:
     arguments = _recipe_parser().parse_intermixed_args(argv)
     experiment = load_experiment(arguments.recipe, arguments.overrides)
-    from train.loop import run_training
+    from train.run import run_training
 
     until = arguments.until or experiment.milestones[-1]
     run_training(experiment, Home.from_env(), until, allow=parse_allow(arguments.allow))

@@ -40,10 +40,14 @@ class Averages:
     def __init__(self, specs: Iterable[str], model: nn.Module) -> None:
         self.model = model
         self.rules = {spec: parse(spec) for spec in specs}
-        self.state = {
-            spec: {name: p.detach().float().clone() for name, p in _sharded_parameters(model)} for spec in self.rules
-        }
+        self.state: dict[str, dict[str, Tensor]] = {}
         """Name of the average -> name of the parameter -> its average; loading a checkpoint fills these in place."""
+        self.restart(self.rules)
+
+    def restart(self, specs: Iterable[str]) -> None:
+        """Begin these averages at the weights that the model has now."""
+        for spec in specs:
+            self.state[spec] = {name: p.detach().float().clone() for name, p in _sharded_parameters(self.model)}
 
     @torch.no_grad()
     def update(self, steps_done: int) -> None:

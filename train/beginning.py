@@ -1,6 +1,6 @@
 """Where a run begins: at the weights of checkpoints of any kind, or at its parent's milestone."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -17,7 +17,6 @@ from openlm_pipeline.models.transformer import Transformer
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.storage.files import read_json, sha256_file
 from train import saver as checkpoints
-from train.averages import Averages
 from train.distributed import World
 from train.optimizers import Optimizers
 
@@ -32,11 +31,11 @@ def begin_from(
     model: Transformer,
     optimizer: Optimizers,
     extra: checkpoints.Extra,
-) -> Averages:
+) -> Collection[str]:
     """Load a parent's checkpoint: the model, the optimizer unless it is to begin anew, and what of `extra` it has.
 
     Returns:
-        The averages of the fork: those that the parent has go on, others begin at its weights.
+        Names of the states in `extra` that the parent has and that were loaded.
 
     Raises:
         DataError: a file of the parent is damaged.
@@ -45,13 +44,11 @@ def begin_from(
     world.from_rank0(lambda: _check(checkpoint, experiment, model))
     if experiment.parent.optimizer == "reset":
         checkpoints.load_weights(checkpoint, model)
-        return Averages(experiment.training.averages, model)
+        return ()
     saved = SafeReader(checkpoint.path).read_metadata().state_dict_metadata
     there = {name: state for name, state in extra.items() if any(key.startswith(f"{name}.") for key in saved)}
     checkpoints.load(checkpoint, model, optimizer, there)
-    averages = Averages(experiment.training.averages, model)
-    averages.state |= {name: state for name, state in there.items() if name in averages.state}
-    return averages
+    return there.keys()
 
 
 def _check(checkpoint: Checkpoint, experiment: Experiment, model: Transformer) -> None:

@@ -15,6 +15,7 @@ import torch
 from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.ordering import make_order
+from openlm_pipeline.registry import SAMPLINGS
 from openlm_pipeline.shards.dataset import ShardedDataset
 
 _SHARDS_AHEAD_STEPS = 16
@@ -51,13 +52,13 @@ class Batches:
                     f"more than the model's vocab_size {vocab_size}"
                 )
         self.datasets = datasets
+        training = experiment.training
         self.order = make_order(
-            experiment.training.sampling,
+            training.sampling,
             [d.shard_sizes for d in datasets],
             [d.source.weight for d in experiment.training_datasets()],
             experiment.seed,
-            window_shards=experiment.training.window_shards,
-            batch=experiment.training.source_batch,
+            **{name: getattr(training, name) for name in SAMPLINGS[training.sampling].settings},
         )
         self.sample_tokens = experiment.seq_len + 1
         self.prefetch_batches = experiment.execution.prefetch_batches

@@ -1,18 +1,16 @@
-"""Optimizers: fused AdamW as OpenLM has it, or Muon for the blocks' matrices with AdamW for the rest.
+"""The recipe's optimizer as one object for the trainer and the checkpoints; its parts are torch's own."""
 
-The trainer and the checkpoints see one object, whose parts are torch's own optimizers.
-"""
-
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import Optimizer
 
+from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.experiments.spec import Training
 from openlm_pipeline.models.init import parameter_name
-
-_EMBEDDINGS = ("tok_embeddings.weight", "output.weight")
+from openlm_pipeline.registry import OPTIMIZERS
 
 
 class Optimizers:
@@ -43,30 +41,15 @@ class Optimizers:
 def make_optimizer(training: Training, model: nn.Module) -> Optimizers:
     """The recipe's optimizer over all parameters of `model`, each in exactly one group.
 
-    AdamW decays every parameter but those of `training.no_decay`. Muon (https://kellerjordan.github.io/posts/muon/)
-    takes every matrix inside the blocks whole, fused ones too, at a rate scaled so that AdamW's `lr` and `weight_decay`
-    suit it (https://arxiv.org/abs/2502.16982).
+    Raises:
+        ConfigError: the optimizer leaves a parameter out, or takes one twice.
     """
-    matrices, decayed, undecayed = [], [], []
-    for wrapped_name, parameter in model.named_parameters():
-        name = parameter_name(wrapped_name)
-        if training.optimizer == "muon" and name.startswith("layers.") and parameter.ndim == 2:
-            matrices.append(parameter)
-        elif ("norms" in training.no_decay and parameter.ndim == 1) or (
-            "embeddings" in training.no_decay and name in _EMBEDDINGS
-        ):
-            undecayed.append(parameter)
-        else:
-            decayed.append(parameter)
-    groups = [(decayed, training.weight_decay), (undecayed, 0.0)]
-    adamw = AdamW(
-        [{"params": params, "weight_decay": decay} for params, decay in groups if params],
-        lr=training.lr,
-        betas=(training.beta1, training.beta2),
-        eps=training.eps,
-        fused=True,
-    )
-    if not matrices:
-        return Optimizers([adamw])
-    muon = Muon(matrices, lr=training.lr, weight_decay=training.weight_decay, adjust_lr_fn="match_rms_adamw")
-    return Optimizers([adamw, muon])
+    named = [(parameter_name(name), parameter) for name, parameter in model.named_parameters()]
+    optimizers = Optimizers(OPTIMIZERS[training.optimizer](training).build(named))
+    times = Counter(id(p) for group in optimizers.param_groups for p in group["params"])
+    if wrong := [f"{name} {times[id(p)]} times" for name, p in named if times[id(p)] != 1]:
+        raise ConfigError(
+            f"the optimizer {training.optimizer!r} takes {', '.join(wrong[:3])}; its `build` has to put each parameter "
+            "in exactly one group"
+        )
+    return optimizers

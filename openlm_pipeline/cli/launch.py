@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 import uuid
@@ -14,6 +13,7 @@ import typer
 from rich.console import Console
 
 from openlm_pipeline.cli.options import Allow, Gpu, Mfu, Price
+from openlm_pipeline.cli.ui import dagster_environment
 from openlm_pipeline.errors import ConfigError, OpenLMError
 from openlm_pipeline.result import ALLOW_TAG, parse_allow, refuse
 
@@ -33,17 +33,10 @@ def submission(experiment: "Experiment", home: "Home") -> str:
     Where the recipe has put the value of a variable with a secret's name into it, it shows the variable.
     """
     from openlm_pipeline.runs.folder import RunFolder
-    from openlm_pipeline.runs.launchers import kubernetes, slurm
-    from openlm_pipeline.runs.launchers.job import torchrun_command
+    from openlm_pipeline.runs.launch import launcher_of
 
-    run, until = RunFolder(home.run(experiment.name, experiment.version)), experiment.milestones[-1]
-    if experiment.launcher.kind == "slurm":
-        text = slurm.job_script(experiment, home, run, until)
-    elif experiment.launcher.kind == "kubernetes":
-        text = kubernetes.manifest(experiment, home, until)
-    else:
-        command = torchrun_command(experiment.launcher, run.experiment_file, until, sys.executable, ["--standalone"])
-        text = shlex.join(command)
+    run = RunFolder(home.run(experiment.name, experiment.version))
+    text = launcher_of(experiment, home, run).show(experiment.milestones[-1])
     for name, value in sorted(os.environ.items(), key=lambda item: -len(item[1])):  # one may begin with another
         if len(value) >= _SECRET_LETTERS and _SECRET_NAME.fullmatch(name):
             text = text.replace(value, f"${{{name}}}")
@@ -68,7 +61,7 @@ def launch(
 ) -> None:
     """Show the plan of a recipe, launch its job, and say its run id and link; the run outlives this command.
 
-    Run it from the project's root. With --budget a launch of more GPU-hours, or of unknown length, needs --yes. With
+    With --budget a launch of more GPU-hours, or of unknown length, needs --yes. With
     --dry-run it starts nothing and shows what the recipe's launcher would start: the torchrun command, Slurm's batch
     script or Kubernetes' manifest, which is empty where nothing is left to train.
 
@@ -80,8 +73,6 @@ def launch(
 
     if recipe not in recipe_names():
         raise ConfigError(f"there is no recipe {recipe!r}; a file becomes one in a folder of OPENLM_RECIPES")
-    if not dry_run and not Path("orchestration/definitions.py").is_file():
-        raise ConfigError("`openlm launch` runs from the project's root folder, where orchestration/ is")
     console = Console(highlight=False, soft_wrap=True, stderr=dry_run)
     experiment, home = load_experiment(recipe), Home.from_env()
     made = plan(experiment, home, device=gpu, mfu=mfu, price=price)
@@ -98,12 +89,12 @@ def launch(
         known = "of a length that is not known" if hours is None else f"of {hours:,.4g} GPU-hours"
         raise ConfigError(f"training {known} is over the budget of {budget:g}; add --yes to launch it all the same")
     run_id, tags = str(uuid.uuid4()), json.dumps({ALLOW_TAG: ",".join(sorted(consents))} if consents else {})
-    home = os.environ.setdefault("DAGSTER_HOME", str(Path(".dagster").absolute()))
-    log = Path(home) / f"launch-{run_id}.log"
+    environment = dagster_environment()
+    log = Path(environment["DAGSTER_HOME"]) / f"launch-{run_id}.log"
     with log.open("wb") as out:  # a file: where it is a pipe, the command lasts as long as the run
         done = subprocess.run(
             [sys.executable, "-m", "dagster", "job", "launch", "-j", recipe, "--run-id", run_id, "--tags", tags],
-            stdout=out, stderr=subprocess.STDOUT, check=False,
+            stdout=out, stderr=subprocess.STDOUT, env=environment, check=False,
         )  # fmt: skip
     if done.returncode:
         last = "\n".join(log.read_text(errors="replace").splitlines()[-15:])

@@ -24,9 +24,11 @@ from openlm_pipeline.cli.options import Allow, Overrides, Recipe
 from openlm_pipeline.cli.plan import plan
 from openlm_pipeline.cli.report import baselines, report
 from openlm_pipeline.cli.shards import shards_app
+from openlm_pipeline.cli.ui import ui
 from openlm_pipeline.errors import ConfigError, OpenLMError
 from openlm_pipeline.experiments import Experiment, load_experiment, recipe_names
 from openlm_pipeline.result import parse_allow
+from openlm_pipeline.runs.programs import starting
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.units import format_tokens, parse_tokens
 
@@ -41,7 +43,7 @@ app = typer.Typer(
 )
 console = Console(highlight=False, soft_wrap=True)
 app.add_typer(shards_app, name="shards")
-for command in (plan, launch, fork, download, evaluate, report, baselines, export, gc):
+for command in (plan, launch, fork, download, evaluate, report, baselines, export, gc, ui):
     app.command()(command)
 NEOX = "EleutherAI/gpt-neox-20b"
 
@@ -61,7 +63,8 @@ def demo(allow: Allow = None) -> None:
     Example: openlm demo
     """
     consents = [f"--allow={name}" for name in sorted(parse_allow(allow))]
-    raise typer.Exit(subprocess.run([sys.executable, "-m", "orchestration", "demo", *consents], check=False).returncode)
+    command = [sys.executable, *starting("orchestration"), "demo", *consents]
+    raise typer.Exit(subprocess.run(command, check=False).returncode)
 
 
 @app.command()

@@ -15,6 +15,8 @@ from openlm_pipeline.storage.remote import open_remote
 
 BLOCK_BYTES = 1 << 17
 """Bytes of a raw file read at once; every cut between parts of a file is a multiple."""
+MAX_RECORD_BYTES = 256 << 20
+"""A longer record of JSON is bad."""
 _MAX_OUTPUT_BYTES = 1 << 20
 # A zstd block of 128 KiB can come from 4 bytes, so small inputs bound what one call may return.
 _ZSTD_BLOCK = 1 << 15

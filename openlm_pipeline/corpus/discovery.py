@@ -7,7 +7,7 @@ from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
-from openlm_pipeline.corpus.reader import check_format
+from openlm_pipeline.corpus.formats import format_of
 from openlm_pipeline.errors import ConfigError, MissingInputError
 from openlm_pipeline.experiments import Dataset
 from openlm_pipeline.storage.home import Home
@@ -83,7 +83,7 @@ def discover(dataset: Dataset, home: Home) -> list[RawFile]:
     by_name: dict[str, RawFile] = {}
     for place in places:
         for file in _expand(place):
-            check_format(file.url)
+            format_of(file.url)
             other = by_name.setdefault(file.name, file)
             if other.url != file.url:
                 raise ConfigError(

@@ -14,13 +14,13 @@ from typing import Any
 import pyarrow as pa
 
 from openlm_pipeline.errors import DataError
-from openlm_pipeline.evaluation.answers import is_right
 from openlm_pipeline.evaluation.items import concat_items, items_table, read_items, with_context, write_items
 from openlm_pipeline.evaluation.parallel import Processes
 from openlm_pipeline.evaluation.prepare import Prepared, PreparedTask
 from openlm_pipeline.evaluation.suite import HARNESS_VERSION, IclTask, Suite
 from openlm_pipeline.evaluation.tasks import Item
 from openlm_pipeline.fingerprint import Tree, differences, fingerprint
+from openlm_pipeline.registry import RULES
 from openlm_pipeline.result import Report
 
 Rows = list[dict[str, Any]]
@@ -63,10 +63,6 @@ class SuiteResult:
     """Task -> why, where its file is broken; only with `tolerant`."""
 
 
-def _first_largest(values: Sequence[float]) -> int:
-    return max(range(len(values)), key=lambda i: values[i])  # max keeps the first of equals
-
-
 def _common(task: IclTask, num_fewshot: int, item: Item) -> dict[str, Any]:
     return {
         "task": task.label,
@@ -81,31 +77,15 @@ def _common(task: IclTask, num_fewshot: int, item: Item) -> dict[str, Any]:
 
 
 def item_row(task: IclTask, num_fewshot: int, item: Item, scores: Sequence[RequestScore]) -> dict[str, Any]:
-    """The table row of an item (without its context columns) from the scores of its requests, by all three rules.
-
-    mean: largest mean token log-probability (LLM Foundry); sum: largest total (lm-evaluation-harness `acc`);
-    norm: largest total over the continuation's characters (`acc_norm`). Ties go to the first option.
-    """
+    """The table row of an item (without its context columns) from the scores of its requests."""
     gold = scores[item.gold]
-    row = _common(task, num_fewshot, item) | {
+    return _common(task, num_fewshot, item) | {
         "num_choices": len(scores),
         "choice_logprobs": [s.sum_logprob for s in scores],
         "choice_tokens": [s.num_tokens for s in scores],
         "nll": -gold.sum_logprob,
         "num_tokens": gold.num_tokens,
-    }
-    if task.rule == "argmax":
-        return row | {"correct": gold.all_argmax}
-    mean = _first_largest([s.sum_logprob / s.num_tokens for s in scores])
-    total = _first_largest([s.sum_logprob for s in scores])
-    norm = _first_largest([s.sum_logprob / n for s, n in zip(scores, item.continuation_chars)])
-    return row | {
-        "choice_mean": mean,
-        "choice_sum": total,
-        "choice_norm": norm,
-        "correct": mean == item.gold,
-        "correct_sum": total == item.gold,
-        "correct_norm": norm == item.gold,
+        **RULES[task.rule].judge(task, item, scores),
     }
 
 
@@ -115,7 +95,7 @@ def generation_row(task: IclTask, num_fewshot: int, item: Item, generated: Gener
         "num_choices": 1,
         "generated": generated.text,
         "num_tokens": generated.num_tokens,
-        "correct": is_right(generated.text, item.answers, task),
+        **RULES[task.rule].judge(task, item, generated),
     }
 
 

@@ -34,6 +34,7 @@ from openlm_pipeline.evaluation.results import (
 )
 from openlm_pipeline.evaluation.suite import Suite
 from openlm_pipeline.evaluation.tasks import GenerationRequest, Request
+from openlm_pipeline.registry import RULES
 from openlm_pipeline.result import ProgressLine, Report
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.units import format_seconds
@@ -231,13 +232,14 @@ def score_suite(
 
     def score(tasks: Sequence[PreparedTask]) -> Iterator[Rows]:
         for t in tasks:
-            noun = "texts" if t.task.rule == "prefix" else "requests"
+            generates = RULES[t.task.rule].generates
+            noun = "texts" if generates else "requests"
             shared = {
                 "batch_tokens": batch_tokens,
                 "processes": processes,
                 "progress": _progress_of(t.name, noun, report),
             }
-            if t.task.rule == "prefix":
+            if generates:
                 asked = [item.generation for item in t.items if item.generation]
                 texts = generate_texts(model, asked, tokenizer, **shared)
                 yield [generation_row(t.task, t.num_fewshot, i, text) for i, text in zip(t.items, texts, strict=True)]

@@ -11,6 +11,7 @@ from openlm_pipeline.evaluation import statistics
 from openlm_pipeline.evaluation.averages import SMALL_TASK, AverageDefinition, AverageKind
 from openlm_pipeline.evaluation.baselines import random_baseline
 from openlm_pipeline.evaluation.suite import IclTask, task_name
+from openlm_pipeline.registry import RULES, RuleName
 from openlm_pipeline.strict import Strict
 
 Status = Literal["scored", "failed", "not run"]
@@ -23,7 +24,7 @@ class TaskScore(Strict):
     num_fewshot: int
     category: str | None = None
     metric: str
-    rule: Literal["mean", "argmax", "prefix"]
+    rule: RuleName
     """`mean`: lowest mean token cross-entropy wins; `argmax`: every continuation token is the most likely one;
     `prefix`: the generated text begins with an answer."""
     num_items: int = 0
@@ -100,7 +101,7 @@ def score_items(
     """
     n, correct = table.num_rows, pc.sum(table["correct"]).as_py()
     options = pc.mean(pc.divide(1.0, pc.cast(table["num_choices"], pa.float64()))).as_py()
-    chance = random_baseline(version, task.label, options if task.rule == "mean" else 0.0)
+    chance = random_baseline(version, task.label, RULES[task.rule].chance(options))
     low, high = statistics.wilson_interval(correct, n)
     # Agresti and Coull's shrunken accuracy: at 0% or 100% of few items the plain one would claim to detect anything.
     shrunken = (correct + 2) / (n + 4)

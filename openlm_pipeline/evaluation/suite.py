@@ -6,6 +6,7 @@ configuration files of OpenLM's and LLM Foundry's evaluation scripts load too: t
 left out and named in `Suite.ignored`.
 """
 
+import difflib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,24 +15,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from openlm_pipeline.evaluation.suite_files import read_suite_file, suite_path
-from openlm_pipeline.fingerprint import fingerprint, settings_tree
+from openlm_pipeline.evaluation.task_types import TaskType
+from openlm_pipeline.fingerprint import Neutral, fingerprint, settings_tree
+from openlm_pipeline.registry import RULES, TASK_TYPES, RuleName
 from openlm_pipeline.strict import Strict, explain
 
 HARNESS_VERSION = "2"
 """Raised whenever prompts or scores change for the same checkpoint and files; tasks scored by another are redone."""
-METRICS = {
-    "multiple_choice": "InContextLearningMultipleChoiceAccuracy",
-    "schema": "InContextLearningMultipleChoiceAccuracy",
-    "language_modeling": "InContextLearningLMAccuracy",
-    "generation_task_with_answers": "InContextLearningGenerationExactMatchAccuracy",
-}
-"""Task type -> LLM Foundry's accuracy metric, the one computed here."""
-
-
-_OLD_NAMES = {
-    "question_answering": "generation_task_with_answers",
-    "InContextLearningQAAccuracy": METRICS["generation_task_with_answers"],
-}
 
 
 def task_name(label: str, num_fewshot: int) -> str:
@@ -39,7 +29,6 @@ def task_name(label: str, num_fewshot: int) -> str:
     return f"{label}/{num_fewshot}-shot"
 
 
-Rule = Literal["mean", "argmax", "prefix"]
 Label = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]*$")]
 """A task's name; used in file names."""
 
@@ -67,8 +56,8 @@ class IclTask(Strict):
     """JSONL file: any fsspec URL, an absolute path, or one below `OPENLM_HOME`, else below the working folder."""
     num_fewshot: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
     """The task is scored once for each entry, with that many solved rows before the question."""
-    icl_task_type: Literal["multiple_choice", "schema", "language_modeling", "generation_task_with_answers"]
-    """`question_answering` is the last one's old name."""
+    icl_task_type: str
+    """A name in `TASK_TYPES`, or an old name of one, such as `question_answering`."""
     continuation_delimiter: str = " "
     """Between a question and its answer."""
     example_delimiter: str = "\n"
@@ -97,6 +86,8 @@ class IclTask(Strict):
     """Strip white space around the string fields of a row and at the end of a context."""
     max_seq_len: int | None = Field(default=None, ge=2)
     """Longest sequence in tokens; by default the model's."""
+    scored_by: Annotated[RuleName | None, Neutral(None)] = None
+    """Rule that says when an item is right; by default the task type's."""
     batch_size: int | None = None
 
     @model_validator(mode="before")
@@ -112,27 +103,37 @@ class IclTask(Strict):
                     f"task {data.get('label')!r} has both question_prelimiter and prelimiter, its other name"
                 )
             data["question_prelimiter"] = data.pop("prelimiter")
-        kind = _OLD_NAMES.get(data.get("icl_task_type"), data.get("icl_task_type"))
-        if kind is not None and kind not in METRICS:
-            raise ValueError(
-                f"task {data.get('label')!r} has icl_task_type {kind!r}, which this harness does not score; "
-                f"it scores {', '.join(METRICS)}. Leave the task out"
-            )
+        types = dict(TASK_TYPES)
+        kind = data.get("icl_task_type")
         if kind is not None:
+            kind = next((name for name, known in types.items() if kind in known.old_names), kind)
+            if kind not in types:
+                near = difflib.get_close_matches(str(kind), types, n=1)
+                raise ValueError(
+                    f"task {data.get('label')!r} has icl_task_type {kind!r}, which this harness does not score; "
+                    + (f"did you mean {near[0]!r}? " if near else "")
+                    + f"it scores {', '.join(types)}. Leave the task out"
+                )
             data["icl_task_type"] = kind
         if isinstance(metrics := data.get("metric_names"), (list, tuple)):
-            data["metric_names"] = [_OLD_NAMES.get(m, m) for m in metrics]
+            now = {old: known.metric for known in types.values() for old in known.old_metrics}
+            data["metric_names"] = [now.get(m, m) for m in metrics]
         return data
 
     @model_validator(mode="after")
     def _known_metrics(self) -> "IclTask":
         if other := [m for m in self.metric_names if m != self.metric]:
             raise ValueError(f"task {self.label!r} asks for {', '.join(other)}; {self.icl_task_type} has {self.metric}")
+        if RULES[self.rule].generates != RULES[self.type.rule].generates:
+            raise ValueError(
+                f"task {self.label!r}: rule {self.rule!r} does not judge what {self.icl_task_type} has; one judges "
+                "written texts, the other probabilities. Leave scored_by out"
+            )
         if len(set(self.num_fewshot)) != len(self.num_fewshot):
             raise ValueError(f"task {self.label!r} repeats an entry of num_fewshot")
-        generation = {"cot_delimiter", "early_stopping_criteria", "do_normalization", "generation_kwargs"}
-        if self.rule != "prefix" and (unused := sorted(generation & self.model_fields_set)):
-            raise ValueError(f"task {self.label!r}: {unused[0]} goes with generation_task_with_answers only")
+        owners = {field: name for name, known in TASK_TYPES for field in known.settings}
+        if unused := sorted(self._settings_of_other_types() & self.model_fields_set):
+            raise ValueError(f"task {self.label!r}: {unused[0]} goes with {owners[unused[0]]} only")
         if odd := [c for c in self.early_stopping_criteria if not _matches_itself(c)]:
             raise ValueError(
                 f"task {self.label!r}: LLM Foundry reads early_stopping_criteria {odd[0]!r} as a regular expression "
@@ -143,22 +144,29 @@ class IclTask(Strict):
         return self
 
     @property
-    def metric(self) -> str:
-        return METRICS[self.icl_task_type]
+    def type(self) -> type[TaskType]:
+        return TASK_TYPES[self.icl_task_type]
 
     @property
-    def rule(self) -> Rule:
-        """What makes an item correct: lowest mean cross-entropy, every token the argmax, or how the text begins."""
-        rules: dict[str, Rule] = {"language_modeling": "argmax", "generation_task_with_answers": "prefix"}
-        return rules.get(self.icl_task_type, "mean")
+    def metric(self) -> str:
+        """LLM Foundry's accuracy metric of the task type, the one computed here."""
+        return self.type.metric
+
+    @property
+    def rule(self) -> str:
+        """The name in `RULES` of what makes an item correct."""
+        return self.scored_by or self.type.rule
+
+    def _settings_of_other_types(self) -> set[str]:
+        return {name for _, known in TASK_TYPES for name in known.settings}.difference(self.type.settings)
 
     def settings(self) -> dict[str, Any]:
         """The fields that change results: all but where the file is and how many rows go into a batch."""
         exclude = {"dataset_uri", "num_fewshot", "metric_names", "batch_size", "sha256", "category_names"}
-        if self.rule != "prefix":
-            exclude |= {"cot_delimiter", "early_stopping_criteria", "do_normalization"}
-        generation = {"generation_kwargs": self.generation_kwargs.max_new_tokens} if self.rule == "prefix" else {}
-        return settings_tree(self, exclude | {"generation_kwargs"}) | generation
+        found = settings_tree(self, exclude | self._settings_of_other_types())
+        if "generation_kwargs" in found:
+            found["generation_kwargs"] = self.generation_kwargs.max_new_tokens  # the one that changes a text
+        return found
 
 
 def _matches_itself(text: str) -> bool:

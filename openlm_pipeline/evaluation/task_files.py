@@ -4,79 +4,28 @@ Field names are LLM Foundry's. Nothing here needs a tokenizer.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import ValidationError
 
 from openlm_pipeline.errors import DataError, MissingInputError
 from openlm_pipeline.evaluation.suite import IclTask
+from openlm_pipeline.evaluation.task_types import Options
 from openlm_pipeline.fingerprint import fingerprint
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.storage.remote import is_remote, open_remote, public, storage_errors
 
-Text = Annotated[str, StringConstraints(min_length=1)]
-
-
-class _Fields(BaseModel):
-    """Fields of a row that a task uses; others are let be."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
-    category: Text | None = None
-
-
-class _MultipleChoice(_Fields):
-    query: str
-    choices: Annotated[list[Text], Field(min_length=2)]
-    gold: Annotated[int, Field(ge=0)]
-
-
-class _Schema(_Fields):
-    context_options: Annotated[list[Text], Field(min_length=2)]
-    continuation: Text
-    gold: Annotated[int, Field(ge=0)]
-
-
-class _LanguageModeling(_Fields):
-    context: str
-    continuation: Text
-
-
-class _Generation(_Fields):
-    context: str
-    answer: Text
-    aliases: list[Text] = []
-    chain_of_thought: str = ""
-
-
-_FIELDS: dict[str, type[_Fields]] = {
-    "multiple_choice": _MultipleChoice,
-    "schema": _Schema,
-    "language_modeling": _LanguageModeling,
-    "generation_task_with_answers": _Generation,
-}
-
 
 @dataclass(frozen=True)
-class Row:
-    """A row as contexts and continuations, one of which is a single text. Options are all pairs of the two."""
+class Row(Options):
+    """A checked row of a file."""
 
-    line: int
+    line: int = field(kw_only=True)
     """Line of the file, from 1."""
-    contexts: tuple[str, ...]
-    continuations: tuple[str, ...]
-    """In generation the one text that answers the question in few-shot prompts, its chain of thought included."""
-    gold: int
-    """Index of the right option; 0 where there is only one."""
-    category: str | None
-    item_hash: str
+    category: str | None = field(kw_only=True)
+    item_hash: str = field(kw_only=True)
     """sha256 of the fields that the task uses, as they stand in the file."""
-    answers: tuple[str, ...] = ()
-    """Answer and aliases as they stand in the file; in generation only."""
-    responses: tuple[str, ...] = ()
-    """Each of the answers after the chain of thought, as it stands in the file."""
-    has_chain_of_thought: bool = False
 
     @property
     def gold_context(self) -> str:
@@ -109,41 +58,25 @@ def _where_to_get(task: IclTask, home: Home) -> str:
 def _parse(task: IclTask, path: str, line: int, data: bytes) -> Row:
     where = f"{path}, line {line}"
     try:
-        fields = _FIELDS[task.icl_task_type].model_validate_json(data)
+        fields = task.type.Fields.model_validate_json(data)
     except ValidationError as e:
         wrong = "; ".join(f"{'.'.join(map(str, i['loc']))}: {i['msg']}".removeprefix(": ") for i in e.errors())
         raise DataError(f"{where} is not a row of {task.icl_task_type} (task {task.label}): {wrong}") from e
     if task.has_categories and fields.category is None:
         raise DataError(f"{where} has no category, which task {task.label} needs (has_categories)")
 
-    def strip(text: str) -> str:
-        return text.strip() if task.strip_dataset else text
-
-    # LLM Foundry strips the string fields of a row; texts inside lists stay as they are.
-    gold, answers, responses, has_thought = 0, (), (), False
-    if isinstance(fields, _MultipleChoice):
-        contexts, continuations, gold = (strip(fields.query),), tuple(fields.choices), fields.gold
-    elif isinstance(fields, _Schema):
-        contexts, continuations, gold = tuple(fields.context_options), (strip(fields.continuation),), fields.gold
-    elif isinstance(fields, _LanguageModeling):
-        contexts, continuations = (strip(fields.context),), (strip(fields.continuation),)
-    else:
-        assert isinstance(fields, _Generation)
-        has_thought = "chain_of_thought" in fields.model_fields_set
-        thought = fields.chain_of_thought + task.cot_delimiter if has_thought else ""
-        shown = strip(fields.chain_of_thought) + task.cot_delimiter if has_thought else ""
-        contexts, continuations = (strip(fields.context),), (shown + strip(fields.answer),)
-        answers = tuple(dict.fromkeys((fields.answer, *fields.aliases)))
-        responses = tuple(thought + answer for answer in answers)
-        if not all(answer.strip() for answer in answers):
-            raise DataError(f"{where}: an answer is blank (task {task.label})")
+    try:
+        found = task.type.options(fields, task)
+    except ValueError as e:
+        raise DataError(f"{where}: {e} (task {task.label})") from e
+    contexts, continuations, gold = found.contexts, found.continuations, found.gold
     if gold >= max(len(contexts), len(continuations)):
         raise DataError(f"{where}: gold is {gold}, but there are {max(len(contexts), len(continuations))} options")
     if not all(text.strip() for text in continuations):
         raise DataError(f"{where}: a continuation is blank (task {task.label})")
     category = fields.category if task.has_categories else None
     item_hash = fingerprint(fields.model_dump(mode="json"))
-    return Row(line, contexts, continuations, gold, category, item_hash, answers, responses, has_thought)
+    return Row(**vars(found), line=line, category=category, item_hash=item_hash)
 
 
 def located(task: IclTask, home: Home) -> str:

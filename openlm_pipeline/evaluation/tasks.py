@@ -15,6 +15,7 @@ from tokenizers import Encoding, Tokenizer
 from openlm_pipeline.errors import DataError
 from openlm_pipeline.evaluation.suite import IclTask
 from openlm_pipeline.evaluation.task_files import Row, TaskFile
+from openlm_pipeline.registry import RULES
 
 _COT_EXTRA_TOKENS = 10
 """Added by LLM Foundry to the length of the longest answer where a task has a `cot_delimiter`."""
@@ -74,32 +75,11 @@ def fewshot_indices(num_rows: int, num_fewshot: int, index: int, rng: random.Ran
     return list(chosen)
 
 
-def _question(task: IclTask, context: str, preceded: bool) -> str:
-    """A question up to its answer. A schema's prelimiter comes before the example delimiter, as LLM Foundry has it."""
-    delimiter = task.example_delimiter if preceded else ""
-    if task.icl_task_type == "schema":
-        return f"{task.question_prelimiter}{delimiter}{context}{task.continuation_delimiter}"
-    return f"{delimiter}{task.question_prelimiter}{context}{task.continuation_delimiter}"
-
-
-def _contexts(task: IclTask, row: Row, preceded: bool) -> tuple[str, ...]:
-    """The texts between the preamble and the continuation.
-
-    A schema's context has the delimiter only after a preamble, and only the delimiter is stripped, not the context.
-    """
-    if task.icl_task_type != "schema":
-        return tuple(t.rstrip() if task.strip_dataset else t for t in (_question(task, row.contexts[0], preceded),))
-    if not preceded:
-        return tuple(f"{task.question_prelimiter}{context}" for context in row.contexts)
-    delimiter = task.continuation_delimiter.rstrip() if task.strip_dataset else task.continuation_delimiter
-    return tuple(f"{task.question_prelimiter}{task.example_delimiter}{c}{delimiter}" for c in row.contexts)
-
-
 def _preamble(task: IclTask, rows: Sequence[Row], index: int, num_fewshot: int, rng: random.Random) -> str:
     text = task.prompt_string
     if num_fewshot:
         for i in fewshot_indices(len(rows), num_fewshot, index, rng):
-            text += _question(task, rows[i].gold_context, preceded=bool(text)) + rows[i].gold_continuation
+            text += task.type.question(task, rows[i].gold_context, preceded=bool(text)) + rows[i].gold_continuation
     return text
 
 
@@ -164,7 +144,7 @@ def build_items(
     for i, row in enumerate(file.rows):
         groups.setdefault(row.category, []).append(i)
 
-    generates = task.rule == "prefix"
+    generates = RULES[task.rule].generates
     prompts: dict[int, tuple[str, tuple[str, ...], tuple[str, ...]]] = {}
     longest: dict[str | None, int] = {}
     for category, members in groups.items():
@@ -176,7 +156,8 @@ def build_items(
             preamble = _preamble(task, rows, position, num_fewshot, rng)
             texts = () if generates else file.rows[i].continuations
             continuations = tuple(t if t.startswith(" ") else space + t for t in texts)
-            prompts[i] = preamble, _contexts(task, file.rows[i], preceded=bool(preamble)), continuations
+            contexts = task.type.contexts(task, file.rows[i].contexts, preceded=bool(preamble))
+            prompts[i] = preamble, contexts, continuations
 
     ids = _encode(tokenizer, (text for _, c, t in prompts.values() for text in (*c, *t)))
     preambles = _encode_preambles(tokenizer, (preamble for preamble, _, _ in prompts.values()))

@@ -7,9 +7,19 @@ Fields either change results (they enter an identity, see `openlm_pipeline.linea
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import ConfigDict, Field, StringConstraints, create_model, field_validator, model_validator
 
 from openlm_pipeline.models.config import ModelConfig, resolve_model
+from openlm_pipeline.registry import (
+    LAUNCHERS,
+    OPTIMIZERS,
+    SCHEDULES,
+    EngineName,
+    LauncherName,
+    OptimizerName,
+    SamplingName,
+    ScheduleName,
+)
 from openlm_pipeline.strict import Strict
 from openlm_pipeline.units import Tokens, format_tokens, milestone_label
 
@@ -80,7 +90,7 @@ class Dataset(Strict):
     shards_url: str | None = None
     keep_local_shards: bool = True
     shard_cache_bytes: int | None = None
-    engine: Literal["auto", "huggingface"] = "auto"
+    engine: EngineName = "auto"
     verify_every: int = 500
 
     @property
@@ -112,7 +122,9 @@ class Training(Strict):
     lr: float = Field(gt=0)
     lr_min: float = Field(default=0.0, ge=0)
     """Floor of the cosine and of the decay of WSD."""
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    schedule: ScheduleName = "cosine"
+    schedule_settings: dict[str, Any] = {}
+    """Settings of the schedule's own, for one that has some."""
     warmup: Tokens = 0
     """Tokens of linear warm-up from zero."""
     decay: Tokens = 0
@@ -130,8 +142,10 @@ class Training(Strict):
     """Decoupled; applied to every parameter, norms and embeddings included, as OpenLM does."""
     no_decay: tuple[Literal["norms", "embeddings"], ...] = ()
     """Parameters without weight decay: gains and biases of norms; the embedding and the output matrix."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: OptimizerName = "adamw"
     """`muon`: orthogonalised momentum for the matrices inside the blocks, AdamW for the rest."""
+    optimizer_settings: dict[str, Any] = {}
+    """Settings of the optimizer's own, for one that has some."""
     state_precision: Literal["fp32", "bf16"] = "fp32"
     """Type of the weights between steps and of the optimizer's state; `bf16` halves memory, at a loss of precision."""
     grad_clip: float | None = Field(default=1.0, gt=0)
@@ -157,13 +171,19 @@ class Training(Strict):
     """Steps whose loss or gradient is not finite, or spikes, that may be left out in a row before training stops."""
     spike_factor: float | None = Field(default=None, gt=1)
     """A gradient norm of so many times its running mean is a spike."""
-    sampling: Literal["permutation", "windowed", "resampled", "manifest"] = "permutation"
+    sampling: SamplingName = "permutation"
     """Order of the samples. `permutation`: each once an epoch, shuffled over the whole source. `windowed`: each once an
     epoch, shuffled within `window_shards` shards at a time, for remote shards. `resampled` and `manifest`: OpenLM's."""
     window_shards: int = Field(default=64, ge=1)
     """Shards whose samples are shuffled together by `windowed`."""
     source_batch: int = Field(default=8, ge=1)
     """Consecutive sequences from one source in `resampled` and `manifest`: OpenLM's batch a GPU."""
+
+    @model_validator(mode="after")
+    def _choices_know_their_settings(self) -> "Training":
+        SCHEDULES[self.schedule](self)
+        OPTIMIZERS[self.optimizer](self)
+        return self
 
 
 class Execution(Strict):
@@ -208,7 +228,7 @@ class Execution(Strict):
     """Whether shards stay in `OPENLM_HOME` once they are at `shards_url`."""
     shard_cache_bytes: int | None = Field(default=None, ge=1)
     """Most space a dataset's fetched shards may take in `OPENLM_HOME`; the longest unused goes first."""
-    tokenizer_engine: Literal["auto", "huggingface"] = "auto"
+    tokenizer_engine: EngineName = "auto"
     """`auto` takes the fast engine where it gives the ids of Hugging Face `tokenizers`, which it is checked against."""
     verify_every: int = Field(default=500, ge=1)
     """One in so many documents is encoded by both engines; a difference fails the file."""
@@ -266,55 +286,6 @@ class Evaluation(Strict):
         return self
 
 
-class SlurmSettings(Strict):
-    """The `sbatch` options of `launcher.kind: slurm`; what is left out is the cluster's default."""
-
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    time_limit: str | None = None
-    """As Slurm writes it, such as `24:00:00` or `2-00:00:00`."""
-    gpus_per_node: int | None = Field(default=None, ge=1)
-    cpus_per_task: int | None = Field(default=None, ge=1)
-    """CPU cores a node, as one task, torchrun, runs on each."""
-    memory: str | None = None
-    """Memory a node, such as `512G`."""
-    options: dict[str, str | int | bool] = {}
-    """Any other long option of sbatch by its name: `{reservation: training, exclusive: true}`. It stands above the
-    options written here; false leaves one out."""
-    setup: tuple[str, ...] = ()
-    """Shell lines that the job runs first on its first node, such as `module load cuda`."""
-    environment: tuple[str, ...] = ()
-    """Names of environment variables that the job gets from the launching process, besides those that the trainer
-    and its libraries are known to read."""
-    max_requeues: int = Field(default=100, ge=0)
-    """Times that a run which the time limit or a preemption stopped goes into the queue again."""
-
-
-class KubernetesSettings(Strict):
-    """The pods of `launcher.kind: kubernetes`."""
-
-    image: str = Field(min_length=1)
-    """With this project installed for its `python`."""
-    volume_claim: str = Field(min_length=1)
-    """PersistentVolumeClaim with `OPENLM_HOME`, which this machine sees as well."""
-    mount_path: str | None = None
-    """Where the claim is mounted in a pod; by default at this machine's path of `OPENLM_HOME`."""
-    namespace: str = "default"
-    gpus: int | None = Field(default=None, ge=1)
-    """NVIDIA GPUs a pod."""
-    cpu: str | None = None
-    """Cores a pod, such as `16` or `500m`."""
-    memory: str | None = None
-    """Memory a pod, such as `256Gi`."""
-    service_account: str | None = None
-    env_from_secrets: tuple[str, ...] = ()
-    """Secrets whose keys become environment variables of the trainer."""
-    max_requeues: int = Field(default=100, ge=0)
-    """Times that a run whose pods the cluster took away is started again."""
-
-
 class Parent(Strict):
     """The milestone of another run that a run goes on from: a fork. Tokens are counted on from there, and so is the
     order of the samples."""
@@ -329,31 +300,59 @@ class Parent(Strict):
 
 
 class Launcher(Strict):
-    """Where training runs."""
+    """Where training runs.
 
-    kind: Literal["local", "slurm", "kubernetes"] = "local"
+    Each kind has settings of its own at the key of its name, such as `launcher.slurm.time_limit`: the `Settings` of its
+    class in `runs/launchers`.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    kind: LauncherName = "local"
     nodes: int = Field(default=1, ge=1)
     """Machines; each runs `processes`."""
     processes: int = Field(default=1, ge=1)
-    """Processes of torchrun on a machine, one a GPU."""
+    """Processes of torchrun per machine, one per GPU."""
     max_restarts: int = Field(default=0, ge=0)
     """Times that torchrun starts all processes again after one of them died."""
     grace_seconds: int = Field(default=300, ge=1)
     """That the trainer has to end its step and save once it is asked to stop: by a cancel, or ahead of a time limit."""
-    slurm: SlurmSettings = SlurmSettings()
-    kubernetes: KubernetesSettings | None = None
+
+    @classmethod
+    def keys(cls) -> list[str]:
+        return [*super().keys(), *LAUNCHERS.names]
 
     @property
     def world_size(self) -> int:
         """Processes in all."""
         return self.nodes * self.processes
 
+    @property
+    def settings(self) -> Any:
+        """The own settings of this kind."""
+        return (self.model_extra or {}).get(self.kind) or LAUNCHERS[self.kind].Settings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settings_of_kinds(cls, data: Any) -> Any:
+        """Those of other kinds are checked too: a recipe may have several, to choose from by `launcher.kind=`."""
+        if not isinstance(data, dict):
+            return data
+        kind = data.get("kind", "local")
+        checked = dict(data)
+        for name, entry in LAUNCHERS:
+            value = checked.pop(name, None)
+            required = [key for key, field in entry.Settings.model_fields.items() if field.is_required()]
+            if value is None and name == kind and required:
+                raise ValueError(f"kind {kind!r} needs '{kind}: {{{', '.join(f'{key}: ...' for key in required)}}}'")
+            if value is not None or (name == kind and entry.Settings.model_fields):
+                own = create_model("Launcher", **{name: (entry.Settings, ...)})  # so that an error has the key's name
+                checked[name] = getattr(own.model_validate({name: {} if value is None else value}), name)
+        return checked
+
     @model_validator(mode="after")
     def _fits_its_kind(self) -> "Launcher":
-        if self.kind == "local" and self.nodes > 1:
-            raise ValueError("kind 'local' is this machine: nodes must be 1; 'slurm' and 'kubernetes' have several")
-        if self.kind == "kubernetes" and self.kubernetes is None:
-            raise ValueError("kind 'kubernetes' needs 'kubernetes: {image: ..., volume_claim: ...}'")
+        LAUNCHERS[self.kind].check(self)
         return self
 
 
@@ -384,7 +383,7 @@ class Experiment(Strict):
     """Where a fork begins; by default a run begins at 0 tokens with weights of its own."""
     evaluation: Evaluation | None = None
     execution: Execution = Execution()
-    launcher: Launcher = Launcher()
+    launcher: Launcher = Field(default_factory=Launcher)
 
     @model_validator(mode="after")
     def _consistent(self) -> "Experiment":
@@ -415,7 +414,7 @@ class Experiment(Strict):
         horizon = self.schedule_horizon()
         if horizon is not None:
             length = horizon - self.schedule_start()
-            if self.training.warmup + self.training.decay > length:
+            if SCHEDULES[self.training.schedule](self.training).shortest() > length:
                 raise ValueError(
                     f"warm-up and decay are longer than the schedule ({format_tokens(max(0, length))} tokens)"
                 )
@@ -459,8 +458,8 @@ class Experiment(Strict):
         return self.datasets()[-1] if self.validation else None
 
     def schedule_horizon(self) -> int | None:
-        """Tokens at which the learning-rate schedule ends, None for a constant one."""
-        if self.training.schedule == "constant":
+        """Tokens at which the learning-rate schedule ends, None for one without an end."""
+        if not SCHEDULES[self.training.schedule].has_horizon:
             return None
         return self.training.horizon or self.milestones[-1]
 

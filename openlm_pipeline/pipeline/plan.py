@@ -137,7 +137,7 @@ def plan(
     artefacts.append(Artefact(f"report/{experiment.name}", state, why))
     missing = sum(a.state != "fresh" for a in checkpoints)
     cost = _cost(experiment, home, start, missing, not upstream, device, mfu, price)
-    wanted = [a for a in artefacts if only is None or a.name in only]
+    wanted = [a for a in artefacts if only is None or a.name.replace("raw_files/", "shards/") in only]
     untrained = {a.name for a in wanted if a in checkpoints and a.state != "fresh"}
     until = [t for label, t in experiment.labelled_milestones() if f"checkpoint/{experiment.name}/{label}" in untrained]
     spent = spending(experiment, home, until[-1]) if until else ()
@@ -203,7 +203,8 @@ def _dataset(dataset: Dataset, home: Home, tokenizer: TokenizerInfo | None, abov
     try:
         raw_files = discover(dataset, home)
     except MissingInputError as e:
-        yield Artefact(f"raw_files/{dataset.name}", "missing", (str(e),))
+        refused = REFUSED if dataset.source.origin == "files" else None  # the embedded corpus is made by the run
+        yield Artefact(f"raw_files/{dataset.name}", "missing", (str(e),), refused)
         yield Artefact(name, "stale" if there else "missing", ("its raw files are missing",))
         return
     tokenized = home.tokenized(dataset.name, dataset.version)

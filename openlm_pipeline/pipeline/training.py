@@ -17,7 +17,7 @@ from openlm_pipeline.runs.launch import (
     Event,
     MilestoneReached,
     MilestoneReused,
-    find_job,
+    launcher_of,
     milestone_checkpoints,
     train_run,
 )
@@ -90,7 +90,7 @@ def train(
     home.pull(run.path)
     identity = _identity(experiment, home)
     changed: list[str] = []
-    if find_job(experiment, home, run, lambda _: None) is None:
+    if launcher_of(experiment, home, run).find() is None:
         with run.lock():  # so that the folder of a run that is training is not set aside under it
             changed = run.claim(experiment, identity, allow)
     elif not run.belongs_to(identity):

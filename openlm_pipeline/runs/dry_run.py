@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from openlm_pipeline.errors import ConfigError, MissingInputError
 from openlm_pipeline.experiments import Dataset, Experiment
+from openlm_pipeline.experiments.choices import unread_settings
 from openlm_pipeline.models import count_parameters
 from openlm_pipeline.models.config import ModelConfig
 from openlm_pipeline.runs.estimates import (
@@ -16,6 +17,7 @@ from openlm_pipeline.runs.estimates import (
     MemoryEstimate,
     estimate_memory,
     flops_per_token,
+    optimizer_flops,
     peak_flops,
 )
 from openlm_pipeline.shards.opening import open_dataset
@@ -67,6 +69,10 @@ class Plan:
     mfu: float
     seconds: float | None
     """Training time at `mfu` on GPUs called `device_name`; None where no device is named."""
+    optimizer_flops: int = 0
+    """Operations of the optimizer per step, over all processes, where they are more than a few per parameter."""
+    unread: tuple[str, ...] = ()
+    """What the recipe sets without effect, one sentence each."""
 
     def lines(self) -> Iterator[str]:
         """The plan for people, one fact a line."""
@@ -89,11 +95,15 @@ class Plan:
         )
         for source in self.data:
             yield source.line(self.seq_len)
+        for sentence in self.unread:
+            yield f"note: {sentence}"
         yield (
             f"{self.checkpoints} checkpoints of {format_bytes(self.checkpoint_bytes)}: "
             f"{format_bytes(self.checkpoints * self.checkpoint_bytes)} on disk at the end"
         )
         total_flops = f"{self.tokens * self.flops_per_token:.3g} floating-point operations"
+        if self.optimizer_flops:
+            total_flops += f" and {self.steps * self.optimizer_flops:.3g} of the optimizer"
         if self.seconds is None:
             yield f"{total_flops}; name a device for the time they take"
         else:
@@ -155,7 +165,7 @@ def describe(
     steps = experiment.steps(experiment.milestones[-1]) - experiment.steps(experiment.start_tokens())
     tokens = steps * training.global_batch
     parameters, flops = count_parameters(config), flops_per_token(config, experiment.seq_len)
-    memory = estimate_memory(experiment, processes)
+    memory, in_optimizer = estimate_memory(experiment, processes), optimizer_flops(experiment)
     shards = max(1, processes // execution.replicas)
     rotating = execution.keep_checkpoints if execution.checkpoint_every else 0
     datasets = experiment.training_datasets()
@@ -181,7 +191,9 @@ def describe(
         checkpoints=len(experiment.milestones) + rotating,
         device_name=device_name,
         mfu=mfu,
-        seconds=tokens * flops / (processes * peak * mfu) if peak else None,
+        seconds=(tokens * flops + steps * in_optimizer) / (processes * peak * mfu) if peak else None,
+        optimizer_flops=in_optimizer,
+        unread=tuple(unread_settings(training)),
     )
 
 

@@ -18,22 +18,35 @@ from typing import Literal
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.models import count_parameters
 from openlm_pipeline.models.config import ModelConfig
+from openlm_pipeline.registry import OPTIMIZERS
 
 Arithmetic = Literal["bf16", "tf32", "fp32"]
 """What matrix products are computed in; `tf32` is what torch does with fp32 tensors where it is allowed to."""
 
 
+def block_matrices(config: ModelConfig) -> list[tuple[int, int]]:
+    """[rows, columns] of the matrices of one block, as they are stored: q, k and v in one, SwiGLU's two in one."""
+    width, inner, hidden = config.hidden_dim, config.n_heads * config.head_dim, config.ffn_dim
+    into = {"gelu": [hidden], "gemma_geglu": [hidden, hidden]}.get(config.ffn, [2 * hidden])
+    return [(3 * inner, width), (width, inner), *((rows, width) for rows in into), (width, hidden)]
+
+
 def matmul_parameters(config: ModelConfig) -> int:
     """Weights that every token is multiplied with: the blocks' matrices and the output matrix, no input embedding."""
-    attention = 4 * config.hidden_dim * config.n_heads * config.head_dim
-    feed_forward = (2 if config.ffn == "gelu" else 3) * config.hidden_dim * config.ffn_dim
-    return config.n_layers * (attention + feed_forward) + config.vocab_size * config.hidden_dim
+    block = sum(rows * columns for rows, columns in block_matrices(config))
+    return config.n_layers * block + config.vocab_size * config.hidden_dim
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     """Operations of one token's forward and backward pass, in samples of `seq_len` tokens."""
     attention = 12 * config.n_layers * config.n_heads * config.head_dim * seq_len
     return 6 * matmul_parameters(config) + attention
+
+
+def optimizer_flops(experiment: Experiment) -> int:
+    """Operations of the optimizer in one step, over all processes, where they are more than a few per parameter."""
+    config, training = experiment.model_config_resolved(), experiment.training
+    return OPTIMIZERS[training.optimizer](training).flops_per_step(config.n_layers * block_matrices(config))
 
 
 @dataclass(frozen=True)
@@ -147,14 +160,14 @@ def estimate_memory(experiment: Experiment, processes: int) -> MemoryEstimate:
     tokens = micro_batch * experiment.seq_len
     # FSDP adds up micro-batches' gradients whole, in the type it will reduce them in.
     gradients = num_parameters * (4 if micro_batch < local_sequences else state_bytes / shards)
-    muon_blocks = blocks if training.optimizer == "muon" else 0
+    in_blocks, elsewhere = OPTIMIZERS[training.optimizer](training).state_values()
     alive = embeddings + (2 * blocks // config.n_layers if execution.reshard_after_forward else blocks)
     per_token = config.n_layers * block_activations(config, compute_bytes, execution.activation_checkpointing)
     working = block_activations(config, compute_bytes, "none")
     return MemoryEstimate(
         weights=num_parameters * state_bytes // shards,
         gradients=int(gradients),
-        optimizer=(2 * num_parameters - muon_blocks) * state_bytes // shards,
+        optimizer=int(in_blocks * blocks + elsewhere * embeddings) * state_bytes // shards,
         averages=len(training.averages) * num_parameters * 4 // shards,
         gathered=alive * compute_bytes + embeddings * compute_bytes,
         activations=tokens * (per_token + working + 2 * config.hidden_dim * compute_bytes),

@@ -2,6 +2,7 @@
 
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.fingerprint import Tree, settings_tree
+from openlm_pipeline.registry import SAMPLINGS, SCHEDULES
 from openlm_pipeline.units import format_tokens
 
 TRAINER_VERSION = 1
@@ -10,11 +11,8 @@ TRAINER_VERSION = 1
 
 def settings_identity(experiment: Experiment) -> Tree:
     """The part of a run's identity that stands in the recipe; milestones only extend a run, so they are not in it."""
-    unused = {"horizon"}
-    if experiment.training.sampling != "windowed":
-        unused.add("window_shards")
-    if experiment.training.sampling not in ("resampled", "manifest"):
-        unused.add("source_batch")
+    of_samplings = {name for _, sampling in SAMPLINGS for name in sampling.settings}
+    unused = {"horizon"} | of_samplings.difference(SAMPLINGS[experiment.training.sampling].settings)
     training = settings_tree(experiment.training, unused)
     return {
         "model": settings_tree(experiment.model_config_resolved()),
@@ -46,8 +44,8 @@ def run_identity(experiment: Experiment, dataset_versions: dict[str, str], paren
 def extension_refusal(experiment: Experiment, old: Tree, new: Tree) -> str | None:
     """Why a finished schedule is not simply longer now; None where anything else differs, or the recipe says how.
 
-    A cosine or WSD schedule ends at the last milestone unless the recipe has a horizon, so a milestone more would
-    change the learning rate of every step that was trained.
+    A schedule with an end has it at the last milestone unless the recipe has a horizon, so a milestone more would
+    change the learning rate of steps that were trained.
     """
     training, before = experiment.training, old.get("training", {}).get("horizon")
     if training.horizon is not None or before is None or old == new:
@@ -55,12 +53,13 @@ def extension_refusal(experiment: Experiment, old: Tree, new: Tree) -> str | Non
     if {**old, "training": {**old["training"], "horizon": experiment.schedule_horizon()}} != new:
         return None
     ended, longer = format_tokens(before), format_tokens(experiment.schedule_horizon())
-    floor = max(training.lr_min, training.lr_floor)
+    schedule = SCHEDULES[training.schedule](training, before - experiment.schedule_start())
+    floor = schedule.rate(schedule.total_steps)
     fork = (
         f"`openlm fork {experiment.name}@MILESTONE NAME`: a new run from one of its milestones, with a schedule of its "
     )
-    stable = [t for t in experiment.milestones if t <= before - training.decay]
-    if training.schedule == "wsd" and stable:
+    unchanged = schedule.stable_until(before) or 0
+    if stable := [t for t in experiment.milestones if t <= unchanged]:
         fork += f"own; the one at {format_tokens(stable[-1])} is the last before the decay"
     else:
         fork += "own; parent.schedule=restart warms up again"

@@ -12,11 +12,11 @@ from typing import Any
 from openlm_pipeline.checkpoints.folders import Checkpoint, list_checkpoints
 from openlm_pipeline.errors import TrainingError
 from openlm_pipeline.experiments import Experiment
+from openlm_pipeline.registry import LAUNCHERS
 from openlm_pipeline.result import Report
 from openlm_pipeline.runs.folder import RunFolder, is_measurement
-from openlm_pipeline.runs.launchers import kubernetes, slurm
+from openlm_pipeline.runs.launchers import Launcher
 from openlm_pipeline.runs.launchers.job import Job
-from openlm_pipeline.runs.launchers.local import LocalJob
 from openlm_pipeline.storage.files import folder_lock
 from openlm_pipeline.storage.home import Home
 
@@ -62,29 +62,13 @@ def milestone_checkpoints(experiment: Experiment, run: RunFolder) -> dict[str, C
     return {c.milestone: c for c in found if c.milestone in wanted}
 
 
-def find_job(experiment: Experiment, home: Home, run: RunFolder, report: Report) -> Job | None:
-    """The job that a cluster runs or queues for this run, as after the process that submitted it died.
+def launcher_of(experiment: Experiment, home: Home, run: RunFolder, report: Report = lambda line: None) -> Launcher:
+    """The launcher that a recipe names, for its run.
 
-    On this machine there is never one: a local trainer dies with its watcher.
-
-    Raises:
-        MissingInputError: the cluster's programs are not installed here.
-        ClusterError: the cluster does not answer.
+    Args:
+        report: takes lines on the job: that it was submitted, waits, runs.
     """
-    if experiment.launcher.kind == "slurm":
-        return slurm.find_job(experiment, run, report)
-    if experiment.launcher.kind == "kubernetes":
-        return kubernetes.find_job(experiment, home, run, report)
-    return None
-
-
-def _start(experiment: Experiment, home: Home, run: RunFolder, until: int, report: Report) -> Job:
-    run.clear_outcome()
-    if experiment.launcher.kind == "slurm":
-        return slurm.submit_job(experiment, home, run, until, report)
-    if experiment.launcher.kind == "kubernetes":
-        return kubernetes.submit_job(experiment, home, run, until, report)
-    return LocalJob(experiment, home, run, until)
+    return LAUNCHERS[experiment.launcher.kind](experiment, home, run, report)
 
 
 def train_run(
@@ -116,29 +100,27 @@ def train_run(
     news = wanted - set(milestone_checkpoints(experiment, run) if told is None else told)
     with folder_lock(run.path / "launch", "watching the training"):
         offset = run.metrics_file.stat().st_size if run.metrics_file.exists() else 0
-        job = find_job(experiment, home, run, report)
+        launcher = launcher_of(experiment, home, run, report)
+        job = launcher.find()
         found = job is not None
         requeues = 0
         while True:
-            job = job or _start(experiment, home, run, until, report)
+            if job is None:
+                run.clear_outcome()
+                job = launcher.submit(until)
             offset = yield from _watch(experiment, run, job, offset, news)
             outcome = run.read_outcome()
             if outcome is not None and outcome["status"] == "completed":
                 if not found or wanted <= set(milestone_checkpoints(experiment, run)):
                     return
                 found = False  # a job that was found may have had less to do
-            elif job.interrupted() and requeues < _max_requeues(experiment):
+            elif job.interrupted() and requeues < launcher.max_requeues:
                 requeues += 1
                 report(f"training was interrupted and goes on from its last checkpoint; {job.ending().splitlines()[0]}")
             else:
                 reason = outcome.get("reason", outcome["status"]) + "\n" if outcome else ""
                 raise TrainingError(f"training of {experiment.name} ended early: {reason}{job.ending()}")
             job = None
-
-
-def _max_requeues(experiment: Experiment) -> int:
-    launcher = experiment.launcher
-    return launcher.slurm.max_requeues if launcher.kind == "slurm" else launcher.kubernetes.max_requeues
 
 
 def _watch(experiment: Experiment, run: RunFolder, job: Job, offset: int, news: set[str]) -> Iterator[Event]:

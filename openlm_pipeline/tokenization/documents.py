@@ -36,7 +36,8 @@ from openlm_pipeline.pools import Progress
 from openlm_pipeline.shards.format import SampleFormat
 from openlm_pipeline.storage.files import atomic_writer, read_json, write_json
 from openlm_pipeline.storage.remote import sha256_url
-from openlm_pipeline.tokenizers.engine import Encoded, EngineMismatch, make_engine
+from openlm_pipeline.tokenizers.engine import EngineMismatch, make_engine
+from openlm_pipeline.tokenizers.engines import Encoded
 from openlm_pipeline.tokenizers.tokenizer import TokenizerInfo, tokenizer_file
 
 STAGE_VERSION = 2

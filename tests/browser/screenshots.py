@@ -34,7 +34,7 @@ def number_of(ui: Ui, key: str, kind: str) -> int:
 
 def main(folder: Path) -> None:
     pipeline = TinyPipeline.create(folder)
-    edit_recipe(pipeline, milestones="[10K, 40K, 100M]", log_every="5")
+    edit_recipe(pipeline, milestones="[10K, 40K, 1500K]", log_every="5")
     with ui_of(pipeline, daemon=True) as ui:
         for name in (CONDITION, SENSOR, SCHEDULE):
             ui.turn(name, on=True)

@@ -7,9 +7,9 @@ import dagster as dg
 import pytest
 from tiny_pipeline import LABELS, TinyPipeline
 
-pytestmark = pytest.mark.browser
-if not Path("/usr/bin/chromium").exists():
-    pytest.skip("there is no /usr/bin/chromium", allow_module_level=True)
+# Marks, and no skip of the whole file: all processes that run tests side by side must find the same ones.
+no_browser = pytest.mark.skipif(not Path("/usr/bin/chromium").exists(), reason="there is no /usr/bin/chromium")
+pytestmark = [pytest.mark.browser, pytest.mark.drill, no_browser]
 pytest.importorskip("playwright", reason="playwright is not installed")
 
 from dagster_ui import graph_texts, open_graph  # noqa: E402 - it needs playwright

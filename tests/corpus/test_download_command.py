@@ -42,17 +42,17 @@ def test_a_killed_download_asks_only_for_the_rest(sent: signal.Signals, tmp_path
         server.answers["/a.jsonl"] = [Answer(cut_after=HELD_BYTES, hold=held)]
         arguments = (f"{server.url}/a.jsonl", "--output-dir", str(tmp_path), "--timeout", "1", "--retries", "0")
         with start(*arguments) as program:
-            assert server.sent.wait(30)
+            assert server.sent.wait(300)
             while not part.exists() or part.stat().st_size < HELD_BYTES:
                 assert program.poll() is None
             program.send_signal(sent)
-            output, _ = program.communicate(timeout=30)
+            output, _ = program.communicate(timeout=300)
         held.set()
         assert program.returncode == (-signal.SIGKILL if sent == signal.SIGKILL else 130)
         assert ("interrupted; what was fetched is kept" in output) == (sent == signal.SIGINT)
         assert not (tmp_path / "a.jsonl").exists()
         with start(*arguments) as program:
-            output, _ = program.communicate(timeout=30)
+            output, _ = program.communicate(timeout=300)
         assert program.returncode == 0 and "all 1 files are whole" in output, output
         assert server.ranges("/a.jsonl") == [None, f"bytes={HELD_BYTES}-"]
     assert (tmp_path / "a.jsonl").read_bytes() == DATA
@@ -63,12 +63,12 @@ def test_a_write_that_fails_keeps_the_part_and_says_so(tmp_path: Path) -> None:
         server.files["/a.jsonl"] = DATA
         arguments = (f"{server.url}/a.jsonl", "--output-dir", str(tmp_path))
         with start(*arguments, file_limit_bytes=1_000_000) as program:
-            output, _ = program.communicate(timeout=30)
+            output, _ = program.communicate(timeout=300)
         assert program.returncode and "can't be written: File too large. What was fetched is kept" in output
         kept = (tmp_path / "a.jsonl.part").stat().st_size
         assert 0 < kept <= 1_000_000 and not (tmp_path / "a.jsonl").exists()
         with start(*arguments) as program:
-            program.communicate(timeout=30)
+            program.communicate(timeout=300)
         assert server.ranges("/a.jsonl") == [None, f"bytes={kept}-"] and (tmp_path / "a.jsonl").read_bytes() == DATA
 
 

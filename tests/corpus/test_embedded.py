@@ -79,9 +79,9 @@ def test_made_again_in_another_process_it_is_the_same_byte_for_byte(embedded: Em
 def test_a_second_run_reuses_it_at_once(embedded: Embedded) -> None:
     home, made = embedded
     said: list[str] = []
-    start = time.perf_counter()
+    start = time.process_time()  # not the clock on the wall: others may be busy
     again = build_embedded(home, said.append)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert again.reused and (again.version, again.facts) == (made.version, made.facts)
     assert "reused" in said[-1]
 

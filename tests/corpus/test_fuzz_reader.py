@@ -19,8 +19,8 @@ import pytest
 import zstandard
 from slow_reader import BOM, MAX_RECORD_BYTES, FileFails, Reading, slow_reading
 
-from openlm_pipeline.corpus import blocks, reader
-from openlm_pipeline.corpus.reader import WHOLE, Part, QuarantineWriter, RecordReader, cut
+from openlm_pipeline.corpus import blocks
+from openlm_pipeline.corpus.reader import WHOLE, BadRecord, Part, QuarantineWriter, RecordReader, cut
 from openlm_pipeline.errors import DataError, OpenLMError
 
 INPUTS_PER_FORMAT = 100
@@ -260,11 +260,12 @@ def test_corrupted_files_are_read_as_a_slow_reader_does(
     for seed in (*range(INPUTS_PER_FORMAT), *FOUND.get(name, ())):
         rng = random.Random(f"{name} {seed}")
         block = rng.choice((64, 1000, 1 << 17))
-        for module, constant, value in (
-            (blocks, "BLOCK_BYTES", block), (blocks, "_ZSTD_BLOCK", block), (reader, "BLOCK_BYTES", block),
-            (reader, "MAX_RECORD_BYTES", MAX_RECORD_BYTES),
-        ):  # fmt: skip
-            monkeypatch.setattr(module, constant, value)
+        for constant, value in (
+            ("BLOCK_BYTES", block),
+            ("_ZSTD_BLOCK", block),
+            ("MAX_RECORD_BYTES", MAX_RECORD_BYTES),
+        ):
+            monkeypatch.setattr(blocks, constant, value)
         path = tmp_path / f"{seed}_{name}"
         path.write_bytes(data := corrupted(name, rng))
         try:
@@ -303,7 +304,7 @@ def test_the_default_threshold_names_file_and_first_bad_line(tmp_path: Path) -> 
     for seed in range(INPUTS_PER_FORMAT):
         rng = random.Random(f"threshold {seed}")
         path.write_bytes(data := wrong_type(rng, json_lines(rng)))
-        bad: list[reader.BadRecord] = []
+        bad: list[BadRecord] = []
         expected = slow_reading("a.jsonl", data)
         with pytest.raises(DataError, match=rf"{path.name}.*\. The first is line {expected.bad[0][0]}: "):
             list(RecordReader(str(path), on_bad=bad.append))

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from openlm_pipeline.corpus import reader
+from openlm_pipeline.corpus import blocks
 from openlm_pipeline.corpus.reader import BadRecord, QuarantineWriter, Record, RecordReader
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
 
@@ -161,7 +161,7 @@ def test_a_parquet_column_that_is_no_text_is_an_error(tmp_path: Path, column: st
 
 
 def test_an_endless_line_is_bad_and_the_next_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "MAX_RECORD_BYTES", 3 << 20)
+    monkeypatch.setattr(blocks, "MAX_RECORD_BYTES", 3 << 20)
     path = write(tmp_path / "x.jsonl", jsonl(["a"]) + b'{"text": "' + b"x" * (5 << 20) + b'"}\n' + jsonl(["b"]))
     records, bad = read(path, max_bad_fraction=0.5)
     assert [(r.number, r.text) for r in records] == [(0, "a"), (2, "b")]

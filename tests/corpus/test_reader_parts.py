@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from openlm_pipeline.corpus import blocks, reader
+from openlm_pipeline.corpus import blocks
 from openlm_pipeline.corpus.reader import WHOLE, BadRecord, Part, RecordReader, cut
 
 
@@ -36,7 +36,6 @@ def read(path: Path, part: Part = WHOLE) -> tuple[list[tuple[str, int]], list[Ba
 def test_parts_together_are_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, seed: int) -> None:
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 64)
     monkeypatch.setattr(blocks, "_ZSTD_BLOCK", 64)
-    monkeypatch.setattr(reader, "BLOCK_BYTES", 64)
     path, data = tmp_path / name, lines(seed)
     if name.endswith(".parquet"):
         texts = [json.loads(line)["text"] for line in data.split(b"\n") if line.startswith(b'{"')]

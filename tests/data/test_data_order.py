@@ -8,8 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openlm_pipeline.errors import ConfigError
-from openlm_pipeline.ordering import DataOrder, ManifestOrder, ResampledOrder, WindowedOrder, make_order
+from openlm_pipeline.ordering import make_order
 from openlm_pipeline.ordering.permutation import permute, permute_array
+from openlm_pipeline.ordering.samplings.manifest import ManifestOrder
+from openlm_pipeline.ordering.samplings.permutation import DataOrder
+from openlm_pipeline.ordering.samplings.resampled import ResampledOrder
+from openlm_pipeline.ordering.samplings.windowed import WindowedOrder
 
 seeds = st.integers(0, 2**63)
 
@@ -119,7 +123,7 @@ def test_manifest_takes_shards_as_openlm_shuffles_its_manifest(seed: int) -> Non
 
 @pytest.mark.parametrize("sampling", ["resampled", "manifest"])
 def test_openlm_takes_each_batch_from_one_source_drawn_with_the_weights(sampling: str) -> None:
-    order = make_order(sampling, [np.full(9, 100), np.full(4, 100)], [3, 1], 5, window_shards=1, batch=8)
+    order = make_order(sampling, [np.full(9, 100), np.full(4, 100)], [3, 1], 5, window_shards=1, source_batch=8)
     batches = order.picks(0, 8 * 20_000)[0].reshape(-1, 8)
     assert (batches == batches[:, :1]).all()
     drawn = batches[:, 0]
@@ -132,10 +136,10 @@ def test_openlm_takes_each_batch_from_one_source_drawn_with_the_weights(sampling
 def test_an_order_goes_on_from_far_away_as_from_the_start(sampling: str) -> None:
     """Tables that grow with the run give the same samples whether they grew in one step or in many."""
     sizes = [np.array([7000, 3000]), np.array([1100])]
-    walked = make_order(sampling, sizes, [2, 1], 3, window_shards=1, batch=8)
+    walked = make_order(sampling, sizes, [2, 1], 3, window_shards=1, source_batch=8)
     for start in range(0, 600_000, 9_999):
         walked.picks(start, 16)
-    fresh = make_order(sampling, sizes, [2, 1], 3, window_shards=1, batch=8)
+    fresh = make_order(sampling, sizes, [2, 1], 3, window_shards=1, source_batch=8)
     assert np.array_equal(fresh.picks(600_000, 500), walked.picks(600_000, 500))
 
 
@@ -146,13 +150,13 @@ def test_an_order_goes_on_from_far_away_as_from_the_start(sampling: str) -> None
 def test_impossible_mixtures_are_refused(sampling: str, sizes: list[int], weights: list[float]) -> None:
     shard_sizes = [np.array([size]) for size in sizes]
     with pytest.raises(ValueError, match="at least one sample and a positive weight"):
-        make_order(sampling, shard_sizes, weights, 0, window_shards=2, batch=8)
+        make_order(sampling, shard_sizes, weights, 0, window_shards=2, source_batch=8)
 
 
 @pytest.mark.parametrize("sampling", ["permutation", "windowed"])
 def test_a_share_too_small_for_a_block_is_an_error_for_the_user(sampling: str) -> None:
     with pytest.raises(ConfigError, match=r"source 1 of the mixture has less than 1/4096"):
-        make_order(sampling, [np.array([10])] * 2, [1, 1e-6], 0, window_shards=2, batch=8)
+        make_order(sampling, [np.array([10])] * 2, [1, 1e-6], 0, window_shards=2, source_batch=8)
 
 
 @pytest.mark.parametrize(("start", "count"), [(-1, 5), (3, 0), (3, -2)])

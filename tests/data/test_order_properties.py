@@ -7,15 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openlm_pipeline.ordering import (
-    DataOrder,
-    ManifestOrder,
-    Order,
-    ResampledOrder,
-    Sampling,
-    WindowedOrder,
-    make_order,
-)
+from openlm_pipeline.ordering import Order, make_order
+from openlm_pipeline.ordering.samplings.manifest import ManifestOrder
+from openlm_pipeline.ordering.samplings.permutation import DataOrder
+from openlm_pipeline.ordering.samplings.resampled import ResampledOrder
+from openlm_pipeline.ordering.samplings.windowed import WindowedOrder
 
 BLOCK = 4096
 SAMPLINGS = ("permutation", "windowed", "resampled", "manifest")
@@ -29,10 +25,10 @@ def draw_weights(data: st.DataObject, count: int) -> list[float]:
     return data.draw(st.lists(st.floats(0.2, 5), min_size=count, max_size=count))
 
 
-def any_order(data: st.DataObject, sampling: Sampling, shard_sizes: list[np.ndarray], seed: int) -> Order:
+def any_order(data: st.DataObject, sampling: str, shard_sizes: list[np.ndarray], seed: int) -> Order:
     weights = draw_weights(data, len(shard_sizes))
     window, batch = data.draw(st.integers(1, 6)), data.draw(st.sampled_from([1, 3, 8, 5000]))
-    return make_order(sampling, shard_sizes, weights, seed, window_shards=window, batch=batch)
+    return make_order(sampling, shard_sizes, weights, seed, window_shards=window, source_batch=batch)
 
 
 def joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> list[tuple[int, int]]:
@@ -45,7 +41,7 @@ def joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> list[tuple[int, int]]:
 @given(shard_sizes=sources, seed=seeds, data=st.data())
 @pytest.mark.parametrize("sampling", ["permutation", "windowed", "manifest"])
 def test_each_sample_comes_once_an_epoch(
-    sampling: Sampling, shard_sizes: list[np.ndarray], seed: int, data: st.DataObject
+    sampling: str, shard_sizes: list[np.ndarray], seed: int, data: st.DataObject
 ) -> None:
     source, sample = any_order(data, sampling, shard_sizes, seed).picks(0, 1500)
     for s, sizes in enumerate(shard_sizes):
@@ -76,7 +72,7 @@ def test_resampled_gives_a_drawn_shard_whole(sizes: np.ndarray, seed: int) -> No
 @given(shard_sizes=sources, seed=seeds, start=st.integers(0, 30_000), data=st.data())
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_picks_are_the_same_in_pieces_of_any_size(
-    sampling: Sampling, shard_sizes: list[np.ndarray], seed: int, start: int, data: st.DataObject
+    sampling: str, shard_sizes: list[np.ndarray], seed: int, start: int, data: st.DataObject
 ) -> None:
     order = any_order(data, sampling, shard_sizes, seed)
     counts = data.draw(st.lists(st.integers(1, 300), min_size=1, max_size=8))
@@ -96,7 +92,7 @@ def test_picks_are_the_same_in_pieces_of_any_size(
 )
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_ranks_together_see_the_batch_of_one(
-    sampling: Sampling,
+    sampling: str,
     shard_sizes: list[np.ndarray],
     seed: int,
     world_size: int,
@@ -109,7 +105,7 @@ def test_ranks_together_see_the_batch_of_one(
     start = step * world_size * local
 
     def new() -> Order:
-        return make_order(sampling, shard_sizes, weights, seed, window_shards=3, batch=8)
+        return make_order(sampling, shard_sizes, weights, seed, window_shards=3, source_batch=8)
 
     ranks = [new().picks(start + rank * local, local) for rank in range(world_size)]
     assert joined(ranks) == joined([new().picks(start, world_size * local)])
@@ -127,9 +123,9 @@ def deviations(order: Order, weights: list[float], start: int) -> np.ndarray:
 @given(weights=st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)), block=st.integers(0, 10**9))
 @pytest.mark.parametrize("sampling", ["permutation", "windowed"])
 def test_two_sources_are_within_one_of_their_share_in_every_prefix_of_a_block(
-    sampling: Sampling, weights: tuple[float, float], block: int
+    sampling: str, weights: tuple[float, float], block: int
 ) -> None:
-    order = make_order(sampling, [np.full(3, 9000)] * 2, weights, 0, window_shards=2, batch=1)
+    order = make_order(sampling, [np.full(3, 9000)] * 2, weights, 0, window_shards=2, source_batch=1)
     assert deviations(order, list(weights), block * BLOCK).max() <= 1 + 1e-9
 
 

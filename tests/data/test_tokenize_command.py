@@ -2,14 +2,14 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import commands
 import pytest
+from commands import Ended
+from gloo_workers import forked_trainers
 from small_dataset import SmallDataset, documents
-from tiny_pipeline import environment
 
 from openlm_pipeline.cli.main import with_repeated_options
 from openlm_pipeline.pools import PoolFactory
@@ -19,14 +19,8 @@ from openlm_pipeline.shards.provenance import iterate_documents
 Small = Callable[..., SmallDataset]
 
 
-def openlm(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "openlm_pipeline.cli.main", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=environment(OMP_NUM_THREADS="1", **variables),
-        check=False,
-    )
+def openlm(*arguments: object, **variables: str) -> Ended:
+    return commands.openlm(*arguments, variables=variables)
 
 
 def test_make_2048_arguments_make_a_dataset(three_files: SmallDataset, tmp_path: Path) -> None:
@@ -126,7 +120,8 @@ def test_a_recipe_reads_ready_made_shards_of_openlm(
     home = {"OPENLM_HOME": str(tmp_path / "home")}
     done = openlm("tokenize", recipe, **home)
     assert done.returncode == 0 and "ready-made" in done.stdout, done.stderr
-    trained = openlm("train", recipe, **home)
+    with forked_trainers():
+        trained = openlm("train", recipe, **home)
     assert trained.returncode == 0, trained.stderr + trained.stdout
     shards = list((tmp_path / "home" / "shards" / "ready" / "v1").glob("*.tar"))
     assert shards and all(os.path.getsize(s) for s in shards)  # noqa: PTH202

@@ -42,7 +42,7 @@ def test_killed_before_any_change_of_the_file_system(small: Small, inline: PoolF
     attempts = [small(f"killed_{n}") for n in range(100)]
     for made in attempts:
         made.write(texts)
-    output, _ = program("kill", *(made.root for made in attempts)).communicate(timeout=120)
+    output, _ = program("kill", *(made.root for made in attempts)).communicate(timeout=600)
     *changes, last = output.splitlines()
     assert last == "done", "more attempts are needed to reach the end"
     kinds = Counter(change.split()[0] for change in changes)
@@ -87,7 +87,7 @@ def test_a_second_process_is_refused_while_the_first_works(
     with pytest.raises(BusyError) as caught:
         three_files.run(inline)
     message_of(caught.value, f"another process is already {doing} in", str(three_files.root), "Wait for it to end")
-    first.communicate("go\n", timeout=60)
+    first.communicate("go\n", timeout=300)
     assert first.returncode == 0
     assert three_files.run(no_client).reused
 

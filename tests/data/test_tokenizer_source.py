@@ -9,6 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from openlm_pipeline.errors import ConfigError, MissingInputError
 from openlm_pipeline.experiments import TokenizerSpec
 from openlm_pipeline.tokenizers import engine as engines
+from openlm_pipeline.tokenizers.engines.gigatoken import GigatokenEngine
+from openlm_pipeline.tokenizers.engines.huggingface import HuggingFaceEngine
 from openlm_pipeline.tokenizers.tokenizer import make_tokenizer, read_tokenizer_info
 
 
@@ -50,7 +52,7 @@ def test_a_tokenizer_without_the_end_of_text_token_is_refused(tmp_path, bpe):
 
 def test_the_fast_engine_gives_the_ids_of_the_reference(bpe):
     fast, reason = engines.make_engine(bpe, verify_every=1)
-    assert fast.name == "gigatoken", reason
+    assert reason.startswith("gigatoken, 1 in 1 documents"), reason
     texts = [
         "the cat",
         "",
@@ -59,7 +61,7 @@ def test_the_fast_engine_gives_the_ids_of_the_reference(bpe):
         "<|eot|>the",
         "\U0001e900 x",
     ]
-    reference = engines.HuggingFaceEngine(bpe).encode_batch(texts)
+    reference = HuggingFaceEngine(bpe).encode_batch(texts)
     for got, want in zip(fast.encode_batch(texts).split(), reference.split(), strict=True):
         assert np.array_equal(got, want)
 
@@ -67,8 +69,7 @@ def test_the_fast_engine_gives_the_ids_of_the_reference(bpe):
 def test_a_difference_is_found_and_its_document_told(bpe, tmp_path):
     other = tmp_path / "other.json"
     other.write_text(bpe.read_text().replace('"<|eot|>"', '"<|eos|>"'))
-    fast = engines.GigatokenEngine(bpe, verify_every=1)
-    fast._reference = engines.HuggingFaceEngine(other)
+    fast = engines.CheckedEngine(GigatokenEngine(bpe), HuggingFaceEngine(other), verify_every=1)
     with pytest.raises(engines.EngineMismatch) as error:
         fast.encode_batch(["the cat", "<|eot|>"])
     assert error.value.position == 1
@@ -79,5 +80,9 @@ def test_the_reference_is_taken_where_the_fast_engine_was_not_compared(bpe):
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(bpe))
     chosen, reason = engines.make_engine(bpe)
-    assert chosen.name == "huggingface"
+    assert isinstance(chosen, HuggingFaceEngine)
     assert "ByteLevel" in reason
+    with pytest.raises(ConfigError, match="tokenizer_engine=gigatoken does not work .*ByteLevel"):
+        engines.make_engine(bpe, "gigatoken")
+    with pytest.raises(ConfigError, match="did you mean 'gigatoken'"):
+        engines.make_engine(bpe, "gigatokens")

@@ -2,17 +2,21 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from drill_pipeline import DrillPipeline, Programs, one_trainer
+from once import made_once
 
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> DrillPipeline:
     """The pipeline after its job ran once and nothing went wrong; tests work on copies of it."""
-    pipeline = DrillPipeline.create(tmp_path_factory.mktemp("undisturbed") / "pipeline")
-    assert pipeline.execute("tiny").success
-    return pipeline
+
+    def make(folder: Path) -> None:
+        assert DrillPipeline.create(folder / "pipeline").execute("tiny", torchrun=True).success
+
+    return DrillPipeline(made_once(tmp_path_factory, "undisturbed", make) / "pipeline")
 
 
 @pytest.fixture

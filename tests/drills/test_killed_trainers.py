@@ -14,6 +14,7 @@ from drill_pipeline import (
     wait_until,
 )
 
+pytestmark = pytest.mark.drill
 FIRST_STEP = 157
 TRAIN = ("-m", "openlm_pipeline", "train", "tiny")
 
@@ -36,6 +37,7 @@ def test_a_killed_torchrun_is_told_and_the_same_command_goes_on(untrained, finis
     said = programs.last_printed()
     assert "training of tiny ended early" in said and "exit code -9" in said and "Traceback" not in said
     wait_until(lambda: not any(rank.is_running() for rank in ranks), "the rank to go with its torchrun")
+    assert not (untrained.run_folder / "outcome.json").exists()
     done = untrained.finished_work()
     assert any("/step-00000157/" in name for name in done)
     programs.finish(*TRAIN)
@@ -59,7 +61,6 @@ def test_a_killed_rank_is_started_again_by_torchrun(untrained, finished, program
     assert made["weights and optimizer"] == expected["weights and optimizer"]
 
 
-@pytest.mark.drill
 def test_under_dagster_a_killed_torchrun_and_then_a_killed_rank_fail_the_run_with_a_reason(
     undisturbed, tmp_path, programs_on, instance_of
 ):

@@ -1,11 +1,10 @@
-"""What torchrun starts in the tests of scoring by several processes: `python scoring_worker.py FOLDER`.
+"""What each process does in the tests of scoring by several.
 
 The folder has `model.pt`, `tokenizer.json`, `suite.yaml` and the task files. Each process writes the error that the
 second scoring, whose model fails on the last process only, ended with.
 """
 
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -50,15 +49,10 @@ def score(folder: Path, out: Path, last: bool) -> None:
         )
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    folder, rank, size = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+def score_and_fail(folder: Path) -> None:
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     score(folder, folder / f"of-{size}", last=False)
     try:
         score(folder, folder / f"broken-{size}", last=rank == size - 1)
     except OpenLMError as e:
         (folder / f"error-{size}-{rank}.txt").write_text(f"{type(e).__name__}: {e}")
-
-
-if __name__ == "__main__":
-    main()

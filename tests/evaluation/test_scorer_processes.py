@@ -1,17 +1,13 @@
-"""Under real torchrun the table is the same, byte for byte, at any number of processes; one failure ends all."""
+"""The table is the same, byte for byte, at any number of processes; one failure ends all."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from scoring_worker import score
+from gloo_workers import run_in_processes
+from scoring_worker import score, score_and_fail
 
-REPOSITORY = Path(__file__).parents[2]
-WORKER = Path(__file__).with_name("scoring_worker.py")
 TYPES = {
     "last_word": "language_modeling",
     "continuation": "multiple_choice",
@@ -40,21 +36,12 @@ def folder(tmp_path, model, tokenizer, write_rows, task_rows) -> Path:
     return tmp_path
 
 
-def torchrun(folder: Path, processes: int) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(
-        [*command, str(WORKER), str(folder)], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-
-
 def test_tables_are_byte_equal_at_any_number_of_processes_and_one_failure_ends_all(folder):
     score(folder, folder / "of-1", last=False)
     names = sorted(str(path.relative_to(folder / "of-1")) for path in (folder / "of-1").rglob("*.parquet"))
     assert len(names) == 1 + 2 * len(TYPES)
     for processes in (2, 3):
-        torchrun(folder, processes)
+        run_in_processes(processes, score_and_fail, folder)
         for name in names:
             alone, together = (folder / f"of-{n}" / name for n in (1, processes))
             assert together.read_bytes() == alone.read_bytes(), name

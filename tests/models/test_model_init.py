@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from gloo_workers import run_in_processes
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
@@ -32,10 +33,9 @@ def sharded_model(config: ModelConfig, **policy) -> nn.Module:
     return model
 
 
-def worker(rank: int, world_size: int, folder: Path) -> None:
+def worker(folder: Path) -> None:
     """One process of the sharded run: saves what every rank sees of full weights, sums, gradients and types."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    dist.init_process_group("gloo")
     results = []
     for config in VARIANTS:
         model = sharded_model(config)
@@ -52,12 +52,12 @@ def worker(rank: int, world_size: int, folder: Path) -> None:
     model.layers[1].register_forward_pre_hook(lambda _, args: seen.append((args[0].dtype, args[1].cos.dtype)))
     bf16_sums = [s.detach() for s in model(IDS, IDS)]
     results.append({"sums": bf16_sums, "types": seen})
-    torch.save(results, folder / f"rank{rank}.pt")
+    torch.save(results, folder / f"rank{dist.get_rank()}.pt")
     dist.destroy_process_group()
 
 
 def test_two_processes_of_fsdp_start_from_the_weights_of_one(tmp_path: Path):
-    torch.multiprocessing.spawn(worker, args=(2, tmp_path), nprocs=2)
+    run_in_processes(2, worker, tmp_path)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     for i, config in enumerate(VARIANTS):
         model = create_model(config, seed=7)
@@ -132,7 +132,7 @@ def test_norms_start_as_identity():
 
 @pytest.mark.parametrize("wrap", [lambda layer: layer, checkpoint_wrapper], ids=["plain", "checkpointed"])
 def test_blocks_compile_for_any_length(wrap):
-    model = create_model(TINY, seed=5)
+    model = create_model(TINY, seed=5, n_layers=1)
     expected = [model(IDS[:, :length], IDS[:, :length]) for length in (5, 3, 4)]
     for i, layer in enumerate(model.layers):
         model.layers[i] = torch.compile(wrap(layer), backend="aot_eager", fullgraph=True, dynamic=True)

@@ -66,7 +66,7 @@ def postgres() -> Iterator[PostgresServer]:
 def wait_until() -> Callable[[Callable[[], bool], str], None]:
     """Wait for another process to bring something about."""
 
-    def wait(condition: Callable[[], bool], what: str, seconds: float = 90.0) -> None:
+    def wait(condition: Callable[[], bool], what: str, seconds: float = 600.0) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"

@@ -19,6 +19,7 @@ from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.storage.files import sha256_file
 
 FIRST, LAST = LABELS
+SUPERSEDE = {"openlm/allow": "supersede"}
 SHARDS = ("shards", "tiny_text", "v1")
 
 
@@ -75,7 +76,7 @@ def _spoil(pipeline: TinyPipeline, *, in_manifest: bool) -> None:
 
 def test_whole_shards_of_other_text_fail_the_round_trip_and_are_not_trained_on(pipeline):
     _spoil(pipeline, in_manifest=True)
-    result = pipeline.execute("tiny")
+    result = pipeline.execute("tiny", tags=SUPERSEDE)
     assert not result.success
     assert set(_failed(result)) == {("shards/tiny_text", "round_trip")}
     assert "differs in the shards from its raw text" in _failed(result)["shards/tiny_text", "round_trip"]
@@ -96,7 +97,7 @@ def test_a_lost_shard_fails_the_conservation_of_tokens_and_is_not_trained_withou
     lines = manifest.read_text().splitlines(keepends=True)
     assert len(lines) > 1
     manifest.write_text("".join(lines[:-1]))
-    result = pipeline.execute("tiny")
+    result = pipeline.execute("tiny", tags=SUPERSEDE)
     assert not result.success
     assert ("shards/tiny_text", "tokens_conserved") in _failed(result)
     assert "train_tiny" not in _started(result)
@@ -105,7 +106,7 @@ def test_a_lost_shard_fails_the_conservation_of_tokens_and_is_not_trained_withou
 def test_more_bad_records_than_the_recipe_allows_are_told(pipeline):
     raw = pipeline.home / "raw" / "tiny_text" / "a.jsonl"
     raw.write_text(raw.read_text() + "no JSON\n" * 6)
-    result = pipeline.execute("tokenize_tiny_text")
+    result = pipeline.execute("tokenize_tiny_text", tags=SUPERSEDE)
     assert result.success
     assert _failed(result) == {}
     recipe = pipeline.root / "recipes" / "tiny.yaml"

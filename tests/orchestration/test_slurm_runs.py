@@ -43,7 +43,7 @@ def assert_saved_and_cancelled(pipeline: TinyPipeline) -> None:
 def orchestrate(pipeline: TinyPipeline, cluster: SlurmCluster, output: Path) -> psutil.Popen:
     with output.open("w") as out:
         return psutil.Popen(
-            [sys.executable, "-m", "orchestration", JOB],
+            [sys.executable, "-m", "orchestration", JOB, "--allow=repeat_data"],
             cwd=REPOSITORY, env=variables(pipeline, cluster), stdout=out, stderr=subprocess.STDOUT,
         )  # fmt: skip
 

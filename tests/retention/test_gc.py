@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from small_run import REPOSITORY, SmallRun, write_dataset
+from commands import openlm
+from small_run import SmallRun, write_dataset
 from tiny_pipeline import LABELS, FinishedPipeline, TinyPipeline, environment
 
 from openlm_pipeline.checkpoints.folders import COMPLETE, unfinished
@@ -305,13 +306,8 @@ def test_scores_by_task_of_a_run_that_was_set_aside_go_and_its_tokenizer_stays_w
 
 
 def test_the_command_only_plans_unless_told(small: SmallRun):
-    program = "import typer; from openlm_pipeline.cli.gc import gc; typer.run(gc)"
-
     def run(*flags: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-c", program, *flags],
-            env=environment(OPENLM_HOME=str(small.home.root)), cwd=REPOSITORY, capture_output=True, text=True,
-        )  # fmt: skip
+        done = openlm("gc", *flags, variables={"OPENLM_HOME": str(small.home.root)})
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -13,7 +13,7 @@ from small_run import BATCH, SmallRun
 
 from openlm_pipeline.errors import ClusterError, ConfigError, MissingInputError, TrainingError
 from openlm_pipeline.pipeline import training as training_stage
-from openlm_pipeline.runs.launch import MilestoneReached, Progress, find_job
+from openlm_pipeline.runs.launch import MilestoneReached, Progress, launcher_of
 from openlm_pipeline.runs.launchers.kubernetes import manifest
 
 pytest.importorskip("kubernetes", reason="the extra k8s is not installed")
@@ -100,7 +100,7 @@ def test_a_job_is_created_found_again_and_deleted(tmp_path: Path, cluster: Kuber
         pass
     assert any(r.endswith("research/openlm-small-v1 created") for r in reports)
     experiment = small.experiment(*ONE_NODE)
-    assert find_job(experiment, small.home, small.run, reports.append) is not None
+    assert launcher_of(experiment, small.home, small.run, reports.append).find() is not None
     assert "it is watched" in reports[-1]
     first.close()
     assert cluster.objects == {}

@@ -15,7 +15,7 @@ import torch._dynamo  # noqa: F401 - only to have it before forking
 from openlm_pipeline.experiments import load_experiment
 from openlm_pipeline.storage.home import Home
 from train.distributed import leave_process_group
-from train.loop import run_training
+from train.run import run_training
 
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 WRITING = os.O_WRONLY | os.O_RDWR

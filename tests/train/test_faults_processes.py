@@ -1,4 +1,4 @@
-"""Workers that die, stop and hang under torchrun, and signals as a terminal and a cluster send them."""
+"""Workers that hang under torchrun, and Ctrl-C in a terminal."""
 
 import json
 import os
@@ -9,13 +9,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from small_run import BATCH, REPOSITORY, SmallRun, wait_until
+from small_run import REPOSITORY, SmallRun, wait_until
 
 from openlm_pipeline.checkpoints.folders import list_checkpoints, verify
 from train.watchdog import EXIT_CODE
-
-STEPS = (10, 150)
-EVERY = f"execution.checkpoint_every={20 * BATCH}"
 
 
 def last_step(small: SmallRun) -> int:
@@ -37,42 +34,6 @@ def assert_intact(small: SmallRun) -> None:
         verify(checkpoint)
 
 
-def test_a_run_whose_rank_is_killed_stops_or_starts_again_by_itself(tmp_path: Path):
-    """One run: a rank is killed without restarts, then SIGUSR1 stops it, then a rank is killed with a restart."""
-    small = SmallRun(tmp_path, STEPS)
-
-    torchrun = small.torchrun(2, EVERY)
-    wait_until(lambda: last_step(small) > 25, torchrun)
-    workers(torchrun)[1].kill()
-    assert small.finish(torchrun) != 0
-    assert small.run.read_outcome()["status"] == "failed"
-    assert small.steps_on_disk()[10] == f"t{10 * BATCH}"
-    assert_intact(small)
-    killed_at = last_step(small)
-
-    torchrun = small.torchrun(2, EVERY, flags=("--signals-to-handle=SIGTERM,SIGUSR1",))
-    wait_until(lambda: last_step(small) > killed_at, torchrun)
-    torchrun.send_signal(signal.SIGUSR1)
-    small.finish(torchrun)
-    outcome = small.run.read_outcome()
-    assert outcome["status"] == "preempted"
-    assert outcome["step"] == last_step(small) < STEPS[-1]
-    assert outcome["step"] in small.steps_on_disk()
-
-    before = small.log()
-    torchrun = small.torchrun(2, EVERY, flags=("--max-restarts=1",))
-    wait_until(lambda: last_step(small) > outcome["step"] + 5, torchrun)
-    workers(torchrun)[0].kill()
-    assert small.finish(torchrun) == 0, small.log()
-    assert small.log().removeprefix(before).count("resumed from step-") == 2
-    assert small.run.read_outcome() == {"status": "completed", "step": STEPS[-1], "tokens": STEPS[-1] * BATCH}
-    assert_intact(small)
-
-    alone = SmallRun(tmp_path / "alone", STEPS)
-    alone.train("execution.checkpoint_every=null")
-    assert small.losses() == pytest.approx(alone.losses(), rel=1e-4)
-
-
 def test_a_hang_is_written_down_and_ends_the_run(tmp_path: Path):
     """Rank 1 is stopped as by a debugger; rank 0 waits for it, and then no longer."""
     small = SmallRun(tmp_path, (10, 5000))
@@ -81,8 +42,8 @@ def test_a_hang_is_written_down_and_ends_the_run(tmp_path: Path):
     ranks = workers(torchrun)
     ranks[1].suspend()
     try:
-        wait_until(lambda: small.run.read_outcome() is not None, torchrun, seconds=30)
-        wait_until(lambda: not ranks[0].is_running() or ranks[0].status() == psutil.STATUS_ZOMBIE, seconds=30)
+        wait_until(lambda: small.run.read_outcome() is not None, torchrun, seconds=300)
+        wait_until(lambda: not ranks[0].is_running() or ranks[0].status() == psutil.STATUS_ZOMBIE, seconds=300)
     finally:
         ranks[1].resume()
     assert small.finish(torchrun) != 0
@@ -112,7 +73,7 @@ with watchdog.watching():
 
 def test_a_hang_in_which_no_thread_of_python_runs_ends_too(tmp_path: Path):
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run([sys.executable, "-c", HOLDS_THE_LOCK, str(tmp_path)], env=environment, timeout=60)
+    done = subprocess.run([sys.executable, "-c", HOLDS_THE_LOCK, str(tmp_path)], env=environment, timeout=300)
     assert done.returncode == 1
     assert "in match" in (tmp_path / "stacks-rank-0.txt").read_text()
 
@@ -121,14 +82,14 @@ def test_ctrl_c_in_a_terminal_saves_a_checkpoint_and_stops(tmp_path: Path):
     """A terminal sends SIGINT to `openlm train` and all that it started at once."""
     small = SmallRun(tmp_path, (10, 5000))
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OPENLM_HOME": str(small.home.root)}
-    command = [sys.executable, "-m", "openlm_pipeline", "train", str(small.recipe)]
+    command = [sys.executable, "-m", "openlm_pipeline", "train", str(small.recipe), "--allow=repeat_data"]
     with (tmp_path / "openlm.log").open("wb") as log:
         terminal = psutil.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
     wait_until(lambda: last_step(small) > 12, terminal)
     trainers = workers(terminal)
     assert trainers
     os.killpg(terminal.pid, signal.SIGINT)
-    assert terminal.wait(timeout=60) != 0
+    assert terminal.wait(timeout=300) != 0
     assert not any(w.is_running() and w.status() != psutil.STATUS_ZOMBIE for w in trainers.values())
     outcome = small.run.read_outcome()
     assert outcome["status"] == "preempted"

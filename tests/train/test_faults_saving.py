@@ -55,7 +55,7 @@ def test_a_save_that_is_killed_at_any_change_of_its_folder_loses_nothing(tmp_pat
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     program = [sys.executable, str(Path(__file__).with_name("save_program.py")), str(first.recipe)]
     done = subprocess.run(
-        [*program, *map(str, roots)], capture_output=True, text=True, env=environment, timeout=120, check=True
+        [*program, *map(str, roots)], capture_output=True, text=True, env=environment, timeout=600, check=True
     )
     changes = [line for line in done.stdout.splitlines() if line.startswith(("os.", "open ", "done"))]
     assert changes[-1] == "done", done.stdout + done.stderr

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gloo_workers import run_program
 from small_run import REPOSITORY, write_dataset
 
 from openlm_pipeline.checkpoints.folders import list_checkpoints, read_checkpoint
@@ -63,13 +64,20 @@ class Flags:
         hook = "openlm = train.torchrun_line:protect_script_flags"
         (info / "entry_points.txt").write_text(f"[torch.backends]\n{hook}\n")
 
-    def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess:
+    @property
+    def variables(self) -> dict[str, str]:
         usual = {"OMP_NUM_THREADS": "1", "OPENLM_HOME": str(self.home.root), "WANDB_MODE": "offline"}
-        path = f"{self.root / 'site'}:{REPOSITORY}"
-        return subprocess.run(
-            command, env={**os.environ, **usual, "PYTHONPATH": path, **environment}, text=True, capture_output=True,
-            cwd=self.root, timeout=150,
-        )  # fmt: skip
+        return {**os.environ, **usual, "PYTHONPATH": f"{self.root / 'site'}:{REPOSITORY}"}
+
+    def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess:
+        variables = {**self.variables, **environment}
+        return subprocess.run(command, env=variables, text=True, capture_output=True, cwd=self.root, timeout=300)
+
+    def forked(self, processes: int, *line: str) -> tuple[list[int], str]:
+        """Exit codes and output of `python -m train LINE` as several ranks without torchrun."""
+        log = self.root / "forked.log"
+        log.write_bytes(b"")
+        return run_program("train", line, self.variables, log, processes), log.read_text()
 
     def line(self) -> list[str]:
         tars = self.root / "exported" / "{00000000..00000001}.tar"
@@ -111,9 +119,9 @@ def test_the_readme_line_trains_and_validates(trained: Flags):
 def test_the_same_line_goes_on_from_the_newest_checkpoint(trained: Flags):
     losses = {r["step"]: r["loss"] for r in trained.folder.read_metrics() if "loss" in r}
     shutil.rmtree(trained.checkpoints()[8])
-    done = trained.torchrun("--workers", "1", "--accum-freq", "2")  # how it is run may change
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "resumed from step-00000004" in done.stdout
+    codes, printed = trained.forked(2, *trained.line(), "--workers", "1", "--accum-freq", "2")  # how may change
+    assert codes == [0, 0], printed
+    assert "resumed from step-00000004" in printed
     assert "resumed from step-00000004" in (trained.folder.path / "out.log").read_text()
     assert list(trained.checkpoints()) == [4, 8]
     again = {r["step"]: r["loss"] for r in trained.folder.read_metrics() if "loss" in r}
@@ -122,16 +130,16 @@ def test_the_same_line_goes_on_from_the_newest_checkpoint(trained: Flags):
 
 def test_another_run_is_refused_and_leaves_the_folder_as_it_was(trained: Flags):
     before = {p: p.stat().st_mtime_ns for p in trained.folder.path.rglob("*") if p.is_file()}
-    one = trained.run(sys.executable, "-m", "train", *trained.line(), "--lr", "0.5", "--batch-size", "8")
-    assert one.returncode == IdentityError.exit_code
-    assert "training.lr" in one.stderr
+    codes, printed = trained.forked(1, *trained.line(), "--lr", "0.5", "--batch-size", "8")
+    assert codes == [IdentityError.exit_code]
+    assert "training.lr" in printed
     assert {p: p.stat().st_mtime_ns for p in trained.folder.path.rglob("*") if p.is_file()} == before
 
 
 def test_a_refused_flag_ends_before_anything_is_made(trained: Flags):
-    done = trained.run(sys.executable, "-m", "train", *trained.line(), "--name", "other", "--moe-freq", "2")
-    assert done.returncode == ConfigError.exit_code
-    assert "mixture-of-experts" in done.stderr
+    codes, printed = trained.forked(1, *trained.line(), "--name", "other", "--moe-freq", "2")
+    assert codes == [ConfigError.exit_code]
+    assert "mixture-of-experts" in printed
     assert not (trained.root / "logs" / "other").exists()
 
 
@@ -140,8 +148,8 @@ def test_pretrained_weights_are_summed_and_part_of_the_run(trained: Flags):
     line = [*trained.line(), "--batch-size", "8", "--epochs", "1", "--lr", "1e-30", "--warmup", "0", "--wd", "0"]
     line = [word for word in line if word not in ("--report-to", "wandb")] + ["--name", "averaged"]
     average = ("--average", str(first), str(last), "--average-coefficients", "0.75", "0.25")
-    done = trained.run(sys.executable, "-m", "train", "--", *line, *average)
-    assert done.returncode == 0, done.stdout + done.stderr
+    codes, printed = trained.forked(1, "--", *line, *average)
+    assert codes == [0], printed
     run = RunFolder(trained.root / "logs" / "averaged")
     assert [w["coefficient"] for w in run.identity["initial_weights"]] == [0.75, 0.25]
     (made,) = list_checkpoints(run.checkpoints, run.fingerprint, warn=pytest.fail)

@@ -3,6 +3,7 @@
 import importlib
 import math
 import sys
+from functools import partialmethod
 
 import pytest
 import torch
@@ -47,13 +48,35 @@ def test_losses_are_the_same_up_to_the_order_of_sums(plain: SmallRun, small: Sma
     assert small.losses() == pytest.approx(plain.losses(), rel=1e-6)
 
 
-def test_a_compiled_model_has_the_same_losses_with_one_graph_for_all_blocks(plain: SmallRun, small: SmallRun):
+@pytest.fixture
+def no_code_generated(monkeypatch) -> None:
+    """Blocks are traced, their backward passes too, and then run without the C++ that takes a minute to compile."""
+    compile_block = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compile_block, backend="aot_eager"))
+
+
+def test_a_compiled_model_has_the_same_losses_with_one_graph_for_all_blocks(
+    plain: SmallRun, small: SmallRun, no_code_generated: None
+):
     torch._dynamo.reset()  # what earlier tests compiled
     counters = torch._dynamo.utils.counters
     counters.clear()
     small.train("execution.compile=true", "execution.activation_checkpointing=selective", "milestones=[1024]")
     # Training, validation, and validation's last batch of another size.
     assert 1 <= counters["stats"]["unique_graphs"] <= 3
+    expected = {step: loss for step, loss in plain.losses().items() if step <= 4}
+    assert small.losses() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.drill
+def test_code_generated_for_blocks_gives_the_same_losses(plain: SmallRun, small: SmallRun):
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compiled = ("execution.compile=true", "execution.activation_checkpointing=selective")
+    small.train(*compiled, "milestones=[1024]", "validation=null")
+    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["inductor"]
     expected = {step: loss for step, loss in plain.losses().items() if step <= 4}
     assert small.losses() == pytest.approx(expected, rel=1e-6)
 

@@ -1,8 +1,10 @@
-"""Real processes under torchrun: the same numbers at any world size, and runs that are killed, stopped and resumed.
+"""Real processes: the same numbers at any world size, and runs that are killed, stopped and resumed under torchrun.
 
-One run of two processes is hurt three times, and compared with one that nobody touched.
+One run of two processes is hurt four times, and compared with one that nobody touched. That torchrun itself is killed
+is in tests/drills/test_killed_trainers.py.
 """
 
+import contextlib
 import signal
 import sys
 from pathlib import Path
@@ -10,9 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from gloo_workers import train_in_processes
 from small_run import BATCH, SmallRun, wait_until
 
-from openlm_pipeline.checkpoints.folders import list_checkpoints
+from openlm_pipeline.checkpoints.folders import list_checkpoints, verify
 from openlm_pipeline.checkpoints.reading import load_model
 from openlm_pipeline.errors import BusyError
 
@@ -25,6 +28,21 @@ def last_step(small: SmallRun) -> int:
     return max(small.losses(), default=0)
 
 
+def ranks(launcher: psutil.Popen) -> dict[int, psutil.Process]:
+    """Rank -> process of the trainers below torchrun."""
+    found = {}
+    for process in launcher.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "LOCAL_RANK" in (environment := process.environ()):
+                found[int(environment["LOCAL_RANK"])] = process
+    return found
+
+
+def assert_intact(small: SmallRun) -> None:
+    for checkpoint in list_checkpoints(small.run.checkpoints, small.run.fingerprint, warn=pytest.fail):
+        verify(checkpoint)
+
+
 def final_weights(small: SmallRun) -> dict[str, torch.Tensor]:
     checkpoint = list_checkpoints(small.run.checkpoints, small.run.fingerprint, warn=pytest.fail)[-1]
     assert checkpoint.step == STEPS[-1]
@@ -35,7 +53,7 @@ def final_weights(small: SmallRun) -> dict[str, torch.Tensor]:
 def untouched(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
     """A run of two processes from beginning to end."""
     small = SmallRun(tmp_path_factory.mktemp("untouched"), STEPS)
-    assert small.finish(small.torchrun(2, EVERY)) == 0, small.log()
+    train_in_processes(small, 2, EVERY)
     return small
 
 
@@ -72,27 +90,35 @@ def test_a_run_goes_on_at_another_number_of_processes(untouched: SmallRun, tmp_p
     assert one.losses() == pytest.approx({s: untouched.losses()[s] for s in range(21, 31)}, rel=1e-5)
 
 
-def test_a_run_survives_a_kill_a_second_trainer_and_a_stop_bitwise(
+def test_a_run_survives_stops_kills_and_a_second_trainer_bitwise(
     untouched: SmallRun, tmp_path: Path, monkeypatch, capsys
 ):
     hurt = SmallRun(tmp_path, STEPS)
 
-    # kill -9 of torchrun alone: its workers go with it, and what is complete on disk stays.
-    torchrun = hurt.torchrun(2, EVERY)
-    wait_until(lambda: last_step(hurt) > SAVE_EVERY + 5, torchrun)
-    workers = torchrun.children(recursive=True)
-    assert len(workers) >= 2
-    torchrun.kill()
-    torchrun.wait()
-    wait_until(lambda: not any(w.is_running() and w.status() != psutil.STATUS_ZOMBIE for w in workers), seconds=10)
-    assert hurt.run.read_outcome() is None
-    killed_at = last_step(hurt)
-    assert killed_at < STEPS[-1]
+    def started(after: int, *flags: str) -> psutil.Popen:
+        torchrun = hurt.torchrun(2, EVERY, flags=flags)
+        wait_until(lambda: last_step(hurt) > after + 5, torchrun)
+        return torchrun
 
-    # While the run is trained again, a second trainer is refused and leaves it unharmed.
-    torchrun = hurt.torchrun(2, EVERY)
-    wait_until(lambda: last_step(hurt) > killed_at + 5, torchrun)
-    assert "resumed from step-000000" in hurt.log()
+    def stopped() -> int:
+        """The step of the checkpoint that a run saved when it was told to stop."""
+        outcome = hurt.run.read_outcome()
+        assert outcome["status"] == "preempted"
+        assert outcome["step"] == last_step(hurt) < STEPS[-1]
+        assert outcome["step"] in hurt.steps_on_disk()
+        return outcome["step"]
+
+    # SIGTERM to torchrun: a checkpoint of the step at which it stopped, and an outcome that says so.
+    torchrun = started(SAVE_EVERY)
+    assert len(ranks(torchrun)) == 2
+    torchrun.send_signal(signal.SIGTERM)
+    assert hurt.finish(torchrun) != 0
+    at = stopped()
+    assert hurt.steps_on_disk()[20] == f"t{20 * BATCH}"
+
+    # While the run is trained again, a second trainer is refused and leaves it unharmed. Then SIGUSR1, as by Slurm.
+    torchrun = started(at, "--signals-to-handle=SIGTERM,SIGUSR1")
+    assert f"resumed from step-{at:08d}" in hurt.log()
     family = [torchrun, *torchrun.children(recursive=True)]
     for process in family:
         process.suspend()  # so that it can't end before the second one has tried
@@ -111,18 +137,28 @@ def test_a_run_survives_a_kill_a_second_trainer_and_a_stop_bitwise(
             process.resume()
     assert "already training" in capsys.readouterr().err
     assert after == before
-
-    # SIGTERM to torchrun: a checkpoint of the step at which it stopped, and an outcome that says so.
-    torchrun.send_signal(signal.SIGTERM)
+    torchrun.send_signal(signal.SIGUSR1)
     assert hurt.finish(torchrun) != 0
-    outcome = hurt.run.read_outcome()
-    assert outcome["status"] == "preempted"
-    assert killed_at < outcome["step"] < STEPS[-1]
-    assert outcome["step"] in hurt.steps_on_disk()
+    again_at = stopped()
+    assert again_at > at
+
+    # kill -9 of a rank: torchrun starts both again, which go on; and of another, when it may not start any more.
+    log_before = hurt.log()
+    torchrun = started(again_at, "--max-restarts=1")
+    killed = ranks(torchrun)
+    killed[0].kill()
+    wait_until(lambda: hurt.log().removeprefix(log_before).count("resumed from step-") == 2, torchrun)
+    wait_until(lambda: ranks(torchrun).keys() == {0, 1}, torchrun)
+    assert not set(killed.values()) & set(ranks(torchrun).values())
+    ranks(torchrun)[1].kill()
+    assert hurt.finish(torchrun) != 0
+    assert hurt.run.read_outcome()["status"] == "failed"
+    assert hurt.steps_on_disk()[20] == f"t{20 * BATCH}"
+    assert_intact(hurt)
 
     assert hurt.finish(hurt.torchrun(2, EVERY)) == 0, hurt.log()
-    assert f"resumed from step-{outcome['step']:08d}" in hurt.log()
     assert hurt.run.read_outcome() == {"status": "completed", "step": STEPS[-1], "tokens": STEPS[-1] * BATCH}
+    assert_intact(hurt)
     assert hurt.losses() == untouched.losses()
     expected, found = final_weights(untouched), final_weights(hurt)
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from openlm_pipeline.experiments.spec import Training
-from train.schedule import learning_rate
+from openlm_pipeline.registry import SCHEDULES
 
 BATCH, HORIZON = 100, 10_000
 LR, FLOOR = 3e-3, 3e-4
@@ -15,6 +15,10 @@ def training(schedule: str, **changes: object) -> Training:
     return Training(
         **{"global_batch": BATCH, "lr": LR, "lr_min": FLOOR, "warmup": 1000, "schedule": schedule, **changes}
     )
+
+
+def learning_rate(t: Training, horizon: int | None, step: int) -> float:
+    return SCHEDULES[t.schedule](t, horizon).rate(step)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])

@@ -1,14 +1,13 @@
 """Steps that are left out: by all ranks alike, recorded, capped, and the same after a resume."""
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
-from small_run import REPOSITORY, SmallRun
+from gloo_workers import run_in_processes
+from small_run import SmallRun
 
 from openlm_pipeline.checkpoints.folders import read_checkpoint
 from openlm_pipeline.checkpoints.reading import load_model
@@ -57,27 +56,21 @@ def test_a_spike_is_measured_against_the_mean_of_accepted_steps(world: World):
     assert judged(stability, 1.0, 2.0)
 
 
-TWO_RANKS = """
-import torch
-from openlm_pipeline.experiments.spec import Training
-from train.distributed import leave_process_group, start
-from train.stability import Stability
-world = start()
-stability = Stability(Training(global_batch=32, lr=1, max_skipped_steps=2), world)
-losses = [(1.0, 1.0), (float("nan"), 1.0), (1.0, float("inf")), (1.0, 1.0)]  # of rank 0 and rank 1 at each step
-print([stability.accepts(torch.tensor(step[world.rank]), torch.tensor(1.0)) for step in losses], flush=True)
-leave_process_group()
-"""
+def _judge_losses(folder: Path) -> None:
+    """One of two ranks: what it accepts of losses that differ between them."""
+    world = start()
+    stability = Stability(Training(global_batch=32, lr=1, max_skipped_steps=2), world)
+    losses = [(1.0, 1.0), (math.nan, 1.0), (1.0, math.inf), (1.0, 1.0)]
+    accepted = [judged(stability, step[world.rank], 1.0) for step in losses]
+    (folder / str(world.rank)).write_text(str(accepted))
+    leave_process_group()
 
 
-def test_all_ranks_leave_out_a_step_that_is_bad_on_one(tmp_path):
-    program = tmp_path / "two_ranks.py"
-    program.write_text(TWO_RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=90, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("[True, False, False, True]") == 2
+def test_all_ranks_leave_out_a_step_that_is_bad_on_one(tmp_path: Path):
+    run_in_processes(2, _judge_losses, tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(
+        "01", "[True, False, False, True]"
+    )
 
 
 def test_too_many_bad_steps_in_a_row_stop_the_run_and_none_is_saved(small: SmallRun):

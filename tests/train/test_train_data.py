@@ -1,6 +1,5 @@
 """Batches and initial weights do not depend on the number of processes; batches are read ahead by a thread."""
 
-import multiprocessing
 import threading
 from itertools import islice
 from pathlib import Path
@@ -8,16 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
+from gloo_workers import run_in_processes
 from small_run import SmallRun, wait_until
-from torch.multiprocessing import start_processes
 
 from openlm_pipeline.errors import ConfigError, DataError
 from openlm_pipeline.models import create_model
 from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.opening import open_dataset
 from train.data import Batches
-from train.distributed import World
+from train.distributed import leave_process_group, start
 from train.parallel import build_model
 
 
@@ -84,7 +82,7 @@ def test_closing_the_iterator_ends_its_thread(small: SmallRun, datasets: list[Sh
     next(batches)
     (thread,) = set(reading_threads()) - before
     batches.close()
-    thread.join(timeout=30)
+    thread.join(timeout=300)
     assert not thread.is_alive()
 
 
@@ -122,21 +120,18 @@ def test_a_batch_that_does_not_divide_over_the_processes_is_refused(small: Small
         Batches(small.experiment(), datasets, 0, 3)
 
 
-def save_initial_weights(rank: int, small: SmallRun, folder: Path) -> None:
+def save_initial_weights(small: SmallRun, folder: Path) -> None:
     """One of four processes: rank 0 keeps the weights that all have together."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4)
-    model = build_model(small.experiment(), World(rank, 4, torch.device("cpu"), dist.group.WORLD))
+    world = start()
+    model = build_model(small.experiment(), world)
     weights = {name: p.full_tensor() for name, p in model.named_parameters()}
-    if rank == 0:
+    if world.rank == 0:
         torch.save(weights, folder / "weights.pt")
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 def test_initial_weights_of_four_processes_are_those_of_one_bitwise(small: SmallRun, tmp_path: Path):
-    # A fork server, so that torch is imported once for the four.
-    multiprocessing.set_forkserver_preload(["small_run"])
-    start_processes(save_initial_weights, args=(small, tmp_path), nprocs=4, start_method="forkserver")
+    run_in_processes(4, save_initial_weights, small, tmp_path)
     four = torch.load(tmp_path / "weights.pt")
     experiment = small.experiment()
     one = dict(create_model(experiment.model_config_resolved(), seed=experiment.seed).named_parameters())

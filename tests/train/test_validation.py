@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gloo_workers import train_in_processes
 from small_run import SmallRun
 
 from openlm_pipeline.checkpoints.folders import list_checkpoints
@@ -57,7 +58,7 @@ def test_the_interval_is_the_bootstrap_over_samples(one_process: SmallRun):
 def test_loss_and_interval_are_the_same_at_two_processes(one_process: SmallRun, tmp_path: Path):
     """21 samples do not divide over them."""
     two = SmallRun(tmp_path, (4,))
-    assert two.finish(two.torchrun(2, INTERVALS)) == 0, two.log()
+    train_in_processes(two, 2, INTERVALS)
     here, there = validations(one_process)[4], validations(two)[4]
     keys = {key for key in here if key.startswith("validation_")}
     assert keys == {f"validation_{k}" for k in ("loss", "perplexity", "tokens", "loss_lower_95", "loss_upper_95")}

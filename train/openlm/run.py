@@ -52,7 +52,7 @@ def train_openlm(arguments: Sequence[str]) -> None:
     run = translate(values, home, world_size=world_size, local_world_size=local_world_size)
     if values.wandb_notes:
         os.environ["WANDB_NOTES"] = values.wandb_notes
-    from train.loop import run_training
+    from train.run import run_training
 
     first = os.environ.get("RANK", "0") == "0"
     for note in run.notes if first else ():

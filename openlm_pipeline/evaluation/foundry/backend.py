@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from openlm_pipeline.errors import DataError
+from openlm_pipeline.errors import ConfigError, DataError
 from openlm_pipeline.evaluation.foundry.environment import FoundryError, find_foundry_python, run_foundry
 from openlm_pipeline.evaluation.foundry.prompt_digest import prompt_digest
 from openlm_pipeline.evaluation.parallel import scoring_processes
@@ -40,6 +40,8 @@ from openlm_pipeline.storage.files import sha256_file
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.storage.remote import open_remote
 
+_TASK_TYPES = ("multiple_choice", "schema", "language_modeling", "generation_task_with_answers")
+"""Those that LLM Foundry has."""
 _BATCH_ROWS = 8
 _PROGRESS_SECONDS = 5.0
 _MODEL_CODE = Path(__file__).parents[2] / "checkpoints" / "hf"
@@ -82,8 +84,15 @@ def score_suite_with_foundry(
     Raises:
         MissingInputError: a task's file or LLM Foundry's environment is missing.
         DataError: a row is malformed, or cannot be scored within the length, or the model gives NaN.
+        ConfigError: a task type or rule that LLM Foundry does not have.
         FoundryError: LLM Foundry failed, or its prompts or accuracies are not those of the items.
     """
+    for task in suite.icl_tasks:
+        if task.icl_task_type not in _TASK_TYPES or task.scored_by is not None:
+            what = f"scored_by {task.scored_by}" if task.scored_by else f"icl_task_type {task.icl_task_type}"
+            raise ConfigError(
+                f"task {task.label} has {what}, which LLM Foundry does not know; set evaluation.backend=native"
+            )
     processes = scoring_processes()
     prepared = prepare_suite(suite, home, tokenizer, max_seq_len, tolerant, report)
 

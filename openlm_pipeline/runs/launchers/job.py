@@ -1,10 +1,13 @@
-"""What the watcher of a run asks of a launcher, and the one command that all of them start."""
+"""What the watcher of a run asks of a job that a launcher started, and the one command that all of them start."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from openlm_pipeline.experiments.spec import Launcher
+from openlm_pipeline.runs.programs import SAFE_PATH, starting
+
+if TYPE_CHECKING:
+    from openlm_pipeline.experiments.spec import Launcher
 
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 """What torchrun passes on to its workers; by default SIGUSR1, with which Slurm warns, would kill it."""
@@ -13,7 +16,7 @@ MALLOC_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
 }
-TRAINER_DEFAULTS = {"OMP_NUM_THREADS": "1", **MALLOC_ENVIRONMENT}
+TRAINER_DEFAULTS = {"OMP_NUM_THREADS": "1", **SAFE_PATH, **MALLOC_ENVIRONMENT}
 """Environment of the trainer where the user's own says nothing else."""
 
 
@@ -34,19 +37,25 @@ class Job(Protocol):
 
 
 def torchrun_command(
-    launcher: Launcher, experiment_file: Path | str, until: int, python: str, rendezvous: Sequence[str]
+    launcher: "Launcher",
+    experiment_file: Path | str,
+    until: int,
+    python: str,
+    rendezvous: Sequence[str],
+    trainer: Sequence[str] | None = None,
 ) -> list[str]:
     """The command that one machine runs.
 
     Args:
         python: the interpreter on that machine.
         rendezvous: torchrun's options by which its machines find each other.
+        trainer: how torchrun starts the trainer there; by default by its file on this machine.
     """
     return [
         python, "-m", "torch.distributed.run", *rendezvous,
         f"--nproc-per-node={launcher.processes}", f"--max-restarts={launcher.max_restarts}",
         f"--signals-to-handle={_SIGNALS}", f"--shutdown-timeout={launcher.grace_seconds}",
-        "-m", "train", str(experiment_file), f"--until={until}",
+        *(trainer or starting("train")), str(experiment_file), f"--until={until}",
     ]  # fmt: skip
 
 

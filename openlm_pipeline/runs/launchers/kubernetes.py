@@ -15,16 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import Field
 
 from openlm_pipeline.errors import ClusterError, ConfigError, MissingInputError
 from openlm_pipeline.experiments import Experiment
-from openlm_pipeline.experiments.spec import KubernetesSettings
+from openlm_pipeline.registry import LAUNCHERS
 from openlm_pipeline.result import Report
 from openlm_pipeline.runs.folder import RunFolder
+from openlm_pipeline.runs.launchers import Launcher
 from openlm_pipeline.runs.launchers.job import TRAINER_DEFAULTS, torchrun_command
 from openlm_pipeline.storage.files import write_text
 from openlm_pipeline.storage.home import Home
+from openlm_pipeline.strict import Strict
 
+_TRAINER = ("-m", "openlm_pipeline.runs.programs", "train")
+"""How a pod starts the trainer: its image knows where that is."""
 _QUERY_SECONDS = 5.0
 _POLL_SECONDS = 0.5
 _DELETE_SECONDS = 120
@@ -55,16 +60,14 @@ def job_object(experiment: Experiment, home: Home, until: int) -> dict[str, Any]
     """The Job or PyTorchJob. It names Secrets, and holds nothing of them.
 
     Raises:
-        ConfigError: the recipe has no `launcher.kubernetes`, or too long a name.
+        ConfigError: the recipe has too long a name.
     """
     launcher, name = experiment.launcher, object_name(experiment)
-    if launcher.kubernetes is None:
-        raise ConfigError(f"recipe {experiment.name} has no `launcher.kubernetes: {{image: ..., volume_claim: ...}}`")
     root = _home_in_pod(experiment, home)
     run_path = Home(root).run(experiment.name, experiment.version)
     metadata = {
         "name": name,
-        "namespace": launcher.kubernetes.namespace,
+        "namespace": launcher.settings.namespace,
         "labels": {_RUN_LABEL: name},
         "annotations": {_FOLDER_ANNOTATION: str(run_path)},
     }
@@ -75,10 +78,10 @@ def job_object(experiment: Experiment, home: Home, until: int) -> dict[str, Any]
             f"--nnodes={launcher.nodes}", "--rdzv-backend=c10d", "--rdzv-endpoint=$(MASTER_ADDR):$(MASTER_PORT)",
             f"--rdzv-id={name}",
         ]  # fmt: skip
-    command = torchrun_command(launcher, run_path / "experiment.yaml", until, "python", rendezvous)
+    command = torchrun_command(launcher, run_path / "experiment.yaml", until, "python", rendezvous, _TRAINER)
     template = {
         "metadata": {"labels": {_RUN_LABEL: name}},
-        "spec": _pod_spec(launcher.kubernetes, command, root, launcher.grace_seconds),
+        "spec": _pod_spec(launcher.settings, command, root, launcher.grace_seconds),
     }
     if launcher.nodes == 1:
         return {
@@ -112,10 +115,10 @@ def job_object(experiment: Experiment, home: Home, until: int) -> dict[str, Any]
 
 
 def _home_in_pod(experiment: Experiment, home: Home) -> Path:
-    return Path(experiment.launcher.kubernetes.mount_path or home.root)
+    return Path(experiment.launcher.settings.mount_path or home.root)
 
 
-def _pod_spec(settings: KubernetesSettings, command: list[str], home: Path, grace_seconds: int) -> dict[str, Any]:
+def _pod_spec(settings: "Kubernetes.Settings", command: list[str], home: Path, grace_seconds: int) -> dict[str, Any]:
     resources = {"nvidia.com/gpu": settings.gpus, "cpu": settings.cpu, "memory": settings.memory}
     limits = {name: str(value) for name, value in resources.items() if value is not None}
     container = {
@@ -140,37 +143,67 @@ def _pod_spec(settings: KubernetesSettings, command: list[str], home: Path, grac
     }
 
 
-def find_job(experiment: Experiment, home: Home, run: RunFolder, report: Report) -> "KubernetesJob | None":
-    """The object that trains this run and has not ended; None if there is none.
+@LAUNCHERS.register("kubernetes")
+class Kubernetes(Launcher):
+    """A Kubernetes Job with one pod, or on several nodes Kubeflow's PyTorchJob."""
 
-    Raises:
-        MissingInputError: the client is not installed, or there is no cluster's configuration.
-        ClusterError: the cluster does not answer.
-        ConfigError: its name is taken by the run in another folder.
-    """
-    job = KubernetesJob(experiment, home, run, report)
-    there = job.read()
-    if there is None or job.final_condition(there):
-        return None
-    report(f"{job.description} of this run is there already: it is watched, none is added")
-    return job
+    class Settings(Strict):
+        """The pods of `launcher.kind: kubernetes`."""
 
+        image: str = Field(min_length=1)
+        """With this project installed for its `python`."""
+        volume_claim: str = Field(min_length=1)
+        """PersistentVolumeClaim with `OPENLM_HOME`, which this machine sees as well."""
+        mount_path: str | None = None
+        """Where the claim is mounted in a pod; by default at this machine's path of `OPENLM_HOME`."""
+        namespace: str = "default"
+        gpus: int | None = Field(default=None, ge=1)
+        """NVIDIA GPUs per pod."""
+        cpu: str | None = None
+        """Cores per pod, such as `16` or `500m`."""
+        memory: str | None = None
+        """Memory per pod, such as `256Gi`."""
+        service_account: str | None = None
+        env_from_secrets: tuple[str, ...] = ()
+        """Secrets whose keys become environment variables of the trainer."""
+        max_requeues: int = Field(default=100, ge=0)
+        """Times that a run whose pods the cluster took away is started again."""
 
-def submit_job(experiment: Experiment, home: Home, run: RunFolder, until: int, report: Report) -> "KubernetesJob":
-    """Create the object; one of this run that ended is removed first. `launch/kubernetes.yaml` keeps it.
+    @property
+    def max_requeues(self) -> int:
+        return self.settings.max_requeues
 
-    Raises:
-        MissingInputError: the client is not installed, or there is no cluster's configuration.
-        ClusterError: the cluster refused it; the message is its own.
-        ConfigError: its name is taken by the run in another folder.
-    """
-    job = KubernetesJob(experiment, home, run, report)
-    if job.read() is not None:
-        job.cancel()
-    write_text(run.path / "launch" / "kubernetes.yaml", manifest(experiment, home, until))
-    job.create(job_object(experiment, home, until))
-    report(f"{job.description} created")
-    return KubernetesJob(experiment, home, run, report)
+    def find(self) -> "KubernetesJob | None":
+        """
+        Raises:
+            ConfigError: its name is taken by the run in another folder.
+        """
+        job = self._job()
+        there = job.read()
+        if there is None or job.final_condition(there):
+            return None
+        self.report(f"{job.description} of this run is there already: it is watched, none is added")
+        return job
+
+    def submit(self, until: int) -> "KubernetesJob":
+        """Create the object; one of this run that ended is removed first. `launch/kubernetes.yaml` keeps it.
+
+        Raises:
+            ConfigError: its name is taken by the run in another folder.
+        """
+        job = self._job()
+        if job.read() is not None:
+            job.cancel()
+        write_text(self.run.path / "launch" / "kubernetes.yaml", self.show(until))
+        job.create(job_object(self.experiment, self.home, until))
+        self.report(f"{job.description} created")
+        return self._job()
+
+    def show(self, until: int) -> str:
+        return manifest(self.experiment, self.home, until)
+
+    def _job(self) -> "KubernetesJob":
+        return KubernetesJob(self.experiment, self.home, self.run, self.report)
 
 
 def _configuration() -> Any:
@@ -204,7 +237,7 @@ class KubernetesJob:
             raise MissingInputError(
                 "launcher.kind is kubernetes, but its client is not installed: pip install 'openlm-pipeline[k8s]'"
             ) from None
-        settings = experiment.launcher.kubernetes
+        settings = experiment.launcher.settings
         group, version, plural = ("batch", "v1", "jobs")
         if experiment.launcher.nodes > 1:
             group, version, plural = ("kubeflow.org", "v1", "pytorchjobs")

@@ -1,6 +1,7 @@
 """The trainer on this machine: a torchrun child that dies with its parent."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -8,12 +9,34 @@ from contextlib import suppress
 
 import psutil
 
-from openlm_pipeline.experiments import Experiment
+from openlm_pipeline.experiments import Experiment, spec
+from openlm_pipeline.registry import LAUNCHERS
 from openlm_pipeline.runs.folder import RunFolder
+from openlm_pipeline.runs.launchers import Launcher
 from openlm_pipeline.runs.launchers.job import TRAINER_DEFAULTS, log_end, torchrun_command
 from openlm_pipeline.storage.home import Home
 
 _LOG = "train.log"
+
+
+@LAUNCHERS.register("local")
+class Local(Launcher):
+    """torchrun on this machine; it dies with the process that watches it."""
+
+    @classmethod
+    def check(cls, common: spec.Launcher) -> None:
+        if common.nodes > 1:
+            raise ValueError("kind 'local' is this machine: nodes must be 1; 'slurm' and 'kubernetes' have several")
+
+    def submit(self, until: int) -> "LocalJob":
+        return LocalJob(self.experiment, self.home, self.run, until)
+
+    def show(self, until: int) -> str:
+        return shlex.join(_command(self.experiment, self.run, until))
+
+
+def _command(experiment: Experiment, run: RunFolder, until: int) -> list[str]:
+    return torchrun_command(experiment.launcher, run.experiment_file, until, sys.executable, ["--standalone"])
 
 
 class LocalJob:
@@ -22,7 +45,7 @@ class LocalJob:
     def __init__(self, experiment: Experiment, home: Home, run: RunFolder, until: int) -> None:
         self._grace_seconds = experiment.launcher.grace_seconds
         self._log = run.path / _LOG
-        command = torchrun_command(experiment.launcher, run.experiment_file, until, sys.executable, ["--standalone"])
+        command = _command(experiment, run, until)
         if setpriv := shutil.which("setpriv"):
             command = [setpriv, "--pdeathsig", "TERM", "--", *command]
         with self._log.open("ab") as log:

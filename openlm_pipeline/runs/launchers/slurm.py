@@ -1,4 +1,4 @@
-"""The trainer as a Slurm job: one torchrun a node, submitted once, found again, stopped in order.
+"""The trainer as a Slurm job: one torchrun per node, submitted once, found again, stopped in order.
 
 `launch/` in the run folder keeps what was submitted: `job.sbatch`, `slurm.json` (the job's id) and the log. The job's
 name and working directory say which run it trains, so that a later watcher finds it even where its id was never
@@ -20,13 +20,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import Field
+
 from openlm_pipeline.errors import ClusterError, ConfigError, MissingInputError
 from openlm_pipeline.experiments import Experiment
+from openlm_pipeline.registry import LAUNCHERS
 from openlm_pipeline.result import Report
 from openlm_pipeline.runs.folder import RunFolder
+from openlm_pipeline.runs.launchers import Launcher
 from openlm_pipeline.runs.launchers.job import TRAINER_DEFAULTS, log_end, torchrun_command
 from openlm_pipeline.storage.files import write_json, write_text
 from openlm_pipeline.storage.home import Home
+from openlm_pipeline.strict import Strict
 
 _QUERY_SECONDS = 5.0
 _POLL_SECONDS = 0.5
@@ -83,34 +88,58 @@ def _queue(name: str, folder: Path) -> list[_Queued]:
     return sorted(found, key=lambda job: int(job.job_id))
 
 
-def find_job(experiment: Experiment, run: RunFolder, report: Report) -> "SlurmJob | None":
-    """The job that trains this run, or waits to; None if there is none.
+@LAUNCHERS.register("slurm")
+class Slurm(Launcher):
+    """A Slurm job with one torchrun per node; submitted once, it puts itself into the queue again at its time limit."""
 
-    Raises:
-        MissingInputError: Slurm is not installed here.
-        ClusterError: Slurm does not answer.
-    """
-    jobs = [j for j in _queue(job_name(experiment), run.path.resolve()) if j.state != "COMPLETING"]
-    if not jobs:
-        return None
-    report(f"Slurm job {jobs[0].job_id} of this run is {jobs[0].state.lower()} already: it is watched, none is added")
-    return SlurmJob(experiment, run, jobs[0].job_id, report)
+    class Settings(Strict):
+        """The `sbatch` options of `launcher.kind: slurm`; what is left out is the cluster's default."""
 
+        partition: str | None = None
+        account: str | None = None
+        qos: str | None = None
+        constraint: str | None = None
+        time_limit: str | None = None
+        """As Slurm writes it, such as `24:00:00` or `2-00:00:00`."""
+        gpus_per_node: int | None = Field(default=None, ge=1)
+        cpus_per_task: int | None = Field(default=None, ge=1)
+        """CPU cores per node, as one task, torchrun, runs on each."""
+        memory: str | None = None
+        """Memory per node, such as `512G`."""
+        options: dict[str, str | int | bool] = {}
+        """Any other long option of sbatch by its name: `{reservation: training, exclusive: true}`. It stands above the
+        options written here; false leaves one out."""
+        setup: tuple[str, ...] = ()
+        """Shell lines that the job runs first on its first node, such as `module load cuda`."""
+        environment: tuple[str, ...] = ()
+        """Names of environment variables that the job gets from the launching process, besides those that the trainer
+        and its libraries are known to read."""
+        max_requeues: int = Field(default=100, ge=0)
+        """Times that a run which the time limit or a preemption stopped goes into the queue again."""
 
-def submit_job(experiment: Experiment, home: Home, run: RunFolder, until: int, report: Report) -> "SlurmJob":
-    """Submit the training of a run up to `until` tokens.
+    @property
+    def max_requeues(self) -> int:
+        return self.settings.max_requeues
 
-    Raises:
-        MissingInputError: Slurm is not installed here.
-        ClusterError: sbatch refused it; the message is its own.
-    """
-    script = run.path / "launch" / "job.sbatch"
-    write_text(script, job_script(experiment, home, run, until))
-    job_id = _slurm("sbatch", "--parsable", str(script), cwd=run.path.resolve()).split(";")[0]
-    job = SlurmJob(experiment, run, job_id, report)
-    write_json(run.path / "launch" / "slurm.json", {"job_id": job_id, "name": job_name(experiment), "until": until})
-    report(f"Slurm job {job_id} submitted; its log: {job.log}")
-    return job
+    def find(self) -> "SlurmJob | None":
+        jobs = [j for j in _queue(job_name(self.experiment), self.run.path.resolve()) if j.state != "COMPLETING"]
+        if not jobs:
+            return None
+        there = f"Slurm job {jobs[0].job_id} of this run is {jobs[0].state.lower()} already"
+        self.report(f"{there}: it is watched, none is added")
+        return SlurmJob(self.experiment, self.run, jobs[0].job_id, self.report)
+
+    def submit(self, until: int) -> "SlurmJob":
+        folder = self.run.path / "launch"
+        write_text(folder / "job.sbatch", self.show(until))
+        job_id = _slurm("sbatch", "--parsable", str(folder / "job.sbatch"), cwd=self.run.path.resolve()).split(";")[0]
+        job = SlurmJob(self.experiment, self.run, job_id, self.report)
+        write_json(folder / "slurm.json", {"job_id": job_id, "name": job_name(self.experiment), "until": until})
+        self.report(f"Slurm job {job_id} submitted; its log: {job.log}")
+        return job
+
+    def show(self, until: int) -> str:
+        return job_script(self.experiment, self.home, self.run, until)
 
 
 def job_script(experiment: Experiment, home: Home, run: RunFolder, until: int) -> str:
@@ -128,7 +157,7 @@ def job_script(experiment: Experiment, home: Home, run: RunFolder, until: int) -
         "#!/bin/bash",
         *_directives(experiment),
         "",
-        *launcher.slurm.setup,
+        *launcher.settings.setup,
         f"export OPENLM_HOME={shlex.quote(str(home.root.resolve()))}",
         *defaults,
         f"rm -f {outcome}*  # of an earlier start of this job",
@@ -144,7 +173,7 @@ def job_script(experiment: Experiment, home: Home, run: RunFolder, until: int) -
         "step=$!",
         "signalled=1",
         "while [ $signalled = 1 ]; do signalled=0; wait $step; status=$?; done  # a signal ends a wait, not the step",
-        f'if [ $time_is_up = 1 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {launcher.slurm.max_requeues} ] \\',
+        f'if [ $time_is_up = 1 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {launcher.settings.max_requeues} ] \\',
         f'  && grep -q \'"status": "preempted"\' {outcome}; then',
         '  scontrol requeue "$SLURM_JOB_ID"',
         "fi",
@@ -159,7 +188,7 @@ def _directives(experiment: Experiment) -> list[str]:
     Raises:
         ConfigError: an option cannot stand in one line.
     """
-    launcher, slurm = experiment.launcher, experiment.launcher.slurm
+    launcher, slurm = experiment.launcher, experiment.launcher.settings
     names = sorted(n for n in os.environ if _READ_BY_THE_TRAINER.fullmatch(n) or n in slurm.environment)
     options: dict[str, str | int | bool | None] = {
         "job-name": job_name(experiment),

@@ -1,4 +1,4 @@
-"""Orders that read few shards at a time, for shards that are far away.
+"""An order that reads few shards at a time, for shards that are far away.
 
 Each epoch of a source takes its shards in a new seeded order and cuts it into windows of W consecutive shards, the last
 one shorter; the samples of a window are permuted together. So each sample comes once an epoch, and a reader needs the
@@ -10,47 +10,18 @@ from functools import lru_cache
 
 import numpy as np
 
-from openlm_pipeline.ordering.mixture import MixedOrder, StratifiedMixture, check_sources, key_of
+from openlm_pipeline.ordering.mixture import StratifiedMixture, check_sources, key_of
 from openlm_pipeline.ordering.permutation import mix_array, permute_array
+from openlm_pipeline.ordering.samplings import Sampling
+from openlm_pipeline.ordering.shard_sequence import ShardSequence
+from openlm_pipeline.registry import SAMPLINGS
 
 
-class ShardSequence:
-    """Shards of one source in the order in which they are read; a position counts samples through that order."""
+@SAMPLINGS.register("windowed")
+class WindowedOrder(Sampling):
+    """Each sample once an epoch, shuffled within `window_shards` shards at a time, for remote shards."""
 
-    def __init__(self, shards: np.ndarray, sizes: np.ndarray) -> None:
-        """
-        Args:
-            shards: numbers of the shards, int64[n]; one may come several times.
-            sizes: samples in each shard of the source.
-        """
-        self.shards = shards
-        self.starts = np.concatenate([[0], np.cumsum(sizes[shards])])
-        """Position at which each shard begins, and at last where all end: int64[n + 1]."""
-        self._shift = (np.cumsum(sizes) - sizes)[shards] - self.starts[:-1]
-
-    def __len__(self) -> int:
-        """Samples in all its shards."""
-        return int(self.starts[-1])
-
-    def in_order(self, positions: np.ndarray) -> np.ndarray:
-        """Samples at `positions`, each shard read from its first sample to its last."""
-        return positions + self._shift[np.searchsorted(self.starts, positions, side="right") - 1]
-
-    def shuffled(self, positions: np.ndarray, windows: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """Samples at `positions`, permuted within windows of consecutive shards.
-
-        Args:
-            windows: index in the sequence of the first shard of each window, the first one's is 0: int64[w].
-            keys: seed of each window's permutation: uint64[w].
-        """
-        bounds = self.starts[np.append(windows, len(self.shards))]
-        window = np.searchsorted(bounds, positions, side="right") - 1
-        start, end = bounds[window], bounds[window + 1]
-        return self.in_order(start + permute_array(positions - start, end - start, keys[window]))
-
-
-class WindowedOrder(MixedOrder):
-    """Samples shuffled within windows of shards."""
+    settings = ("window_shards",)
 
     def __init__(
         self, shard_sizes: Sequence[np.ndarray], weights: Sequence[float], seed: int, window_shards: int

@@ -1,65 +1,62 @@
 """What a run reports about itself: sums are kept on the device and read only at log steps."""
 
-import contextlib
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.runs.estimates import Arithmetic, find_device, flops_per_token, peak_flops
 from openlm_pipeline.units import format_bytes
-from train.distributed import World
+from train.hooks import HOOKS, Hook, Step
+
+if TYPE_CHECKING:
+    from train.loop import Trainer
 
 
-class Metrics:
-    """Averages since the last log step."""
+@HOOKS.register("metrics")
+class Metrics(Hook):
+    """Averages since the last record: loss, gradient norm, speed, memory, waiting for data."""
 
-    def __init__(self, world: World, experiment: Experiment, note: Callable[[str], None]) -> None:
-        """
-        Args:
-            note: told once where MFU cannot be given.
-        """
-        self.world = world
+    order = 40
+
+    def __init__(self, trainer: "Trainer") -> None:
+        super().__init__(trainer)
+        experiment, self.world = trainer.experiment, trainer.world
         self.global_batch = experiment.training.global_batch
         self.flops_per_token = flops_per_token(experiment.model_config_resolved(), experiment.seq_len)
-        self.peak_flops = _peak_flops(world.device, experiment.training.precision, note)
-        self.reset()
+        self.peak_flops = _peak_flops(self.world.device, experiment.training.precision, trainer.warn)
+        self.at_resume()
 
-    def reset(self) -> None:
+    def at_resume(self) -> None:
         self.loss_sum = torch.zeros((), device=self.world.device)
         self.grad_norm_sum = torch.zeros((), device=self.world.device)
-        self.steps = 0
+        self.first_step, self.steps_taken, self.lr = self.trainer.step, 0, 0.0
         self.data_wait_seconds = 0.0
-        self.paused_seconds = 0.0
+        self.paused_before = self.trainer.paused_seconds
         self.started = time.perf_counter()
 
-    def add(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
-        """Add this rank's share of the step's mean loss, in nats a token, and the global gradient norm."""
-        self.loss_sum += loss.detach()
-        self.grad_norm_sum += grad_norm.detach()
-        self.steps += 1
+    def after_step(self, step: Step, taken: bool) -> None:
+        self.lr = step.lr
+        self.data_wait_seconds += step.data_wait_seconds
+        if taken:
+            self.loss_sum += step.loss.detach()
+            self.grad_norm_sum += step.grad_norm.detach()
+            self.steps_taken += 1
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """What is done inside, such as a validation, is no part of the time of the steps around it."""
-        started = time.perf_counter()
-        yield
-        self.paused_seconds += time.perf_counter() - started
-
-    def read(self, steps: int, lr: float) -> dict[str, float | None]:
-        """The averages over all ranks, as a record; then start anew.
+    def record(self) -> dict[str, float | None]:
+        """The averages over all ranks, from which on they are new ones; empty where every step was left out.
 
         Where ranks differ, in memory and in waiting for data, the record has the largest value.
-
-        Args:
-            steps: optimizer steps since the last call, with those that were left out.
         """
-        loss = (self.world.sum(self.loss_sum) / self.steps).item()  # waits for the device, so the time below is true
-        grad_norm = (self.grad_norm_sum / self.steps).item()
-        seconds = time.perf_counter() - self.started - self.paused_seconds
+        if not self.steps_taken:
+            return {}
+        steps = self.trainer.step - self.first_step
+        loss = (self.world.sum(self.loss_sum) / self.steps_taken).item()  # waits for the device: the time below is true
+        grad_norm = (self.grad_norm_sum / self.steps_taken).item()
+        seconds = time.perf_counter() - self.started - (self.trainer.paused_seconds - self.paused_before)
         worst = torch.tensor([self.data_wait_seconds, *memory_bytes(self.world.device)], dtype=torch.float64)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=self.world.cpu_group)
         data_wait_seconds, allocated, reserved = worst.tolist()
@@ -68,7 +65,7 @@ class Metrics:
         flops_per_second_per_gpu = tokens_per_second_per_gpu * self.flops_per_token
         record = {
             "loss": loss,
-            "lr": lr,
+            "lr": self.lr,
             "grad_norm": grad_norm,
             "tokens_per_second": tokens / seconds,
             "tokens_per_second_per_gpu": tokens_per_second_per_gpu,
@@ -80,9 +77,9 @@ class Metrics:
             "memory_bytes": int(allocated),
             "memory_reserved_bytes": int(reserved),
         }
-        if steps > self.steps:
-            record["skipped_steps"] = steps - self.steps
-        self.reset()
+        if steps > self.steps_taken:
+            record["skipped_steps"] = steps - self.steps_taken
+        self.at_resume()
         return record
 
 

@@ -16,6 +16,8 @@ def protect_script_flags() -> None:
     before = sys.orig_argv[: -len(sys.argv[1:]) or None]
     if Path(sys.argv[0]).name != "torchrun" and "torch.distributed.run" not in before:
         return
+    if not Path("train", "openlm", "flags.py").is_file():  # another's `train`, whose arguments are none of ours
+        return
     for i in range(1, len(sys.argv) - 1):
         if sys.argv[i] in ("-m", "--module") and sys.argv[i + 1] == "train":
             arguments = sys.argv[i + 2 :]

@@ -1,0 +1,35 @@
+"""JSON lines: a record a line, read in parts."""
+
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from openlm_pipeline.corpus.formats import Found, RawFormat, Reading
+from openlm_pipeline.corpus.json_records import BadText, text_of
+from openlm_pipeline.corpus.line_content import LineContent, Raw, line_content, lines_of
+from openlm_pipeline.registry import RAW_FORMATS
+
+
+@RAW_FORMATS.register("json lines")
+class JsonLines(RawFormat):
+    """One JSON object per line."""
+
+    suffixes = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".zst", ".gz")
+
+    def records(self, file: BinaryIO, reading: Reading) -> Iterator[Found]:
+        content = line_content(file, reading)
+        if content is None:
+            return
+        for raw in self._pieces(content, reading):
+            reading.lines += 1
+            if raw.data is not None and not raw.data.strip():
+                continue
+            try:
+                text = text_of(raw.data, reading.text_key)
+            except BadText as e:
+                yield Found(raw.line, raw.offset, None, str(e))
+            else:
+                yield Found(raw.line, raw.offset, text)
+
+    def _pieces(self, content: LineContent, reading: Reading) -> Iterator[Raw]:
+        """What should be JSON records."""
+        return lines_of(content.blocks, content.offset, content.past_end)

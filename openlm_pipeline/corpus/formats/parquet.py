@@ -1,0 +1,77 @@
+"""Parquet: a record per row, read in parts of whole row groups."""
+
+import io
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from openlm_pipeline.corpus.blocks import empty
+from openlm_pipeline.corpus.formats import Found, Part, RawFormat, Reading
+from openlm_pipeline.errors import DataError
+from openlm_pipeline.registry import RAW_FORMATS
+
+_ROWS_PER_BATCH = 1024
+
+
+@RAW_FORMATS.register("parquet")
+class Parquet(RawFormat):
+    """Rows of a Parquet file, of which only the text's column is read."""
+
+    suffixes = (".parquet",)
+
+    def records(self, file: BinaryIO, reading: Reading) -> Iterator[Found]:
+        for row, value in _parquet_rows(file, reading.url, reading.text_key, reading.part):
+            reading.lines += 1
+            if value is None:
+                yield Found(reading.lines, row, None, f"field {reading.text_key!r} is a null, not a string")
+                continue
+            reading.bytes += len(value)
+            reading.raw_bytes = max(0, file.tell() - reading.part.begin)
+            try:
+                text = value.decode()
+            except UnicodeDecodeError as e:
+                yield Found(reading.lines, row, None, f"invalid UTF-8 at byte {e.start} of the record")
+            else:
+                yield Found(reading.lines, row, text)
+
+
+def _parquet_rows(file: BinaryIO, url: str, text_key: str, part: Part) -> Iterator[tuple[int, bytes | None]]:
+    """Row numbers in the file and texts; a row group belongs to the part in which its share of the rows begins."""
+    import pyarrow as pa  # slow to import, and most raw files are no Parquet
+    import pyarrow.parquet as pq
+
+    try:
+        if not (file_bytes := file.seek(0, io.SEEK_END)):
+            raise empty(url)
+        file.seek(0)
+        table = pq.ParquetFile(file)
+        if text_key not in table.schema_arrow.names:
+            raise DataError(
+                f"raw file {url} has no column {text_key!r} but {', '.join(table.schema_arrow.names)}; "
+                "set the source's text_key"
+            )
+        kind = table.schema_arrow.field(text_key).type
+        if pa.types.is_dictionary(kind):
+            kind = kind.value_type
+        types = pa.types
+        texts = (types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary)
+        if not any(is_kind(kind) for is_kind in texts):
+            raise DataError(f"column {text_key!r} of raw file {url} is {kind}, not a string; set the source's text_key")
+        row = rows_before = 0
+        for group in range(table.num_row_groups):
+            about = table.metadata.row_group(group)
+            # By rows, as `RowGroupMetaData.column` with its sizes aborts the process on some corrupt files.
+            begins_at = rows_before * file_bytes // max(1, table.metadata.num_rows)
+            rows_before += max(0, about.num_rows)
+            if begins_at < part.begin or (part.end is not None and begins_at >= part.end):
+                row += about.num_rows
+                continue
+            for batch in table.iter_batches(_ROWS_PER_BATCH, row_groups=[group], columns=[text_key]):
+                column = batch.column(0)
+                if pa.types.is_dictionary(column.type):
+                    column = column.dictionary_decode()
+                # As bytes: invalid UTF-8 in one row must not hide the others.
+                for value in column.cast(pa.large_binary()).to_pylist():
+                    yield row, value
+                    row += 1
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:  # names of columns may be no UTF-8
+        raise DataError(f"raw file {url} is not a whole Parquet file: {e}. Fetch it again.") from e

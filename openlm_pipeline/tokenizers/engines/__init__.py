@@ -1,0 +1,58 @@
+"""Engines that turn texts into token ids, one module each: `execution.tokenizer_engine` names one.
+
+All must give the ids of Hugging Face `tokenizers`, the reference, against which `tokenizers.engine` checks the others.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The ids of several texts, one after the other."""
+
+    ids: np.ndarray
+    """uint32[sum of lengths]"""
+    lengths: np.ndarray
+    """int64[number of texts]"""
+
+    def split(self) -> list[np.ndarray]:
+        """The ids of each text."""
+        return np.split(self.ids, np.cumsum(self.lengths)[:-1]) if len(self.lengths) else []
+
+    @classmethod
+    def of(cls, ids: Sequence[np.ndarray]) -> "Encoded":
+        lengths = np.array([len(x) for x in ids], dtype=np.int64)
+        return cls(np.concatenate([np.zeros(0, np.uint32), *ids]), lengths)
+
+
+class Engine(ABC):
+    """A tokenizer of a file, ready to encode."""
+
+    title: str
+    """What it is called in records and messages."""
+
+    @abstractmethod
+    def __init__(self, tokenizer_json: Path) -> None:
+        """
+        Raises:
+            ImportError: its library is not installed.
+            Exception: it cannot load this tokenizer.
+        """
+
+    @classmethod
+    def unfit(cls, tokenizer_json: Path) -> str | None:
+        """Why it must not be tried on a tokenizer; None if it may."""
+        return None
+
+    @abstractmethod
+    def encode_batch(self, texts: list[str]) -> Encoded:
+        """Token ids of the texts, without special tokens added."""
+
+    def is_doubtful(self, text: str) -> bool:
+        """Whether it may give other ids than the reference for a text, which then goes to the reference."""
+        return False
