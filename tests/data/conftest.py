@@ -19,9 +19,9 @@ def inline() -> PoolFactory:
     return DaskSettings(workers=1).pool
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def two_workers() -> Iterator[PoolFactory]:
-    """A real cluster of two worker processes, kept for the tests of this folder: it is busy even when idle."""
+    """A real cluster of two worker processes, kept for the tests of a file only: it is busy even when idle."""
     with DaskSettings(workers=2).pool(lambda line: None) as pool:
         yield lambda report: contextlib.nullcontext(pool)
 

@@ -1,5 +1,6 @@
 """What a dry run says: exact counts, memory against what a process really takes, and data that is there or not."""
 
+import gc
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -110,6 +111,7 @@ def test_memory_changes_with_what_saves_or_spends_it():
 
 def measured_peak(experiment: Experiment, trace: Path) -> int:
     """Bytes of tensors that are alive at one time, at most, while a model is made and trained for two steps."""
+    gc.collect()  # what earlier tests left in cycles would be freed, and counted, while this is measured
     world = start()
     try:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
