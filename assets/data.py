@@ -30,7 +30,7 @@ from openlm_pipeline.experiments import Dataset, Experiment
 from openlm_pipeline.fingerprint import settings_tree
 from openlm_pipeline.pipeline import data as data_stages
 from openlm_pipeline.pools import DaskSettings
-from openlm_pipeline.result import ProgressLine, Report, StageResult
+from openlm_pipeline.result import ProgressLine, Say, StageResult
 from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.opening import open_dataset, published_url
 from openlm_pipeline.storage.home import Home
@@ -196,7 +196,7 @@ def _report_files(
         )
 
 
-def _progress(context: dg.OpExecutionContext, key: dg.AssetKey) -> Report:
+def _progress(context: dg.OpExecutionContext, key: dg.AssetKey) -> Say:
     """Logs each line of a stage; what those that tell progress hold becomes observations of the asset."""
 
     def report(line: str) -> None:

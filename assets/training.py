@@ -22,7 +22,7 @@ from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.pipeline import training as stages
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.identity import settings_identity
-from openlm_pipeline.runs.launch import MilestoneReached, MilestoneReused, Progress, StepSkipped
+from openlm_pipeline.runs.launch import Measured, MilestoneReached, MilestoneReused, StepSkipped
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.units import format_tokens, milestone_label
 
@@ -83,7 +83,7 @@ def checkpoint_assets(experiment: Experiment) -> dg.AssetsDefinition:
                     yield from _milestone(context, experiment, folder, event, event.label in selected)
                 elif isinstance(event, StepSkipped):
                     context.log.warning(f"step {event.record['step']} left out: {event.record['skipped']}")
-                elif isinstance(event, Progress) and time.monotonic() - observed_at >= _OBSERVE_SECONDS:
+                elif isinstance(event, Measured) and time.monotonic() - observed_at >= _OBSERVE_SECONDS:
                     observed_at = time.monotonic()
                     _observe(context, experiment, event.record)
 

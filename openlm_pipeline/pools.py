@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from pydantic import Field, ValidationError, model_validator
 
 from openlm_pipeline.errors import ClusterError, ConfigError, MissingInputError
-from openlm_pipeline.result import ProgressLine, Report
+from openlm_pipeline.result import ProgressLine, Say
 from openlm_pipeline.strict import Strict, expand_variables, explain, read_mapping
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Facts = dict[str, int]
 """Numbers of one task so far, such as `raw_bytes` read and `tokens` written."""
-Progress = Callable[[Facts], None]
+TaskProgress = Callable[[Facts], None]
 """Every task gets one as its keyword argument `progress`."""
 Call = tuple[Any, ...]
 """A function and its arguments."""
@@ -58,7 +58,7 @@ class Pool(Protocol):
         ...
 
 
-PoolFactory = Callable[[Report], "AbstractContextManager[Pool]"]
+PoolFactory = Callable[[Say], "AbstractContextManager[Pool]"]
 """Starts or joins a pool when there is work for it; a stage with nothing to do never calls it."""
 
 
@@ -187,7 +187,7 @@ class DaskSettings(Strict):
             raise explain(e, f"the Dask cluster of {file}" if file else "the Dask cluster") from e
 
     @contextlib.contextmanager
-    def pool(self, report: Report) -> Iterator[Pool]:
+    def pool(self, report: Say) -> Iterator[Pool]:
         """A pool that is ready for work.
 
         Raises:

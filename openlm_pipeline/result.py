@@ -42,7 +42,7 @@ class ProgressLine(str):
         return line
 
 
-Report = Callable[[str], None]
+Say = Callable[[str], None]
 """Takes one line for people, such as `2 of 6 files, 12 s left`."""
 
 

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from openlm_pipeline.corpus.download import Progress
+    from openlm_pipeline.corpus.download import DownloadProgress
 
 _PLAIN_PERIOD_SECONDS = 30.0
 
@@ -103,7 +103,7 @@ class _Totals:
 
 
 @contextlib.contextmanager
-def _bars(console: Console, num_files: int) -> Iterator["Progress"]:
+def _bars(console: Console, num_files: int) -> Iterator["DownloadProgress"]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
@@ -123,7 +123,7 @@ def _bars(console: Console, num_files: int) -> Iterator["Progress"]:
 
 
 @contextlib.contextmanager
-def _lines(console: Console, num_files: int) -> Iterator["Progress"]:
+def _lines(console: Console, num_files: int) -> Iterator["DownloadProgress"]:
     from rich.filesize import decimal
 
     totals, start = _Totals(num_files), time.monotonic()

@@ -168,7 +168,7 @@ def train(
     openlm train pretrain_1b --dry-run --gpu H100
     """
     from openlm_pipeline.pipeline import training as training_stage
-    from openlm_pipeline.runs.launch import MilestoneReached, Progress, StepSkipped
+    from openlm_pipeline.runs.launch import Measured, MilestoneReached, StepSkipped
 
     experiment, home = _load(recipe, overrides)
     if dry_run:
@@ -180,7 +180,7 @@ def train(
     limit = _tokens(until) if until else experiment.milestones[-1]
     allowed = parse_allow(allow) | ({"supersede"} if supersede else frozenset())
     for event in training_stage.train(experiment, home, limit, say, allow=allowed):
-        if isinstance(event, Progress):
+        if isinstance(event, Measured):
             say(progress_line(event.record))
         elif isinstance(event, StepSkipped):
             say(f"step {event.record['step']} left out: {event.record['skipped']}")

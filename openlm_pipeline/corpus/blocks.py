@@ -41,11 +41,11 @@ def empty(url: str) -> DataError:
     return DataError(f"raw file {url} is empty (0 bytes). Fetch it again, or remove it from the source.")
 
 
-Block = tuple[int, bytes]
+ByteBlock = tuple[int, bytes]
 """Position among the raw file's bytes, and content that comes from what is there."""
 
 
-def _plain(file: BinaryIO, url: str, size: int, begin: int = 0) -> Iterator[Block]:
+def _plain(file: BinaryIO, url: str, size: int, begin: int = 0) -> Iterator[ByteBlock]:
     position = begin
     while True:
         try:
@@ -73,7 +73,7 @@ def _corrupt(url: str, position: int, error: Exception) -> DataError:
     return DataError(f"raw file {url} is corrupt near compressed byte {position}: {error}. Fetch it again.")
 
 
-def _zstd(raw: Iterator[Block], url: str) -> Iterator[Block]:
+def _zstd(raw: Iterator[ByteBlock], url: str) -> Iterator[ByteBlock]:
     decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_ZSTD_WINDOW)
     frame = None
     for position, block in raw:
@@ -93,7 +93,7 @@ def _zstd(raw: Iterator[Block], url: str) -> Iterator[Block]:
         raise _truncated(url, position + len(block), "zstd frame")
 
 
-def _gzip(raw: Iterator[Block], url: str) -> Iterator[Block]:
+def _gzip(raw: Iterator[ByteBlock], url: str) -> Iterator[ByteBlock]:
     member = None
     for position, block in raw:
         rest = block
@@ -126,7 +126,7 @@ def is_compressed(url: str) -> bool:
 
 def decompressed_blocks(
     file: BinaryIO, url: str, begin: int = 0, on_raw: Callable[[bytes], object] = lambda block: None
-) -> Iterator[Block]:
+) -> Iterator[ByteBlock]:
     """The file's content in blocks of about 1 MiB, decompressed as the name's suffix says (`.zst`, `.gz`, else plain).
 
     Several zstd frames or gzip members after one another are one content.
@@ -139,7 +139,7 @@ def decompressed_blocks(
         DataError: empty, truncated, corrupt or unreadable; names the file and the compressed byte.
     """
 
-    def raw(size: int) -> Iterator[Block]:
+    def raw(size: int) -> Iterator[ByteBlock]:
         for position, block in _plain(file, url, size, begin):
             on_raw(block)
             yield position, block

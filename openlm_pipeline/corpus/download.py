@@ -19,15 +19,15 @@ import tenacity
 
 from openlm_pipeline.corpus.checksums import Checksum, checksum_for, hash_file, parse_checksums
 from openlm_pipeline.corpus.download_folder import Downloaded, Ledger, Part, is_taken
-from openlm_pipeline.corpus.download_sources import RemoteFile, TransferError, is_http, open_remote, public_url
+from openlm_pipeline.corpus.download_sources import RemoteFile, TransferError, is_http, open_source, public_url
 from openlm_pipeline.errors import ConfigError, DataError, IdentityError, MissingInputError, OpenLMError
-from openlm_pipeline.result import Report
+from openlm_pipeline.result import Say
 from openlm_pipeline.storage.files import folder_lock
 
 _MAX_FILES = 100_000
 _MAX_WAIT_SECONDS = 60.0
 
-Progress = Callable[[str, int, int | None], None]
+DownloadProgress = Callable[[str, int, int | None], None]
 """Takes a file's name, its bytes so far and, if known, its bytes in all. Called from several threads."""
 
 
@@ -98,8 +98,8 @@ class _Download:
     retry_wait_seconds: float
     timeout_seconds: float
     verify: bool
-    report: Report
-    progress: Progress
+    report: Say
+    progress: DownloadProgress
     stop: threading.Event
 
     def check_stop(self) -> None:
@@ -191,7 +191,7 @@ class _Download:
             return known
         if known is None or (known.size_bytes is not None and offset > known.size_bytes):
             known, offset = None, 0
-        with open_remote(target.url, known=known, offset=offset, timeout_seconds=self.timeout_seconds) as opened:
+        with open_source(target.url, known=known, offset=offset, timeout_seconds=self.timeout_seconds) as opened:
             remote, size = opened.remote, opened.offset
             if size:
                 self.report(f"{target.name}: going on at byte {size:,} of {remote.size_bytes:,}")
@@ -252,7 +252,7 @@ def _load_checksums(where: str, targets: Sequence[Target], timeout_seconds: floa
     shown = public_url(where) if "://" in where else where
     try:
         if "://" in where:
-            with open_remote(where, timeout_seconds=timeout_seconds) as opened:
+            with open_source(where, timeout_seconds=timeout_seconds) as opened:
                 text = b"".join(opened.chunks).decode()
         else:
             text = Path(where).read_text()
@@ -274,8 +274,8 @@ def download_files(
     retry_wait_seconds: float = 1.0,
     timeout_seconds: float = 30.0,
     verify: bool = False,
-    report: Report,
-    progress: Progress = lambda name, done, total: None,
+    report: Say,
+    progress: DownloadProgress = lambda name, done, total: None,
 ) -> dict[str, Downloaded]:
     """Fetch the files of URL templates into `folder`; return the record of each by name.
 

@@ -73,7 +73,7 @@ def is_http(url: str) -> bool:
     return url.lower().startswith(("http://", "https://"))
 
 
-def open_remote(
+def open_source(
     url: str, *, known: RemoteFile | None = None, offset: int = 0, timeout_seconds: float = 30.0
 ) -> contextlib.AbstractContextManager[Opened]:
     """Open `url` at byte `offset` of the version `known`, or at 0 if the file is another by now.

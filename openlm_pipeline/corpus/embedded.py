@@ -16,7 +16,7 @@ from openlm_pipeline.corpus import heldout_tasks, python_text
 from openlm_pipeline.corpus.python_text import KINDS, PROSE, Document, environment, select_documents
 from openlm_pipeline.errors import DataError, MissingInputError
 from openlm_pipeline.fingerprint import Tree, differences, fingerprint
-from openlm_pipeline.result import Report, StageResult
+from openlm_pipeline.result import Say, StageResult
 from openlm_pipeline.storage.files import atomic_writer, folder_lock, read_json, sha256_file, write_json
 from openlm_pipeline.storage.home import Home
 
@@ -53,7 +53,7 @@ def _intact(folder: Path, files: dict[str, Any]) -> bool:
     return all((folder / name).is_file() and sha256_file(folder / name) == f["sha256"] for name, f in files.items())
 
 
-def _existing(folder: Path, identity: Tree, report: Report) -> StageResult | None:
+def _existing(folder: Path, identity: Tree, report: Say) -> StageResult | None:
     """What is there, if it is of this identity and undamaged; says why not otherwise."""
     if not (folder / _MANIFEST).is_file():
         return None
@@ -95,7 +95,7 @@ def _contents(train: list[Document], heldout: list[Document], tasks: dict[str, l
     return files | {f"eval/{name}": _jsonl(rows) for name, rows in tasks.items()}
 
 
-def build_embedded(home: Home, report: Report) -> StageResult:
+def build_embedded(home: Home, report: Say) -> StageResult:
     """Make the embedded corpus under `home.raw("embedded")`, or find it whole and of this environment.
 
     The result's version is a hash of the uncompressed content. Facts count documents, bytes of text and task rows.

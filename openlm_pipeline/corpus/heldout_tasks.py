@@ -15,7 +15,7 @@ from typing import Any
 from openlm_pipeline.corpus.python_text import Document
 
 MAX_CONTEXT_CHARS = 450
-Row = dict[str, Any]
+TaskRow = dict[str, Any]
 
 _LAST_WORD_ROWS = 300
 _CONTINUATION_ROWS = 400
@@ -75,7 +75,7 @@ def _spread(rows: Iterable[tuple[str, str, Any]], count: int) -> list[Any]:
     return picked
 
 
-def _last_words(prose: list[tuple[str, str]]) -> Iterator[tuple[str, str, Row]]:
+def _last_words(prose: list[tuple[str, str]]) -> Iterator[tuple[str, str, TaskRow]]:
     """A word that ends a sentence and stands earlier in its document's prose, so that the context tells it."""
     before: dict[str, str] = defaultdict(str)
     for path, paragraph in prose:
@@ -113,19 +113,19 @@ def _others(passage: _Passage, pool: list[_Passage], count: int) -> list[_Passag
     raise ValueError(f"held-out text has no {count} other documents to draw choices from")
 
 
-def _continuation_row(i: int, passage: _Passage, pool: list[_Passage]) -> Row:
+def _continuation_row(i: int, passage: _Passage, pool: list[_Passage]) -> TaskRow:
     choices = [other.continuation for other in _others(passage, pool, _CHOICES - 1)]
     choices.insert(i % _CHOICES, passage.continuation)
     return {"query": passage.context, "choices": choices, "gold": i % _CHOICES}
 
 
-def _context_choice_row(i: int, passage: _Passage, pool: list[_Passage]) -> Row:
+def _context_choice_row(i: int, passage: _Passage, pool: list[_Passage]) -> TaskRow:
     options = [_others(passage, pool, 1)[0].context]
     options.insert(i % 2, passage.context)
     return {"context_options": options, "continuation": passage.continuation, "gold": i % 2}
 
 
-def make_tasks(heldout: list[Document], train: list[Document]) -> dict[str, list[Row]]:
+def make_tasks(heldout: list[Document], train: list[Document]) -> dict[str, list[TaskRow]]:
     """Rows of each task by file name, from held-out prose documents; `train` says what a model may have seen.
 
     `last_word.jsonl` (language_modeling, at most 300 rows), `continuation.jsonl` (multiple_choice of 4, 400) and

@@ -43,7 +43,7 @@ class QuotedBaseline(Strict):
     note: str | None = None
 
 
-class _Row(Strict):
+class _QuotedModel(Strict):
     family: str
     title: str
     tokens: Tokens | None = None
@@ -60,7 +60,7 @@ class _Table(Strict):
     source: str
     harness: str
     tasks: tuple[str, ...]
-    rows: dict[str, _Row]
+    rows: dict[str, _QuotedModel]
 
 
 def load_quoted(path: Path) -> list[QuotedBaseline]:
@@ -85,7 +85,7 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) else value
 
 
-def _checked(path: Path, table: _Table, name: str, row: _Row) -> QuotedBaseline:
+def _checked(path: Path, table: _Table, name: str, row: _QuotedModel) -> QuotedBaseline:
     if len(row.scores) != len(table.tasks):
         raise ConfigError(f"{path}: row {name} has {len(row.scores)} scores for {len(table.tasks)} tasks")
     mean = (sum(row.scores) / len(row.scores)).quantize(Decimal("0.01"), ROUND_HALF_UP)

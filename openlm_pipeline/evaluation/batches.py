@@ -15,7 +15,7 @@ from openlm_pipeline.evaluation.tasks import Request
 
 
 @dataclass(frozen=True)
-class Row:
+class PackedRow:
     """Texts that share their start."""
 
     ids: list[int]
@@ -41,7 +41,7 @@ def _text(request: Request) -> tuple[int, ...]:
     return request.context_ids + request.continuation_ids[:-1]
 
 
-def _row(texts: Sequence[tuple[int, ...]], members: Sequence[tuple[int, Request]]) -> Row:
+def _row(texts: Sequence[tuple[int, ...]], members: Sequence[tuple[int, Request]]) -> PackedRow:
     num_shared = len(os.path.commonprefix(texts))
     ids = list(texts[0][:num_shared])
     segments, positions = [0] * num_shared, list(range(num_shared))
@@ -57,10 +57,10 @@ def _row(texts: Sequence[tuple[int, ...]], members: Sequence[tuple[int, Request]
         first, n = len(request.context_ids) - 1, len(request.continuation_ids)
         shift = starts[text] - num_shared
         columns.append([j if j < num_shared else j + shift for j in range(first, first + n)])
-    return Row(ids, segments, positions, [i for i, _ in members], columns)
+    return PackedRow(ids, segments, positions, [i for i, _ in members], columns)
 
 
-def question_rows(members: Sequence[tuple[int, Request]], max_branched_len: int) -> list[Row]:
+def question_rows(members: Sequence[tuple[int, Request]], max_branched_len: int) -> list[PackedRow]:
     """The rows of one question: one, where its texts share a start and this makes no row above `max_branched_len`.
 
     Otherwise one for each distinct text.
@@ -79,7 +79,7 @@ def question_rows(members: Sequence[tuple[int, Request]], max_branched_len: int)
     return [_row([text] * len(those), those) for text, those in same.items()]
 
 
-def make_batches(rows: Sequence[Row], max_tokens: int, max_scored: int) -> Iterator[list[Row]]:
+def make_batches(rows: Sequence[PackedRow], max_tokens: int, max_scored: int) -> Iterator[list[PackedRow]]:
     """Rows by length, longest first, so that memory gives out at the start if it does.
 
     Rows with branches are by themselves, as the others need no mask of ours, which may not suit their length.
@@ -88,7 +88,7 @@ def make_batches(rows: Sequence[Row], max_tokens: int, max_scored: int) -> Itera
         max_tokens: in one batch, padding included; a longer row is a batch of its own.
         max_scored: positions whose logits a batch may need, again more for a single row.
     """
-    batch: list[Row] = []
+    batch: list[PackedRow] = []
     num_scored = 0
     for row in sorted(rows, key=lambda row: (not row.is_branched, -len(row.ids), row.requests)):
         num_scored += row.num_scored
@@ -112,7 +112,7 @@ class BatchTensors:
     positions_BS: Tensor | None
 
 
-def batch_tensors(batch: Sequence[Row], device: torch.device) -> BatchTensors:
+def batch_tensors(batch: Sequence[PackedRow], device: torch.device) -> BatchTensors:
     """The tensors of a batch of `make_batches`; segments and positions only where its rows have branches."""
     length = max(len(row.ids) for row in batch)
 

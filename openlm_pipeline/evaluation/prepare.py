@@ -9,7 +9,7 @@ from openlm_pipeline.evaluation.suite import HARNESS_VERSION, IclTask, Suite, ta
 from openlm_pipeline.evaluation.task_files import TaskFile, read_task_file
 from openlm_pipeline.evaluation.tasks import Item, build_items
 from openlm_pipeline.fingerprint import Tree, fingerprint
-from openlm_pipeline.result import Report
+from openlm_pipeline.result import Say
 from openlm_pipeline.storage.home import Home
 
 
@@ -42,7 +42,7 @@ class Prepared:
 
 
 def prepare_suite(
-    suite: Suite, home: Home, tokenizer: Tokenizer, max_seq_len: int, tolerant: bool, report: Report
+    suite: Suite, home: Home, tokenizer: Tokenizer, max_seq_len: int, tolerant: bool, report: Say
 ) -> Prepared:
     """Read every file of a suite and build every prompt.
 

@@ -21,7 +21,7 @@ from openlm_pipeline.evaluation.suite import HARNESS_VERSION, IclTask, Suite
 from openlm_pipeline.evaluation.tasks import Item
 from openlm_pipeline.fingerprint import Tree, differences, fingerprint
 from openlm_pipeline.registry import RULES
-from openlm_pipeline.result import Report
+from openlm_pipeline.result import Say
 
 Rows = list[dict[str, Any]]
 
@@ -99,7 +99,7 @@ def generation_row(task: IclTask, num_fewshot: int, item: Item, generated: Gener
     }
 
 
-def _read_stored(path: Path, identity: Tree, name: str, report: Report) -> pa.Table | None:
+def _read_stored(path: Path, identity: Tree, name: str, report: Say) -> pa.Table | None:
     """The stored items if they are of this very identity."""
     if not path.exists():
         return None
@@ -122,7 +122,7 @@ def collect_results(
     subject: Tree,
     score: Callable[[Sequence[PreparedTask]], Iterator[Rows]],
     processes: Processes,
-    report: Report,
+    report: Say,
 ) -> SuiteResult:
     """Have the tasks scored that are not on disk yet, and write `out_dir/items.parquet` over all.
 

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from openlm_pipeline.errors import DataError
-from openlm_pipeline.evaluation.batches import Row, batch_tensors, make_batches, question_rows
+from openlm_pipeline.evaluation.batches import PackedRow, batch_tensors, make_batches, question_rows
 from openlm_pipeline.evaluation.generation import generate, generation_batches
 from openlm_pipeline.evaluation.model import ScoringModel
 from openlm_pipeline.evaluation.parallel import Processes, scoring_processes
@@ -35,7 +35,7 @@ from openlm_pipeline.evaluation.results import (
 from openlm_pipeline.evaluation.suite import Suite
 from openlm_pipeline.evaluation.tasks import GenerationRequest, Request
 from openlm_pipeline.registry import RULES
-from openlm_pipeline.result import ProgressLine, Report
+from openlm_pipeline.result import ProgressLine, Say
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.units import format_seconds
 
@@ -50,7 +50,7 @@ _END_OF_TEXT = "<|endoftext|>"
 
 T = TypeVar("T")
 R = TypeVar("R")
-Progress = Callable[[int, int], None]
+ScoringProgress = Callable[[int, int], None]
 """Called after each batch with questions done and questions in all."""
 
 
@@ -66,7 +66,7 @@ def _in_turn(
     work: Callable[[T], R],
     weight: Callable[[T], int],
     processes: Processes,
-    progress: Progress | None,
+    progress: ScoringProgress | None,
 ) -> list[tuple[T, R]]:
     """Each batch with its result; processes take turns, and progress is that of the first one's turns."""
     total, done = sum(map(weight, batches)), 0
@@ -93,7 +93,7 @@ def score_questions(
     *,
     batch_tokens: int | None = None,
     processes: Processes | None = None,
-    progress: Progress | None = None,
+    progress: ScoringProgress | None = None,
 ) -> list[list[RequestScore]]:
     """Score the continuation of each request; the requests of one question share what they have in common.
 
@@ -114,7 +114,7 @@ def score_questions(
         rows += question_rows(list(enumerate(question, start=number)), max_branched_len)
         number += len(question)
 
-    def score(batch: Sequence[Row]) -> list[RequestScore]:
+    def score(batch: Sequence[PackedRow]) -> list[RequestScore]:
         tensors = batch_tensors(batch, model.device)
         members = [i for row in batch for i in row.requests]
         targets = torch.tensor([t for i in members for t in flat[i].continuation_ids], device=model.device)
@@ -143,7 +143,7 @@ def score_questions(
     return [[scores[next(numbers)] for _ in question] for question in questions]
 
 
-def _num_requests(batch: Sequence[Row]) -> int:
+def _num_requests(batch: Sequence[PackedRow]) -> int:
     return sum(len(row.requests) for row in batch)
 
 
@@ -154,7 +154,7 @@ def generate_texts(
     *,
     batch_tokens: int | None = None,
     processes: Processes | None = None,
-    progress: Progress | None = None,
+    progress: ScoringProgress | None = None,
 ) -> list[Generated]:
     """What the model writes after each prompt, greedily; arguments as for `score_questions`.
 
@@ -173,7 +173,7 @@ def generate_texts(
     return [written[i] for i in range(len(requests))]
 
 
-def _progress_of(name: str, noun: str, report: Report) -> Progress:
+def _progress_of(name: str, noun: str, report: Say) -> ScoringProgress:
     """Reports the first and the last call, and between them one in some seconds."""
     start = time.monotonic()
     told = -_PROGRESS_SECONDS
@@ -204,7 +204,7 @@ def score_suite(
     checkpoint_digest: str,
     max_seq_len: int,
     batch_tokens: int | None = None,
-    report: Report = lambda line: None,
+    report: Say = lambda line: None,
     tolerant: bool = False,
 ) -> SuiteResult:
     """Score every task of a suite into `out_dir/items.parquet`; see `results` for what is kept and taken again.

@@ -21,7 +21,7 @@ from openlm_pipeline.evaluation.model import Precision, ScoringModel, native_mod
 from openlm_pipeline.fingerprint import fingerprint, settings_tree
 from openlm_pipeline.models.config import ModelConfig
 from openlm_pipeline.models.transformer import Transformer
-from openlm_pipeline.result import Report
+from openlm_pipeline.result import Say
 from openlm_pipeline.storage.files import read_json, sha256_file
 from openlm_pipeline.tokenizers.tokenizer import fetch_tokenizer_json
 
@@ -177,7 +177,7 @@ def open_subject(
     revision: str | None = None,
     device: str = "cpu",
     precision: Precision = "fp32",
-    report: Report = lambda line: None,
+    report: Say = lambda line: None,
     **settings: Any,
 ) -> Subject:
     """A model from files.

@@ -18,7 +18,7 @@ from openlm_pipeline.storage.remote import is_remote, open_remote, public, stora
 
 
 @dataclass(frozen=True)
-class Row(Options):
+class TaskItem(Options):
     """A checked row of a file."""
 
     line: int = field(kw_only=True)
@@ -42,7 +42,7 @@ class TaskFile:
 
     path: str
     sha256: str
-    rows: tuple[Row, ...]
+    rows: tuple[TaskItem, ...]
 
 
 def _where_to_get(task: IclTask, home: Home) -> str:
@@ -55,7 +55,7 @@ def _where_to_get(task: IclTask, home: Home) -> str:
     )
 
 
-def _parse(task: IclTask, path: str, line: int, data: bytes) -> Row:
+def _parse(task: IclTask, path: str, line: int, data: bytes) -> TaskItem:
     where = f"{path}, line {line}"
     try:
         fields = task.type.Fields.model_validate_json(data)
@@ -76,7 +76,7 @@ def _parse(task: IclTask, path: str, line: int, data: bytes) -> Row:
         raise DataError(f"{where}: a continuation is blank (task {task.label})")
     category = fields.category if task.has_categories else None
     item_hash = fingerprint(fields.model_dump(mode="json"))
-    return Row(**vars(found), line=line, category=category, item_hash=item_hash)
+    return TaskItem(**vars(found), line=line, category=category, item_hash=item_hash)
 
 
 def located(task: IclTask, home: Home) -> str:

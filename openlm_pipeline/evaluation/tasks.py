@@ -14,7 +14,7 @@ from tokenizers import Encoding, Tokenizer
 
 from openlm_pipeline.errors import DataError
 from openlm_pipeline.evaluation.suite import IclTask
-from openlm_pipeline.evaluation.task_files import Row, TaskFile
+from openlm_pipeline.evaluation.task_files import TaskFile, TaskItem
 from openlm_pipeline.registry import RULES
 
 _COT_EXTRA_TOKENS = 10
@@ -75,7 +75,7 @@ def fewshot_indices(num_rows: int, num_fewshot: int, index: int, rng: random.Ran
     return list(chosen)
 
 
-def _preamble(task: IclTask, rows: Sequence[Row], index: int, num_fewshot: int, rng: random.Random) -> str:
+def _preamble(task: IclTask, rows: Sequence[TaskItem], index: int, num_fewshot: int, rng: random.Random) -> str:
     text = task.prompt_string
     if num_fewshot:
         for i in fewshot_indices(len(rows), num_fewshot, index, rng):
@@ -114,7 +114,7 @@ def _encode_preambles(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, t
     return found
 
 
-def _longest_answer(tokenizer: Tokenizer, task: IclTask, rows: Sequence[Row]) -> int:
+def _longest_answer(tokenizer: Tokenizer, task: IclTask, rows: Sequence[TaskItem]) -> int:
     """Tokens that a generation may take: those of the longest answer of the file, special tokens included."""
     texts = (text for row in rows for text in row.responses)
     longest = max(len(encoding.ids) for _, encoding in _encodings(tokenizer, texts, special=True))
@@ -162,7 +162,7 @@ def build_items(
     ids = _encode(tokenizer, (text for _, c, t in prompts.values() for text in (*c, *t)))
     preambles = _encode_preambles(tokenizer, (preamble for preamble, _, _ in prompts.values()))
 
-    def request(row: Row, context_ids: tuple[int, ...], continuation_ids: tuple[int, ...]) -> Request:
+    def request(row: TaskItem, context_ids: tuple[int, ...], continuation_ids: tuple[int, ...]) -> Request:
         room = max_seq_len - len(continuation_ids)
         if room < 1 or not context_ids or not continuation_ids:
             raise DataError(
@@ -172,7 +172,7 @@ def build_items(
             )
         return Request(context_ids[-room:], continuation_ids)
 
-    def generation(row: Row, context_ids: tuple[int, ...]) -> GenerationRequest:
+    def generation(row: TaskItem, context_ids: tuple[int, ...]) -> GenerationRequest:
         room = max_seq_len - longest[row.category]
         if room < 1 or not context_ids:
             raise DataError(

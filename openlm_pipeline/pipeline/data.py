@@ -12,7 +12,7 @@ from pathlib import Path
 from openlm_pipeline.corpus.discovery import RawFile, discover
 from openlm_pipeline.experiments import Dataset, Experiment, TokenizerSpec
 from openlm_pipeline.pools import PoolFactory
-from openlm_pipeline.result import Report, StageResult
+from openlm_pipeline.result import Say, StageResult
 from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.opening import open_dataset, published_url
 from openlm_pipeline.shards.publish import publish
@@ -22,7 +22,7 @@ from openlm_pipeline.tokenization.job import pack_shards, tokenize_files
 from openlm_pipeline.tokenizers.tokenizer import make_tokenizer, read_tokenizer_info, tokenizer_file
 
 
-def make_corpus(experiment: Experiment, home: Home, report: Report) -> StageResult | None:
+def make_corpus(experiment: Experiment, home: Home, report: Say) -> StageResult | None:
     """Make the embedded corpus where the experiment uses it; None where all sources are files of the user's."""
     if all(d.source.origin == "files" for d in experiment.datasets()):
         return None
@@ -32,7 +32,7 @@ def make_corpus(experiment: Experiment, home: Home, report: Report) -> StageResu
         return build_embedded(home, report)
 
 
-def ensure_tokenizer(experiment: Experiment, home: Home, report: Report, allow: Collection[str] = ()) -> StageResult:
+def ensure_tokenizer(experiment: Experiment, home: Home, report: Say, allow: Collection[str] = ()) -> StageResult:
     """Train or fetch the experiment's tokenizer; it is trained on the first source.
 
     Raises:
@@ -51,7 +51,7 @@ def ensure_tokenizer(experiment: Experiment, home: Home, report: Report, allow: 
 
 
 def tokenize(
-    dataset: Dataset, home: Home, pools: PoolFactory, report: Report, only: set[str] | None = None
+    dataset: Dataset, home: Home, pools: PoolFactory, report: Say, only: set[str] | None = None
 ) -> tuple[list[FileTokens], list[str]]:
     """Stage 1 over the raw files of a dataset (or those named in `only`); ready-made shards have none.
 
@@ -76,7 +76,7 @@ def make_shards(
     files: list[FileTokens],
     home: Home,
     pools: PoolFactory,
-    report: Report,
+    report: Say,
     allow: Collection[str] = (),
 ) -> StageResult:
     """Stage 2: shards and manifest of a dataset from the results of stage 1, copied to `shards_url` if there is one.

@@ -22,7 +22,7 @@ from openlm_pipeline.errors import ConfigError, DataError, MissingInputError, Op
 from openlm_pipeline.experiments import Evaluation, Experiment
 from openlm_pipeline.fingerprint import fingerprint, settings_tree
 from openlm_pipeline.pipeline.training import open_run
-from openlm_pipeline.result import Report, StageResult
+from openlm_pipeline.result import Say, StageResult
 from openlm_pipeline.runs.launch import milestone_checkpoints
 from openlm_pipeline.shards.opening import open_dataset
 from openlm_pipeline.storage.files import folder_lock, write_json
@@ -46,7 +46,7 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def on_first_process(report: Report) -> Report:
+def on_first_process(report: Say) -> Say:
     """`report` on the first process; elsewhere a report that nobody reads."""
     return report if is_first_process() else lambda line: None
 
@@ -57,7 +57,7 @@ def _writing(out: Path) -> AbstractContextManager[None]:
 
 
 def _run_suite(
-    subject: "Subject", suite: "Suite", home: Home, out: Path, context: Mapping[str, Any], report: Report, **how: Any
+    subject: "Subject", suite: "Suite", home: Home, out: Path, context: Mapping[str, Any], report: Say, **how: Any
 ) -> "SuiteResult":
     """Score by the backend that is asked for; `how` has `backend`, `max_seq_len` and `batch_tokens`."""
     options = {"checkpoint_digest": subject.digest, "max_seq_len": how["max_seq_len"] or subject.max_seq_len}
@@ -114,7 +114,7 @@ def _facts(card: "Scorecard", result: "SuiteResult") -> dict[str, Any]:
     }
 
 
-def score(experiment: Experiment, home: Home, label: str, report: Report) -> StageResult:
+def score(experiment: Experiment, home: Home, label: str, report: Say) -> StageResult:
     """Score one milestone with the experiment's suite; tasks that are scored already are not scored again.
 
     Raises:
@@ -222,7 +222,7 @@ def _how(experiment: Experiment) -> dict[str, Any]:
     return {"backend": evaluation.backend, "batch_tokens": evaluation.batch_tokens, "max_seq_len": None}
 
 
-def _score_by_processes(experiment: Experiment, home: Home, what: list[str], report: Report) -> None:
+def _score_by_processes(experiment: Experiment, home: Home, what: list[str], report: Say) -> None:
     """Have torchrun start the processes that score; they put each task's items where this process finds them."""
     with tempfile.TemporaryDirectory(prefix="openlm-score-") as folder:
         recipe = Path(folder) / "recipe.yaml"
@@ -248,7 +248,7 @@ def _score_by_processes(experiment: Experiment, home: Home, what: list[str], rep
             raise OpenLMError(f"the processes that score ended with exit code {process.returncode}:\n{tail}")
 
 
-def score_baseline(experiment: Experiment, home: Home, name: str, report: Report) -> StageResult:
+def score_baseline(experiment: Experiment, home: Home, name: str, report: Say) -> StageResult:
     """Score one of the recipe's baselines with its suite."""
     evaluation = evaluation_of(experiment)
     found = [b for b in evaluation.baselines if b.name == name]
@@ -268,7 +268,7 @@ def score_model(
     path_or_name: str,
     suite_name: str,
     home: Home,
-    report: Report,
+    report: Say,
     *,
     name: str | None = None,
     out_dir: Path | None = None,

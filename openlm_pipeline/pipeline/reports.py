@@ -14,7 +14,7 @@ from openlm_pipeline.errors import ConfigError, MissingInputError
 from openlm_pipeline.experiments import Experiment, load_experiment, recipe_names
 from openlm_pipeline.pipeline.evaluation import CARD, evaluation_of, items_of, items_of_others, parent_scorecard
 from openlm_pipeline.pipeline.training import open_run
-from openlm_pipeline.result import Report, StageResult
+from openlm_pipeline.result import Say, StageResult
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.parent import parent_folder
 from openlm_pipeline.storage.files import sha256_file, write_text
@@ -82,7 +82,7 @@ def _quoted(experiment: Experiment) -> "list[QuotedBaseline]":
     return quoted_baselines(names) if names else []
 
 
-def make_report(experiment: Experiment, home: Home, report: Report) -> StageResult:
+def make_report(experiment: Experiment, home: Home, report: Say) -> StageResult:
     """Write the report of a run over all its scorecards that are there."""
     from openlm_pipeline.reports import write_report
 

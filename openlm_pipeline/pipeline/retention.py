@@ -20,15 +20,15 @@ from filelock import FileLock, Timeout
 
 from openlm_pipeline.errors import BusyError
 from openlm_pipeline.pipeline.retention_rules import TRASH, GcEntry, Kept, Retention, Scan
-from openlm_pipeline.result import Report
+from openlm_pipeline.result import Say
 from openlm_pipeline.storage.files import folder_lock
 from openlm_pipeline.storage.home import Home
 
-__all__ = ["GcEntry", "GcPlan", "Kept", "Retention", "apply", "plan_gc"]
+__all__ = ["GcEntry", "Removals", "Kept", "Retention", "apply", "plan_gc"]
 
 
 @dataclass(frozen=True)
-class GcPlan:
+class Removals:
     """What would go; nothing has been touched."""
 
     home: Home
@@ -41,7 +41,7 @@ class GcPlan:
         return sum(e.bytes for e in self.entries)
 
 
-def plan_gc(home: Home, retention: Retention | None = None, *, now: float | None = None) -> GcPlan:
+def plan_gc(home: Home, retention: Retention | None = None, *, now: float | None = None) -> Removals:
     """Look through a home.
 
     Args:
@@ -55,10 +55,10 @@ def plan_gc(home: Home, retention: Retention | None = None, *, now: float | None
             kept.append(Kept(entry.path, entry.bytes, "a live process works there"))
         else:
             entries.append(entry)
-    return GcPlan(home, retention, tuple(entries), tuple(kept))
+    return Removals(home, retention, tuple(entries), tuple(kept))
 
 
-def apply(plan: GcPlan, report: Report, *, now: float | None = None) -> int:
+def apply(plan: Removals, report: Say, *, now: float | None = None) -> int:
     """Remove what the plan names, as far as it is still due; return the bytes removed.
 
     Raises:

@@ -10,7 +10,7 @@ from openlm_pipeline.errors import BusyError, DataError, IdentityError
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.fingerprint import Tree
 from openlm_pipeline.pipeline.data import dataset_versions
-from openlm_pipeline.result import Report, StageResult, refuse, require
+from openlm_pipeline.result import Say, StageResult, refuse, require
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.identity import run_identity
 from openlm_pipeline.runs.launch import (
@@ -69,7 +69,7 @@ def checkpoint_result(checkpoint: Checkpoint, reused: bool) -> StageResult:
 
 
 def train(
-    experiment: Experiment, home: Home, until: int, report: Report, *, allow: Collection[str] = ()
+    experiment: Experiment, home: Home, until: int, report: Say, *, allow: Collection[str] = ()
 ) -> Iterator[MilestoneReused | Event]:
     """Train every milestone up to `until` tokens that is not there, with torchrun; yields what happens as it happens.
 

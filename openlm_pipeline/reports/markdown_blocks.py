@@ -59,13 +59,6 @@ def _filled(path: Path, tables: Mapping[str, str]) -> tuple[str, list[str]]:
     return "".join([*parts, text[end:]]), changed
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise MissingInputError(f"{path} does not exist") from None
-
-
 def _blocks(path: Path, text: str) -> Iterator[tuple[str, int, int]]:
     """Name, and where its content begins and ends."""
     names: set[str] = set()

@@ -1,6 +1,6 @@
 """What training a recipe would take, before anything is trained: arithmetic on the recipe and a look at the shards.
 
-Neither a GPU nor any data has to be there. `describe` gives numbers; `Plan.lines` says them to people.
+Neither a GPU nor any data has to be there. `describe` gives numbers; `TrainingCost.lines` says them to people.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ from openlm_pipeline.units import format_bytes, format_seconds, format_tokens
 
 
 @dataclass(frozen=True)
-class DataPlan:
+class DataNeed:
     """One source of the mixture."""
 
     name: str
@@ -44,7 +44,7 @@ class DataPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingCost:
     """What a recipe asks for; bytes, seconds and operations are estimates, the rest is exact."""
 
     name: str
@@ -59,7 +59,7 @@ class Plan:
     tokens: int
     """Up to the last milestone, whole steps; of a fork, those after its parent's."""
     samples: int
-    data: tuple[DataPlan, ...]
+    data: tuple[DataNeed, ...]
     memory: MemoryEstimate
     """Of one process."""
     checkpoint_bytes: int
@@ -131,7 +131,7 @@ def describe(
     device_name: str | None = None,
     mfu: float = 0.4,
     home: Home | None = None,
-) -> Plan:
+) -> TrainingCost:
     """What training up to the last milestone takes.
 
     Args:
@@ -170,7 +170,7 @@ def describe(
     rotating = execution.keep_checkpoints if execution.checkpoint_every else 0
     datasets = experiment.training_datasets()
     weight_sum = sum(d.source.weight for d in datasets)
-    return Plan(
+    return TrainingCost(
         name=experiment.name,
         model=config,
         seq_len=experiment.seq_len,
@@ -183,7 +183,7 @@ def describe(
         tokens=tokens,
         samples=steps * sequences,
         data=tuple(
-            DataPlan(d.name, round(steps * sequences * d.source.weight / weight_sum), samples_there(d, home))
+            DataNeed(d.name, round(steps * sequences * d.source.weight / weight_sum), samples_there(d, home))
             for d in datasets
         ),
         memory=memory,

@@ -13,7 +13,7 @@ from openlm_pipeline.checkpoints.folders import Checkpoint, list_checkpoints
 from openlm_pipeline.errors import TrainingError
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.registry import LAUNCHERS
-from openlm_pipeline.result import Report
+from openlm_pipeline.result import Say
 from openlm_pipeline.runs.folder import RunFolder, is_measurement
 from openlm_pipeline.runs.launchers import Launcher
 from openlm_pipeline.runs.launchers.job import Job
@@ -24,7 +24,7 @@ _POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
-class Progress:
+class Measured:
     """A new record of `metrics.jsonl` with a loss."""
 
     record: dict[str, Any]
@@ -50,7 +50,7 @@ class MilestoneReused(MilestoneReached):
     """A milestone that was there before training began."""
 
 
-Event = Progress | StepSkipped | MilestoneReached
+Event = Measured | StepSkipped | MilestoneReached
 
 
 def milestone_checkpoints(experiment: Experiment, run: RunFolder) -> dict[str, Checkpoint]:
@@ -62,7 +62,7 @@ def milestone_checkpoints(experiment: Experiment, run: RunFolder) -> dict[str, C
     return {c.milestone: c for c in found if c.milestone in wanted}
 
 
-def launcher_of(experiment: Experiment, home: Home, run: RunFolder, report: Report = lambda line: None) -> Launcher:
+def launcher_of(experiment: Experiment, home: Home, run: RunFolder, report: Say = lambda line: None) -> Launcher:
     """The launcher that a recipe names, for its run.
 
     Args:
@@ -76,7 +76,7 @@ def train_run(
     home: Home,
     run: RunFolder,
     until: int,
-    report: Report,
+    report: Say,
     *,
     told: Collection[str] | None = None,
 ) -> Iterator[Event]:
@@ -138,7 +138,7 @@ def _watch(experiment: Experiment, run: RunFolder, job: Job, offset: int, news: 
             ended = not job.running()  # read once more after the end, so that nothing is missed
             records, offset = run.new_metrics(offset)
             for record in records:
-                yield Progress(record) if is_measurement(record) else StepSkipped(record)
+                yield Measured(record) if is_measurement(record) else StepSkipped(record)
             for label, checkpoint in milestone_checkpoints(experiment, run).items():
                 if label in news:
                     news.remove(label)

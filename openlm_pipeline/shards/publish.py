@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from openlm_pipeline.errors import DataError, IdentityError, MissingInputError
-from openlm_pipeline.result import Report
+from openlm_pipeline.result import Say
 from openlm_pipeline.shards.dataset import DATASET, MANIFEST, QUARANTINE, read_manifest
 from openlm_pipeline.shards.store import FETCHED
 from openlm_pipeline.storage.copies import describe_file, send
@@ -18,7 +18,7 @@ from openlm_pipeline.storage.remote import download, holds, join, public, remote
 _REPORT_SECONDS = 2.0
 
 
-def publish(folder: Path, url: str, report: Report, *, delete_local: bool = False) -> None:
+def publish(folder: Path, url: str, report: Say, *, delete_local: bool = False) -> None:
     """Copy the finished dataset in `folder` to the remote folder `url`.
 
     Args:

@@ -12,8 +12,8 @@ import numpy as np
 
 from openlm_pipeline.errors import IdentityError
 from openlm_pipeline.fingerprint import differences
-from openlm_pipeline.pools import Call, PoolFactory, Progress
-from openlm_pipeline.result import Report, StageResult
+from openlm_pipeline.pools import Call, PoolFactory, TaskProgress
+from openlm_pipeline.result import Say, StageResult
 from openlm_pipeline.shards.dataset import MANIFEST, ShardedDataset
 from openlm_pipeline.shards.format import SampleFormat, open_shard
 from openlm_pipeline.shards.openlm_formats import OpenLMFormat, write_openlm_shard
@@ -29,7 +29,7 @@ def export_shards(
     folder: Path,
     out: Path,
     pools: PoolFactory,
-    report: Report,
+    report: Say,
     *,
     format: OpenLMFormat = "json.gz",
     eot_as: Literal["id", "string"] = "id",
@@ -115,7 +115,7 @@ def _export_shard(
     format: OpenLMFormat,
     eot_as_string: int | None,
     *,
-    progress: Progress,
+    progress: TaskProgress,
 ) -> None:
     samples = open_shard(source, num_samples, sample_format)
     write_openlm_shard(target, samples, first_index, format=format, eot_as_string=eot_as_string)

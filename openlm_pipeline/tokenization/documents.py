@@ -32,7 +32,7 @@ from openlm_pipeline.corpus.reader import (
 from openlm_pipeline.errors import DataError
 from openlm_pipeline.experiments import Dataset
 from openlm_pipeline.fingerprint import Tree, fingerprint, settings_tree
-from openlm_pipeline.pools import Progress
+from openlm_pipeline.pools import TaskProgress
 from openlm_pipeline.shards.format import SampleFormat
 from openlm_pipeline.storage.files import atomic_writer, read_json, write_json
 from openlm_pipeline.storage.remote import sha256_url
@@ -223,7 +223,7 @@ def tokenize_part(
     tokenizer_folder: Path,
     folder: Path,
     *,
-    progress: Progress,
+    progress: TaskProgress,
 ) -> PartTokens:
     """Tokenize part `number` of a raw file, unless that is done; runs in a worker.
 
@@ -309,7 +309,7 @@ def _append_quarantine(path: Path, out: BinaryIO, first_line: int) -> None:
 
 
 def join_parts(
-    dataset: Dataset, raw: RawFile, count: int, tokenizer: TokenizerInfo, folder: Path, *, progress: Progress
+    dataset: Dataset, raw: RawFile, count: int, tokenizer: TokenizerInfo, folder: Path, *, progress: TaskProgress
 ) -> FileTokens:
     """Make a raw file's result from its finished parts, which are then gone; runs in a worker.
 

@@ -13,8 +13,8 @@ from openlm_pipeline.corpus.reader import cut
 from openlm_pipeline.errors import DataError, IdentityError
 from openlm_pipeline.experiments import Dataset
 from openlm_pipeline.fingerprint import Tree, differences, fingerprint
-from openlm_pipeline.pools import Call, Facts, Pool, PoolFactory, Progress
-from openlm_pipeline.result import ProgressLine, Report, require
+from openlm_pipeline.pools import Call, Facts, Pool, PoolFactory, TaskProgress
+from openlm_pipeline.result import ProgressLine, Say, require
 from openlm_pipeline.shards.dataset import DATASET, MANIFEST, QUARANTINE, ShardEntry, write_manifest
 from openlm_pipeline.shards.format import SampleFormat
 from openlm_pipeline.storage.files import (
@@ -40,7 +40,7 @@ _IDENTITY = "identity.json"
 class _Meter:
     """Progress of a stage in bytes of its input, as lines for people."""
 
-    def __init__(self, what: str, total_bytes: int, report: Report) -> None:
+    def __init__(self, what: str, total_bytes: int, report: Say) -> None:
         self._what, self._total, self._report = what, max(1, total_bytes), report
         self._facts: dict[str, Facts] = {}
         self._started = self._reported = time.monotonic()
@@ -101,7 +101,7 @@ def tokenize_files(
     tokenizer_folder: Path,
     folder: Path,
     pools: PoolFactory,
-    report: Report,
+    report: Say,
     *,
     min_part_bytes: int = _MIN_PART_BYTES,
 ) -> tuple[list[FileTokens], list[str]]:
@@ -169,7 +169,7 @@ def tokenize_whole(
     tokenizer_folder: Path,
     folder: Path,
     *,
-    progress: Progress,
+    progress: TaskProgress,
 ) -> FileTokens:
     """Stage 1 of a raw file that is not cut."""
     [part] = cut(raw.url, raw.size_bytes, 1)
@@ -194,7 +194,7 @@ def pack_shards(
     tokenized: Path,
     folder: Path,
     pools: PoolFactory,
-    report: Report,
+    report: Say,
     allow: Collection[str] = (),
 ) -> tuple[bool, list[str]]:
     """Stage 2: make the dataset in `folder` unless it is there; return (reused, how it differs from what was there).
@@ -256,7 +256,7 @@ def _pack(
     building: Path,
     identity: Tree,
     pools: PoolFactory,
-    report: Report,
+    report: Say,
 ) -> None:
     sample_format = SampleFormat.for_vocabulary(dataset.seq_len + 1, tokenizer.vocab_size)
     order = write_order(files, tokenized, dataset.shuffle_seed, building)
@@ -324,7 +324,7 @@ def _pack(
     write_manifest(folder, [entries[n] for n in numbers])
 
 
-def make_and_note_shard(building: Path, number: int, *args: Any, progress: Progress) -> ShardEntry:
+def make_and_note_shard(building: Path, number: int, *args: Any, progress: TaskProgress) -> ShardEntry:
     """`make_shard`, then a note that it is done, so that a later attempt need not redo it."""
     entry = make_shard(number, *args)
     write_json(building / f"{number:08d}.json", asdict(entry))

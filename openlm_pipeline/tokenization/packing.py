@@ -23,7 +23,7 @@ from openlm_pipeline.errors import DataError
 from openlm_pipeline.experiments import Dataset
 from openlm_pipeline.fingerprint import Tree, settings_tree
 from openlm_pipeline.ordering.permutation import permute_array
-from openlm_pipeline.pools import Progress
+from openlm_pipeline.pools import TaskProgress
 from openlm_pipeline.shards.dataset import ShardEntry
 from openlm_pipeline.shards.format import SampleFormat, write_shard
 from openlm_pipeline.storage.files import atomic_writer, read_json, sha256_file, write_json
@@ -213,7 +213,7 @@ def _column(values: np.ndarray, dtype: str) -> pa.Array:
     return pa.Array.from_buffers(pa.from_numpy_dtype(data.dtype), len(data), [None, pa.py_buffer(data)])
 
 
-def check_stream(tokenized: Path, name: str, tokens_sha256: str, *, progress: Progress) -> None:
+def check_stream(tokenized: Path, name: str, tokens_sha256: str, *, progress: TaskProgress) -> None:
     """Whether a token stream is still what stage 1 wrote; runs in a worker.
 
     Raises:

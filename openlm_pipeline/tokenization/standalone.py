@@ -13,7 +13,7 @@ from openlm_pipeline.corpus.discovery import discover
 from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.experiments import Dataset, Source, TokenizerSpec
 from openlm_pipeline.pools import PoolFactory
-from openlm_pipeline.result import Report, StageResult
+from openlm_pipeline.result import Say, StageResult
 from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.publish import publish
 from openlm_pipeline.storage.home import Home
@@ -42,7 +42,7 @@ def make_shards_of_files(
     tokenizer: str,
     tokenizing: PoolFactory,
     packing: PoolFactory,
-    report: Report,
+    report: Say,
     *,
     seq_len: int = 2048,
     seed: int = 42,

@@ -10,7 +10,7 @@ import pytest
 from small_dataset import SmallDataset, documents
 
 from openlm_pipeline.pools import DaskSettings, Pool, PoolFactory
-from openlm_pipeline.result import Report
+from openlm_pipeline.result import Say
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +30,7 @@ def two_workers() -> Iterator[PoolFactory]:
 def no_client() -> PoolFactory:
     """For stages that must find nothing to do."""
 
-    def refuse(report: Report) -> contextlib.AbstractContextManager[Pool]:
+    def refuse(report: Say) -> contextlib.AbstractContextManager[Pool]:
         raise AssertionError("a stage asked for a cluster though all was done")
 
     return refuse

@@ -19,7 +19,7 @@ import tokenizers  # noqa: F401
 from small_dataset import SmallDataset
 
 from openlm_pipeline.pools import DaskSettings, Pool
-from openlm_pipeline.result import Report
+from openlm_pipeline.result import Say
 
 REFERENCE_ENGINE = {"execution": {"tokenizer_engine": "huggingface"}}
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
@@ -32,7 +32,7 @@ def hold(root: Path, stage: str) -> None:
     made = SmallDataset(root)
 
     @contextlib.contextmanager
-    def held(report: Report) -> Iterator[Pool]:
+    def held(report: Say) -> Iterator[Pool]:
         print("held", flush=True)
         sys.stdin.readline()
         with inline(report) as pool:

@@ -16,7 +16,7 @@ from openlm_pipeline.checkpoints.folders import COMPLETE, unfinished
 from openlm_pipeline.errors import BusyError
 from openlm_pipeline.experiments import load_experiment
 from openlm_pipeline.pipeline import data as data_stages
-from openlm_pipeline.pipeline.retention import GcPlan, Retention, apply, plan_gc
+from openlm_pipeline.pipeline.retention import Removals, Retention, apply, plan_gc
 from openlm_pipeline.pools import DaskSettings
 from openlm_pipeline.storage.files import folder_lock, set_aside
 from openlm_pipeline.storage.home import Home
@@ -42,12 +42,12 @@ def small(trained: SmallRun, tmp_path: Path) -> SmallRun:
     return copy
 
 
-def names(plan: GcPlan) -> set[str]:
+def names(plan: Removals) -> set[str]:
     """Paths in a plan below the home."""
     return {str(e.path.relative_to(plan.home.root.resolve())) for e in plan.entries}
 
 
-def kept(plan: GcPlan) -> dict[str, str]:
+def kept(plan: Removals) -> dict[str, str]:
     return {str(k.path.relative_to(plan.home.root.resolve())): k.why for k in plan.kept}
 
 

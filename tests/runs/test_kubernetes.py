@@ -13,7 +13,7 @@ from small_run import BATCH, SmallRun
 
 from openlm_pipeline.errors import ClusterError, ConfigError, MissingInputError, TrainingError
 from openlm_pipeline.pipeline import training as training_stage
-from openlm_pipeline.runs.launch import MilestoneReached, Progress, launcher_of
+from openlm_pipeline.runs.launch import Measured, MilestoneReached, launcher_of
 from openlm_pipeline.runs.launchers.kubernetes import manifest
 
 pytest.importorskip("kubernetes", reason="the extra k8s is not installed")
@@ -117,7 +117,7 @@ def test_a_failed_job_shows_its_log_and_the_next_takes_its_place(tmp_path: Path,
     assert len(cluster.objects) == 1
     events = list(watch(small, []))
     assert [e.label for e in events if isinstance(e, MilestoneReached)] == [f"t0{2 * BATCH}"]
-    assert [e.record["step"] for e in events if isinstance(e, Progress) and "loss" in e.record] == [1, 2]
+    assert [e.record["step"] for e in events if isinstance(e, Measured) and "loss" in e.record] == [1, 2]
     assert cluster.created == 2
 
 

@@ -11,7 +11,7 @@ from small_run import SmallRun
 
 from openlm_pipeline.errors import BusyError, ConfigError, ConsentError, TrainingError
 from openlm_pipeline.pipeline import training as training_stage
-from openlm_pipeline.runs.launch import Event, MilestoneReached, MilestoneReused, Progress, milestone_checkpoints
+from openlm_pipeline.runs.launch import Event, Measured, MilestoneReached, MilestoneReused, milestone_checkpoints
 
 
 def train(small: SmallRun, *overrides: str, allow: Collection[str] = ()) -> tuple[list[Event], list[str]]:
@@ -36,7 +36,7 @@ def test_only_a_damaged_milestone_is_made_again(tmp_path: Path):
         train(small)
     events, reports = train(small, allow={"remake"})
     assert milestones(events) == [(MilestoneReused, "t0512"), (MilestoneReached, "t1024")]
-    assert [e.record["step"] for e in events if isinstance(e, Progress) and "loss" in e.record] == [3, 4]
+    assert [e.record["step"] for e in events if isinstance(e, Measured) and "loss" in e.record] == [3, 4]
     assert any("t1024 is damaged and made again" in r and "superseded" in r for r in reports)
     made = milestone_checkpoints(small.experiment(), small.run)
     assert {label: c.digest for label, c in made.items()}.keys() == digests.keys()

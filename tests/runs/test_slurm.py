@@ -12,7 +12,7 @@ from small_run import BATCH, REPOSITORY, SmallRun, wait_until
 from openlm_pipeline.checkpoints.folders import list_checkpoints, verify
 from openlm_pipeline.errors import BusyError, ClusterError, MissingInputError, TrainingError
 from openlm_pipeline.pipeline import training as training_stage
-from openlm_pipeline.runs.launch import Event, MilestoneReached, Progress
+from openlm_pipeline.runs.launch import Event, Measured, MilestoneReached
 from openlm_pipeline.storage.files import read_json
 
 pytestmark = [pytest.mark.usefixtures("slurm_cluster"), pytest.mark.drill]
@@ -40,7 +40,7 @@ def watch(small: SmallRun, reports: list[str], *overrides: str):
 
 
 def steps(events: list[Event]) -> list[int]:
-    return [e.record["step"] for e in events if isinstance(e, Progress) and "loss" in e.record]
+    return [e.record["step"] for e in events if isinstance(e, Measured) and "loss" in e.record]
 
 
 def num_resumed(small: SmallRun) -> int:
@@ -142,7 +142,7 @@ def test_a_controller_that_crashes_and_comes_back_finds_the_job_watched(tmp_path
     last = max(small.losses())
     told = len(reports)
     for event in events:
-        if isinstance(event, Progress) and event.record["step"] > last and len(reports) > told:
+        if isinstance(event, Measured) and event.record["step"] > last and len(reports) > told:
             break
     assert reports[told:] == [f"Slurm job {job_id} is running"]
     assert job_ids() == [job_id]

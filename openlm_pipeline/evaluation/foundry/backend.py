@@ -35,7 +35,7 @@ from openlm_pipeline.evaluation.results import (
 from openlm_pipeline.evaluation.suite import Suite
 from openlm_pipeline.evaluation.task_files import located
 from openlm_pipeline.evaluation.tasks import Item
-from openlm_pipeline.result import Report
+from openlm_pipeline.result import Say
 from openlm_pipeline.storage.files import sha256_file
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.storage.remote import open_remote
@@ -64,7 +64,7 @@ def score_suite_with_foundry(
     checkpoint_digest: str,
     max_seq_len: int,
     python: Path | None = None,
-    report: Report = lambda line: None,
+    report: Say = lambda line: None,
     tolerant: bool = False,
 ) -> SuiteResult:
     """Have LLM Foundry score every task of a suite, in fp32, on a GPU where its environment sees one.
@@ -113,7 +113,7 @@ def _run(
     tokenizer: Tokenizer,
     max_seq_len: int,
     python: Path | None,
-    report: Report,
+    report: Say,
 ) -> Iterator[Rows]:
     """The rows of each task, as one process of LLM Foundry finishes them."""
     python = python or find_foundry_python()

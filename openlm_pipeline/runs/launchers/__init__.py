@@ -6,7 +6,7 @@ A launcher starts and stops processes, and says whether they are there. What tra
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
-from openlm_pipeline.result import Report
+from openlm_pipeline.result import Say
 from openlm_pipeline.runs.launchers.job import Job
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.strict import Strict
@@ -22,7 +22,7 @@ class Launcher(ABC):
     class Settings(Strict):
         """What a recipe may say at `launcher.NAME`; here nothing."""
 
-    def __init__(self, experiment: "Experiment", home: Home, run: "RunFolder", report: Report) -> None:
+    def __init__(self, experiment: "Experiment", home: Home, run: "RunFolder", report: Say) -> None:
         """
         Args:
             report: takes lines on the job: that it was submitted, waits, runs.

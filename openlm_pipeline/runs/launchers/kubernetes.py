@@ -20,7 +20,7 @@ from pydantic import Field
 from openlm_pipeline.errors import ClusterError, ConfigError, MissingInputError
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.registry import LAUNCHERS
-from openlm_pipeline.result import Report
+from openlm_pipeline.result import Say
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.launchers import Launcher
 from openlm_pipeline.runs.launchers.job import TRAINER_DEFAULTS, torchrun_command
@@ -230,7 +230,7 @@ def _configuration() -> Any:
 class KubernetesJob:
     """A Job or PyTorchJob; its state is asked for every few seconds."""
 
-    def __init__(self, experiment: Experiment, home: Home, run: RunFolder, report: Report) -> None:
+    def __init__(self, experiment: Experiment, home: Home, run: RunFolder, report: Say) -> None:
         try:
             from kubernetes import client
         except ModuleNotFoundError:

@@ -25,7 +25,7 @@ from pydantic import Field
 from openlm_pipeline.errors import ClusterError, ConfigError, MissingInputError
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.registry import LAUNCHERS
-from openlm_pipeline.result import Report
+from openlm_pipeline.result import Say
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.launchers import Launcher
 from openlm_pipeline.runs.launchers.job import TRAINER_DEFAULTS, log_end, torchrun_command
@@ -226,7 +226,7 @@ def _directives(experiment: Experiment) -> list[str]:
 class SlurmJob:
     """A job in the queue; its state is asked for every few seconds, and at once when the trainer wrote its outcome."""
 
-    def __init__(self, experiment: Experiment, run: RunFolder, job_id: str, report: Report) -> None:
+    def __init__(self, experiment: Experiment, run: RunFolder, job_id: str, report: Say) -> None:
         self.job_id = job_id
         self.log = run.path / "launch" / f"slurm-{job_id}.log"
         self._name, self._run, self._launcher = job_name(experiment), run, experiment.launcher
