@@ -81,6 +81,9 @@ if __name__ == "__main__":
         reason = _database_error(error)
         if reason is None:
             raise
-        print(f"error: Dagster's database fails: {reason}. What is done stays done: see to the database, then run the "
-              "same command again.", file=sys.stderr)  # fmt: skip
+        print(
+            f"error: Dagster's database fails: {reason}. What is done stays done: see to the database, then run the "
+            "same command again.",
+            file=sys.stderr,
+        )
         sys.exit(1)

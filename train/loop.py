@@ -91,9 +91,12 @@ class Trainer:
             horizon = horizon and horizon - start_tokens
         self.schedule = SCHEDULES[experiment.training.schedule](experiment.training, horizon)
         self.saver = checkpoints.Saver(
-            self.run.checkpoints, world.from_rank0(lambda: self.run.fingerprint), world,
-            asynchronous=experiment.execution.async_save, on_saved=self._on_saved,
-        )  # fmt: skip
+            self.run.checkpoints,
+            world.from_rank0(lambda: self.run.fingerprint),
+            world,
+            asynchronous=experiment.execution.async_save,
+            on_saved=self._on_saved,
+        )
         self.paused_seconds = 0.0
         """Time spent between steps by hooks; it is no part of the time of the steps around it."""
         self.target = self.step
@@ -295,9 +298,14 @@ class Trainer:
         if self.world.any(not self._weights_finite()):
             raise TrainingError(f"weights are not finite at step {self.step}; nothing was saved")
         self.saver.save(
-            self.model, self.optimizer, self.hooks.state(),
-            step=self.step, tokens=self.tokens, milestone=milestone, metrics=metrics or {},
-        )  # fmt: skip
+            self.model,
+            self.optimizer,
+            self.hooks.state(),
+            step=self.step,
+            tokens=self.tokens,
+            milestone=milestone,
+            metrics=metrics or {},
+        )
         if milestone:
             self.saver.wait()
 

@@ -52,9 +52,15 @@ def run_training(
         trainer = None
         try:
             trainer = Trainer(
-                experiment, home, world, datasets, run=run, initial_weights=initial_weights,
-                start_tokens=began["tokens"] if began else 0, allow=allow,
-            )  # fmt: skip
+                experiment,
+                home,
+                world,
+                datasets,
+                run=run,
+                initial_weights=initial_weights,
+                start_tokens=began["tokens"] if began else 0,
+                allow=allow,
+            )
             trainer.console.print(f"run {run.path} ({short(run.fingerprint)})")
             outcome = trainer.train(until)
         except BaseException as e:

@@ -94,7 +94,11 @@ def bootstrap_interval(loss_sums: np.ndarray, token_counts: np.ndarray) -> tuple
     result = stats.bootstrap(
         (loss_sums[predicted], token_counts[predicted]),
         lambda losses, tokens, axis: losses.sum(axis) / tokens.sum(axis),
-        paired=True, vectorized=True, n_resamples=_RESAMPLES, batch=1000, method="percentile",
+        paired=True,
+        vectorized=True,
+        n_resamples=_RESAMPLES,
+        batch=1000,
+        method="percentile",
         rng=np.random.default_rng(0),
-    )  # fmt: skip
+    )
     return float(result.confidence_interval.low), float(result.confidence_interval.high)

@@ -94,8 +94,11 @@ def launch(
     with log.open("wb") as out:  # a file: where it is a pipe, the command lasts as long as the run
         done = subprocess.run(
             [sys.executable, "-m", "dagster", "job", "launch", "-j", recipe, "--run-id", run_id, "--tags", tags],
-            stdout=out, stderr=subprocess.STDOUT, env=environment, check=False,
-        )  # fmt: skip
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            check=False,
+        )
     if done.returncode:
         last = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         raise OpenLMError(f"Dagster did not launch {recipe}:\n{last}")

@@ -91,9 +91,13 @@ def verify(
     for folder in _folders(target, dataset):
         count = len(read_manifest(folder))
         checks = track(
-            check_shards(folder, quick=quick), "verifying", count + 1, console=progress, transient=True,
+            check_shards(folder, quick=quick),
+            "verifying",
+            count + 1,
+            console=progress,
+            transient=True,
             disable=not progress.is_terminal,
-        )  # fmt: skip
+        )
         problems = [problem for _, problem in checks if problem]
         for problem in problems:
             _say(problem)

@@ -19,9 +19,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DISTRIBUTIONS = (
-    "dagster", "dask", "distributed", "fsspec", "huggingface_hub", "matplotlib", "networkx", "numpy", "pyarrow",
-    "pydantic", "rich", "safetensors", "scipy", "sympy", "tokenizers", "torch", "typer", "zstandard",
-)  # fmt: skip
+    "dagster",
+    "dask",
+    "distributed",
+    "fsspec",
+    "huggingface_hub",
+    "matplotlib",
+    "networkx",
+    "numpy",
+    "pyarrow",
+    "pydantic",
+    "rich",
+    "safetensors",
+    "scipy",
+    "sympy",
+    "tokenizers",
+    "torch",
+    "typer",
+    "zstandard",
+)
 KINDS = ("StdlibDocs", "PackageDocs", "StdlibSource", "PackageSource")
 """`pile_set_name` of documents; prose first."""
 PROSE = KINDS[:2]
@@ -32,9 +48,24 @@ _MIN_LETTERS = 0.5
 _MIN_DOCSTRING_SHARE = {"StdlibDocs": 0.1, "PackageDocs": 0.3}
 _LETTERS = (string.ascii_letters + " \n").encode()
 _SKIPPED_FOLDERS = {
-    "__pycache__", "_vendor", "_vendored", "data", "dist-packages", "encodings", "ensurepip", "idlelib", "lib2to3",
-    "site-packages", "test", "testing", "tests", "third_party", "tkinter", "turtledemo", "vendor",
-}  # fmt: skip
+    "__pycache__",
+    "_vendor",
+    "_vendored",
+    "data",
+    "dist-packages",
+    "encodings",
+    "ensurepip",
+    "idlelib",
+    "lib2to3",
+    "site-packages",
+    "test",
+    "testing",
+    "tests",
+    "third_party",
+    "tkinter",
+    "turtledemo",
+    "vendor",
+}
 _SKIPPED_STARTS = ("_sysconfigdata", "__config__", "licen", "notice", "copying", "cmakelists", "requirements", "test_")
 
 

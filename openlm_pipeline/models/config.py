@@ -86,11 +86,17 @@ MODELS = {
     "open_lm_1b_geglu": ModelConfig(**_1B, ffn="gemma_geglu"),
     "m1b_tiktoken": ModelConfig(**_1B, vocab_size=50304),
     "llama2_7b": ModelConfig(
-        hidden_dim=4096, n_layers=32, n_heads=32, seq_len=4096, vocab_size=32000,
-        norm="rms_norm", positional_embedding="llama_rotary", ffn="swiglu",
+        hidden_dim=4096,
+        n_layers=32,
+        n_heads=32,
+        seq_len=4096,
+        vocab_size=32000,
+        norm="rms_norm",
+        positional_embedding="llama_rotary",
+        ffn="swiglu",
     ),
     "open_lm_test_tiny": ModelConfig(hidden_dim=16, n_layers=2, n_heads=2, seq_len=16, vocab_size=16),
-}  # fmt: skip
+}
 """Fields that OpenLM's JSON file of a model gives are set here too: there they win over flags."""
 ALIASES = {
     "open_lm_411m": "open_lm_410m",  # the name in OpenLM's README, which has no config file there

@@ -72,9 +72,16 @@ def _run_suite(
     from openlm_pipeline.evaluation.scorer import score_suite
 
     return score_suite(
-        subject.model, subject.tokenizer, suite, home, out, context,
-        batch_tokens=how["batch_tokens"], report=report, **options,
-    )  # fmt: skip
+        subject.model,
+        subject.tokenizer,
+        suite,
+        home,
+        out,
+        context,
+        batch_tokens=how["batch_tokens"],
+        report=report,
+        **options,
+    )
 
 
 def items_of(folder: Path | None) -> "pa.Table | None":
@@ -95,8 +102,13 @@ def _summed_up(
     from openlm_pipeline.evaluation.scorecard import load_scorecard, make_scorecard, save_scorecard
 
     card = make_scorecard(
-        result.items, before, suite=suite, provenance=provenance, task_files=result.task_files, against=against,
-    )  # fmt: skip
+        result.items,
+        before,
+        suite=suite,
+        provenance=provenance,
+        task_files=result.task_files,
+        against=against,
+    )
     reused = not result.scored and (out / CARD).exists() and load_scorecard(out / CARD) == card
     if not reused and is_first_process():
         save_scorecard(out, card)
@@ -228,10 +240,17 @@ def _score_by_processes(experiment: Experiment, home: Home, what: list[str], rep
         recipe = Path(folder) / "recipe.yaml"
         recipe.write_text(yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False))
         command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone",
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
             f"--nproc-per-node={evaluation_of(experiment).processes}",
-            "-m", "openlm_pipeline", "evaluate", str(recipe), *what,
-        ]  # fmt: skip
+            "-m",
+            "openlm_pipeline",
+            "evaluate",
+            str(recipe),
+            *what,
+        ]
         environment = {"OMP_NUM_THREADS": "1", **os.environ, **home.variables}
         lines: list[str] = []
         with subprocess.Popen(
@@ -258,10 +277,17 @@ def score_baseline(experiment: Experiment, home: Home, name: str, report: Say) -
     if evaluation.processes > 1 and "RANK" not in os.environ:
         _score_by_processes(experiment, home, ["--baseline", name], report)
     return score_model(
-        baseline.model, evaluation.suite, home, report,
-        name=baseline.name, tokenizer=baseline.tokenizer, revision=baseline.revision, precision=evaluation.precision,
-        backend=evaluation.backend, batch_tokens=evaluation.batch_tokens,
-    )  # fmt: skip
+        baseline.model,
+        evaluation.suite,
+        home,
+        report,
+        name=baseline.name,
+        tokenizer=baseline.tokenizer,
+        revision=baseline.revision,
+        precision=evaluation.precision,
+        backend=evaluation.backend,
+        batch_tokens=evaluation.batch_tokens,
+    )
 
 
 def score_model(

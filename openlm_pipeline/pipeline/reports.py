@@ -92,9 +92,15 @@ def make_report(experiment: Experiment, home: Home, report: Say) -> StageResult:
     provenance = {"run fingerprint": run.fingerprint, "openlm_pipeline": __version__}
     with home.artefact(out):
         paths = write_report(
-            out, experiment, cards, _records(experiment, home, run), provenance,
-            parent=_parent_card(experiment, home, cards), baselines=baselines, quoted=_quoted(experiment),
-        )  # fmt: skip
+            out,
+            experiment,
+            cards,
+            _records(experiment, home, run),
+            provenance,
+            parent=_parent_card(experiment, home, cards),
+            baselines=baselines,
+            quoted=_quoted(experiment),
+        )
     page = paths["report.html"]
     report(f"report: {page}")
     facts = {"scorecards": len(cards), "milestones": len(experiment.milestones), "baselines": len(baselines)}

@@ -59,9 +59,14 @@ def write_report(
     milestones = sorted(scorecards, key=lambda card: card.tokens or 0)
     cards = [*([parent] if parent else []), *milestones, *baselines]
     table = milestones_table(
-        experiment.name, experiment.version, scorecards, experiment.milestones,
-        parent=parent, baselines=baselines, quoted=quoted,
-    )  # fmt: skip
+        experiment.name,
+        experiment.version,
+        scorecards,
+        experiment.milestones,
+        parent=parent,
+        baselines=baselines,
+        quoted=quoted,
+    )
     facts = [*evaluation_facts(milestones), *((name, str(value)) for name, value in (provenance or {}).items())]
     page = {
         "experiment": experiment,

@@ -149,9 +149,12 @@ class Uploads:
         names = [*checkpoint.files, INFO, COMPLETE]
         described = {name: copies.describe_file(checkpoint.path / name) for name in (INFO, COMPLETE)}
         copies.send(
-            {name: checkpoint.path / name for name in names}, self._checkpoint_url(checkpoint),
-            {**checkpoint.files, **described}, [INFO, COMPLETE], describes=INFO,
-        )  # fmt: skip
+            {name: checkpoint.path / name for name in names},
+            self._checkpoint_url(checkpoint),
+            {**checkpoint.files, **described},
+            [INFO, COMPLETE],
+            describes=INFO,
+        )
         for old in outdated(self._remote_checkpoints(), self.keep):
             remote.remove(f"{self._checkpoint_url(old)}/{COMPLETE}")
             remote.remove(self._checkpoint_url(old))

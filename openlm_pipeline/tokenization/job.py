@@ -272,16 +272,27 @@ def _pack(
     numbers = range(-(-num_samples // dataset.samples_per_shard))
     entries = {n: e for n in numbers if (e := _finished_shard(folder, building, n)) is not None}
     shard_bytes = sample_format.record_bytes * dataset.samples_per_shard
-    sizes = {str(n): min(shard_bytes, (num_samples - n * dataset.samples_per_shard) * sample_format.record_bytes)
-             for n in numbers}  # fmt: skip
+    sizes = {
+        str(n): min(shard_bytes, (num_samples - n * dataset.samples_per_shard) * sample_format.record_bytes)
+        for n in numbers
+    }
     calls: dict[str, Call] = {
         str(n): (
-            make_and_note_shard, building, n, dataset.samples_per_shard, sample_format, dataset.pad_id, dataset.name,
-            [f.name for f in files], tokenized, building, folder,
+            make_and_note_shard,
+            building,
+            n,
+            dataset.samples_per_shard,
+            sample_format,
+            dataset.pad_id,
+            dataset.name,
+            [f.name for f in files],
+            tokenized,
+            building,
+            folder,
         )
         for n in numbers
         if n not in entries
-    }  # fmt: skip
+    }
     if calls:
         streams = {f.name: f.tokens * sample_format.numpy_dtype.itemsize for f in files}
         checks: dict[str, Call] = {f.name: (check_stream, tokenized, f.name, f.tokens_sha256) for f in files}

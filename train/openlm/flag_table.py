@@ -54,8 +54,11 @@ DATA = (
     _live("train-data", str, None, "sources: tars with {0000..0099}, `::` between them, or a folder", many=True),
     _live("train-data-mix-weights", float, None, "share of each source of --train-data", many=True),
     _refused(
-        "train-data-upsampling-factors", "OpenLM only compares its length; use --train-data-mix-weights",
-        str, None, many=True,
+        "train-data-upsampling-factors",
+        "OpenLM only compares its length; use --train-data-mix-weights",
+        str,
+        None,
+        many=True,
     ),
     _live("dataset-manifest", str, None, "manifest.jsonl of each source; its shards are shuffled", many=True),
     _live("dataset-metadata", str, None, "the same, by its name of 2023", many=True),
@@ -74,7 +77,7 @@ DATA = (
     _refused("ignore-parse-errors", "no sample is ever left out; repair the shard that the error names"),
     _refused("data-tolerate-error-p", _NEVER_SHORT, float, 0.09),
     _refused("data-tolerate-num-ckpts", _NEVER_SHORT, int, 0),
-)  # fmt: skip
+)
 
 MODEL = (
     _live("model", str, "open_lm_1b", "name, or path of a JSON config, whose own settings win over these flags"),
@@ -83,7 +86,10 @@ MODEL = (
     _live("ffn-type", str, "swiglu", "feed-forward network: swiglu, swiglu_torch, gelu"),
     _live("positional-embedding-type", str, "rotary", "rotary, llama_rotary, head_rotary, none"),
     _always(
-        "attn-name", "attention that computes the same: the fastest that torch has", str, "auto",
+        "attn-name",
+        "attention that computes the same: the fastest that torch has",
+        str,
+        "auto",
         choices=("auto", "xformers_attn", "xformers_attn_variable_length", "torch_attn"),
     ),
     _refused("attn-activation", _NO_CUSTOM_ATTENTION, str, None),
@@ -103,7 +109,7 @@ MODEL = (
     _refused("use-bnb-linear", "OpenLM ignores it; for less memory use --fsdp and --grad-checkpointing", str, None),
     _refused("distill-model", _NO_DISTILLATION, str, None),
     _refused("distill-pretrained", _NO_DISTILLATION, str, None),
-)  # fmt: skip
+)
 
 OPTIMISATION = (
     _live("global-batch-size", int, None, "sequences a step over all processes; 64 if no batch flag is given"),
@@ -134,13 +140,20 @@ OPTIMISATION = (
     _live("average", str, None, "checkpoints to begin with the weighted sum of", many=True),
     _live("average-coefficients", float, None, "their weights; by default equal, with sum 1", many=True),
     _refused("load-pretrained-state", "--pretrained takes the weights alone; a run goes on with --resume latest"),
-    _refused("log-avg-model-training-loss", "averages are saved with each checkpoint, not measured in training; "
-             "leave it out", float, 0),
-)  # fmt: skip
+    _refused(
+        "log-avg-model-training-loss",
+        "averages are saved with each checkpoint, not measured in training; leave it out",
+        float,
+        0,
+    ),
+)
 
 MACHINES = (
     _live(
-        "precision", str, "amp", "fp32; amp, amp_bf16 and amp_bfloat16 are bfloat16 with fp32 weights",
+        "precision",
+        str,
+        "amp",
+        "fp32; amp, amp_bf16 and amp_bfloat16 are bfloat16 with fp32 weights",
         choices=("amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "fp32"),
     ),
     _live("fsdp", bool, False, "shard the weights over all processes; without it each has all of them"),
@@ -164,7 +177,7 @@ MACHINES = (
     _refused("ddp-static-graph", "there is no DDP here; leave it out"),
     _refused("torchscript", "OpenLM ignores it; use --torchcompile"),
     _refused("trace", "OpenLM ignores it; use --torchcompile"),
-)  # fmt: skip
+)
 
 RECORDS = (
     _live("name", str, None, "of the run's folder; by default date, model, learning rate and batch"),
@@ -191,7 +204,7 @@ RECORDS = (
     _refused("debug", "there is one level of logging; leave it out"),
     _refused("copy-codebase", "it copies whatever lies there; use a commit of git, or a container"),
     _live("config", str, None, "YAML or JSON file of flags, in place of all others"),
-)  # fmt: skip
+)
 
 GROUPS = {
     "data": DATA,

@@ -28,9 +28,12 @@ class _Parser(argparse.ArgumentParser):
 def make_parser() -> argparse.ArgumentParser:
     """A parser of all flags of OpenLM; those that are refused are parsed too."""
     parser = _Parser(
-        prog="torchrun -m train", description="OpenLM's flags.", allow_abbrev=False, add_help=False,
+        prog="torchrun -m train",
+        description="OpenLM's flags.",
+        allow_abbrev=False,
+        add_help=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120),
-    )  # fmt: skip
+    )
     for title, flags in GROUPS.items():
         group = parser.add_argument_group(title)
         for flag in flags:
@@ -41,9 +44,14 @@ def make_parser() -> argparse.ArgumentParser:
                 group.add_argument(f"--{flag.name}", action="store_true", help=text)
             else:
                 group.add_argument(
-                    f"--{flag.name}", type=flag.type, default=flag.default, choices=flag.choices, help=text,
-                    nargs="+" if flag.many else None, metavar=None if flag.choices else "X",
-                )  # fmt: skip
+                    f"--{flag.name}",
+                    type=flag.type,
+                    default=flag.default,
+                    choices=flag.choices,
+                    help=text,
+                    nargs="+" if flag.many else None,
+                    metavar=None if flag.choices else "X",
+                )
     return parser
 
 

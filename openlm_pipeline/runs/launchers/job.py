@@ -52,11 +52,18 @@ def torchrun_command(
         trainer: how torchrun starts the trainer there; by default by its file on this machine.
     """
     return [
-        python, "-m", "torch.distributed.run", *rendezvous,
-        f"--nproc-per-node={launcher.processes}", f"--max-restarts={launcher.max_restarts}",
-        f"--signals-to-handle={_SIGNALS}", f"--shutdown-timeout={launcher.grace_seconds}",
-        *(trainer or starting("train")), str(experiment_file), f"--until={until}",
-    ]  # fmt: skip
+        python,
+        "-m",
+        "torch.distributed.run",
+        *rendezvous,
+        f"--nproc-per-node={launcher.processes}",
+        f"--max-restarts={launcher.max_restarts}",
+        f"--signals-to-handle={_SIGNALS}",
+        f"--shutdown-timeout={launcher.grace_seconds}",
+        *(trainer or starting("train")),
+        str(experiment_file),
+        f"--until={until}",
+    ]
 
 
 def log_end(path: Path, lines: int = 15) -> str:

@@ -75,9 +75,11 @@ def job_object(experiment: Experiment, home: Home, until: int) -> dict[str, Any]
     if launcher.nodes > 1:
         # The operator gives each pod the master's address; Kubernetes fills it in.
         rendezvous = [
-            f"--nnodes={launcher.nodes}", "--rdzv-backend=c10d", "--rdzv-endpoint=$(MASTER_ADDR):$(MASTER_PORT)",
+            f"--nnodes={launcher.nodes}",
+            "--rdzv-backend=c10d",
+            "--rdzv-endpoint=$(MASTER_ADDR):$(MASTER_PORT)",
             f"--rdzv-id={name}",
-        ]  # fmt: skip
+        ]
     command = torchrun_command(launcher, run_path / "experiment.yaml", until, "python", rendezvous, _TRAINER)
     template = {
         "metadata": {"labels": {_RUN_LABEL: name}},
@@ -331,9 +333,11 @@ class KubernetesJob:
             ClusterError: the cluster does not answer, or its pods do not go away.
         """
         self._ask(
-            self._objects.delete_namespaced_custom_object, **self._where, name=self._name,
+            self._objects.delete_namespaced_custom_object,
+            **self._where,
+            name=self._name,
             body={"propagationPolicy": "Foreground"},
-        )  # fmt: skip
+        )
         give_up = time.monotonic() + self._grace_seconds + _DELETE_SECONDS
         while self.read() is not None or self._pods():
             if time.monotonic() > give_up:

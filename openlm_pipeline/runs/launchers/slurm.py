@@ -146,9 +146,12 @@ def job_script(experiment: Experiment, home: Home, run: RunFolder, until: int) -
     """The batch script; it names environment variables, and holds none of their values but `OPENLM_HOME`."""
     launcher = experiment.launcher
     torchrun = torchrun_command(
-        launcher, run.experiment_file.resolve(), until, sys.executable,
+        launcher,
+        run.experiment_file.resolve(),
+        until,
+        sys.executable,
         [f"--nnodes={launcher.nodes}", "--rdzv-backend=c10d"],
-    )  # fmt: skip
+    )
     at = torchrun.index("--rdzv-backend=c10d") + 1
     rendezvous = '"--rdzv-endpoint=$head:$port" "--rdzv-id=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"'
     defaults = [f'export {name}="${{{name}:-{value}}}"' for name, value in TRAINER_DEFAULTS.items()]
