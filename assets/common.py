@@ -43,7 +43,7 @@ class DaskResource(dg.ConfigurableResource):
 
     address: str | None = None
     workers: int | None = None
-    """Processes of the LocalCluster; by default one a CPU."""
+    """Processes of the LocalCluster; by default one per CPU."""
 
     def settings(self) -> DaskSettings:
         return DaskSettings.from_env(address=self.address, workers=self.workers)

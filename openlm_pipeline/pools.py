@@ -53,7 +53,7 @@ class Pool(Protocol):
         """Run each named call; yield (name, result) as they end, and raise the first error.
 
         Args:
-            on_progress: gets a task's name and its numbers so far, about once a second.
+            on_progress: gets a task's name and its numbers so far, about once per second.
         """
         ...
 

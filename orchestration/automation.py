@@ -1,7 +1,7 @@
 """What happens by itself, once switched on in the UI: scoring of new checkpoints, filling of gaps, alerts.
 
 Scorecards and reports carry an automation condition, for checkpoints that a run here makes. The sensor looks at the run
-folders, for those that `torchrun -m train` or `openlm train` made. The schedule asks once an hour for what is missing.
+folders, for those that `torchrun -m train` or `openlm train` made. The schedule asks once per hour for what is missing.
 Whatever asks twice finds every task scored.
 """
 

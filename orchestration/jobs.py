@@ -1,4 +1,4 @@
-"""Jobs: one a recipe from raw files to report, one a run's scorecards, one a dataset's shards. None is partitioned."""
+"""Jobs: per recipe from raw files to report, per run its scorecards, per dataset its shards. None is partitioned."""
 
 import dagster as dg
 
@@ -33,7 +33,7 @@ def _score_keys(experiment: Experiment) -> list[dg.AssetKey]:
 
 
 def training_job(experiment: Experiment) -> dg.JobDefinition:
-    """Data and checkpoints of a recipe without their scores: `automation` can score each while training goes on."""
+    """Data and checkpoints of a recipe without their scores: `automation` can score each while training continues."""
     keys = [
         *_data_keys(experiment.datasets()),
         *(checkpoint_key(experiment.name, label) for label, _ in experiment.labelled_milestones()),

@@ -39,7 +39,7 @@ def begin_from(
 
     Raises:
         DataError: a file of the parent is damaged.
-        ConfigError: the fork has another model, or an optimizer that can't go on from the parent's.
+        ConfigError: the fork has another model, or an optimizer that can't continue from the parent's.
     """
     world.from_rank0(lambda: _check(checkpoint, experiment, model))
     if experiment.parent.optimizer == "reset":

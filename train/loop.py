@@ -106,7 +106,7 @@ class Trainer:
             self.warn(sentence)
         self.console.print(
             f"{experiment.name}: {size_line(self.model.config, experiment.seq_len)}; on {world.size} x "
-            f"{world.device.type}, {self.batches.global_sequences} sequences of {experiment.seq_len} tokens a step"
+            f"{world.device.type}, {self.batches.global_sequences} sequences of {experiment.seq_len} tokens per step"
         )
 
     @property

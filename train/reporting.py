@@ -97,7 +97,7 @@ def check_report_to(experiment: Experiment) -> None:
 
 
 class TensorBoardWriter:
-    """Event files in the run's `tensorboard/`, one a process, written by a thread of torch's writer."""
+    """Event files in the run's `tensorboard/`, one per process, written by a thread of torch's writer."""
 
     def __init__(self, run: RunFolder) -> None:
         self.folder = run.path / "tensorboard"
@@ -118,7 +118,7 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """A Weights & Biases run whose id follows from the run's identity, so that a restart goes on with it.
+    """A Weights & Biases run whose id follows from the run's identity, so that a restart resumes it.
 
     All of wandb happens in a thread of its own: its `init` and `finish` wait for the network.
     """
@@ -160,5 +160,5 @@ class WandbWriter:
                 while item := self.waiting.get():
                     step, values = item
                     run.log(values, step=step)
-        except Exception as e:  # noqa: BLE001 - whatever fails there, training goes on
+        except Exception as e:  # noqa: BLE001 - whatever fails there, training continues
             self.warn(f"wandb is off for this process: {type(e).__name__}: {e}. metrics.jsonl has everything")

@@ -15,7 +15,7 @@ from openlm_pipeline.experiments.spec import Training
 from train.distributed import World
 
 _DECAY = 0.98
-"""Of the running mean of gradient norms: it looks back some fifty steps."""
+"""Decay of the running mean of gradient norms: it looks back some fifty steps."""
 _STEPS_BEFORE_JUDGING = 20
 """Accepted steps before a gradient norm can be a spike: those of the beginning are no measure."""
 

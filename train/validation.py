@@ -1,4 +1,4 @@
-"""Loss on held-out samples, in nats a token; the same at any world size up to the order of summation."""
+"""Loss on held-out samples, in nats per token; the same at any world size up to the order of summation."""
 
 import math
 from dataclasses import dataclass

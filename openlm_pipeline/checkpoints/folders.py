@@ -41,7 +41,7 @@ class Checkpoint:
     """`{"bytes", "sha256"}` of each file."""
     metrics: dict[str, float] = field(default_factory=dict)
     weights_digest: str | None = None
-    """Of the weights alone, see `checkpoints.weights_digest`; None where an earlier release wrote the checkpoint."""
+    """The weights' own, see `checkpoints.weights_digest`; None where an earlier release wrote the checkpoint."""
 
     @property
     def digest(self) -> str:
@@ -222,5 +222,5 @@ def rotate(checkpoints: list[Checkpoint], keep: int, in_use: Collection[int] = (
 
 
 def outdated(checkpoints: list[Checkpoint], keep: int) -> list[Checkpoint]:
-    """Of checkpoints by step, those that are no milestones, without the newest `keep` of them."""
+    """Those of the checkpoints, by step, that are no milestones, without the newest `keep` of them."""
     return [c for c in checkpoints if c.milestone is None][:-keep]

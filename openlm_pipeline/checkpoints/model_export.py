@@ -38,7 +38,7 @@ def export_openlm(
 ) -> Path:
     """Write OpenLM's log folder: `params.txt`, `model.json` for its `--model`, and `checkpoints/epoch_N.pt`.
 
-    From a checkpoint of a run also `optimizer_N.pt` and `stats_N.pt`, so that OpenLM's `--resume` goes on from it.
+    From a checkpoint of a run also `optimizer_N.pt` and `stats_N.pt`, so that OpenLM's `--resume` continues from it.
 
     Args:
         model_or_checkpoint: a model, or the path of whatever `load_checkpoint` reads.
@@ -64,7 +64,7 @@ def export_openlm(
     if checkpoint:
         state = load_adam_state(checkpoint, [name for name, _ in model.named_parameters()])
         if state is None:
-            say("the optimizer is not AdamW throughout, so that OpenLM can't go on with it; only weights are exported")
+            say("the optimizer is not AdamW throughout, so that OpenLM can't resume with it; only weights are exported")
         else:
             optimizer = {**head, "optimizer": _adamw(state, fsdp), "evaluation_metrics": metrics}
             _save(folder / f"optimizer_{epoch}.pt", optimizer)

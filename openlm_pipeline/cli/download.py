@@ -33,7 +33,7 @@ def download(
 ) -> None:
     """Fetch lists of raw files over http(s)://, s3://, hf:// and all else that fsspec reads.
 
-    A file gets its name only when it is whole and checked. After any interruption the same command goes on where it
+    A file gets its name only when it is whole and checked. After any interruption the same command resumes where it
     stopped; a file that changed meanwhile begins anew. SHA256SUMS in the folder holds the hash of every file, so that
     `sha256sum -c SHA256SUMS` checks them.
 
@@ -74,7 +74,7 @@ def download(
                 progress=progress,
             )
         except KeyboardInterrupt:
-            say("interrupted; what was fetched is kept, and the same command goes on from it")
+            say("interrupted; what was fetched is kept, and the same command resumes from it")
             raise
     say(f"all {len(targets)} files are whole in {output_dir}")
 

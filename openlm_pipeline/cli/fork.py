@@ -22,7 +22,7 @@ def fork(
         Path | None, typer.Option(help="Folder for the recipe; default: the first one of OPENLM_RECIPES.")
     ] = None,
 ) -> None:
-    """Write the recipe of a run that goes on from a milestone of another: weights, optimizer, tokens, sample order.
+    """Write the recipe of a run that continues from a milestone of another: weights, optimizer, tokens, sample order.
 
     It starts nothing: the new recipe is planned, trained and launched like any other. parent.optimizer=reset begins
     with a new optimizer, parent.schedule=restart with the warm-up.

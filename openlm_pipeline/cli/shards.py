@@ -144,7 +144,7 @@ def _print_stats(found: "DatasetStats") -> None:
         "padding id": "none" if info["pad_id"] is None else info["pad_id"],
     }
     if lengths := found.document_tokens:
-        rows["tokens a document"] = ", ".join(f"{_quantile(q)} {tokens:,}" for q, tokens in lengths.items())
+        rows["tokens per document"] = ", ".join(f"{_quantile(q)} {tokens:,}" for q, tokens in lengths.items())
     _print_table(Table(show_header=False, box=None), ([name, str(value)] for name, value in rows.items()))
     if found.files:
         table = Table("raw file", box=None)
@@ -224,7 +224,7 @@ def export(
     ] = "num_sequences",
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: CPUs.")] = None,
 ) -> None:
-    """Write a dataset as tars and a manifest that OpenLM reads. Goes on after any interruption.
+    """Write a dataset as tars and a manifest that OpenLM reads. Resumes after any interruption.
 
     OpenLM takes the string <|endoftext|> for id 0 or, in its version of August 2023, for 50256, which GPT-NeoX uses for
     a run of spaces, as OpenLM does with its padding. Ids mean the same everywhere, so they are the default.

@@ -1,6 +1,6 @@
 """Fetching lists of raw files: a file appears under its name only when it is whole and checked.
 
-A transfer that ended early goes on where it stopped if the remote file is still the same version, else it begins anew;
+A transfer that ended early resumes where it stopped if the remote file is still the same version, else it begins anew;
 one file's failure stops no other. `download_folder` says what the output folder holds.
 """
 
@@ -194,7 +194,7 @@ class _Download:
         with open_source(target.url, known=known, offset=offset, timeout_seconds=self.timeout_seconds) as opened:
             remote, size = opened.remote, opened.offset
             if size:
-                self.report(f"{target.name}: going on at byte {size:,} of {remote.size_bytes:,}")
+                self.report(f"{target.name}: resuming at byte {size:,} of {remote.size_bytes:,}")
             else:
                 part.begin(remote)
             missing = (remote.size_bytes or 0) - size
@@ -343,6 +343,6 @@ def _summary(failed: dict[str, OpenLMError], num_files: int, folder: Path) -> Op
     kind = kinds.pop() if len(kinds) == 1 else OpenLMError
     lines = "".join(f"\n  {name}: {failed[name]}" for name in sorted(failed))
     return kind(
-        f"{len(failed)} of {num_files} files failed; the others are whole in {folder}. The same command goes on from "
+        f"{len(failed)} of {num_files} files failed; the others are whole in {folder}. The same command resumes from "
         f"here:{lines}"
     )

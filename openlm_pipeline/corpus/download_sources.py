@@ -20,7 +20,7 @@ from openlm_pipeline.strict import Strict
 
 CONNECT_TIMEOUT_SECONDS = 10.0
 _HTTP_CHUNK_BYTES = 1 << 17
-# One range request a chunk, because object stores are read without read-ahead.
+# One range request per chunk, because object stores are read without read-ahead.
 _STORE_CHUNK_BYTES = 8 << 20
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+)")
 _COMPRESSED = (".gz", ".tgz", ".zst", ".br")

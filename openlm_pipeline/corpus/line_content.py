@@ -27,7 +27,7 @@ class LineContent:
     """Where the part's first line begins, and what stands from there on."""
 
     offset: int
-    """Of the first byte, in the file's decompressed content."""
+    """Where the first byte is, in the file's decompressed content."""
     head: bytes
     """At a file's beginning: its first bytes, up to one that is not white space or the byte order mark."""
     blocks: Iterator[bytes]

@@ -19,7 +19,7 @@ from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
 from openlm_pipeline.evaluation.model import Decoding, Precision, ScoringModel, autocast, branch_mask, local_device
 
 _PROBE_TOLERANCE = 1e-4
-"""Of the largest logit: above fp32's rounding, below what a wrong mask or position does."""
+"""As a share of the largest logit: above fp32's rounding, below what a wrong mask or position does."""
 
 
 def _load(name_or_path: str, revision: str | None) -> nn.Module:
@@ -42,7 +42,7 @@ def _load(name_or_path: str, revision: str | None) -> nn.Module:
     except (ValueError, KeyError) as e:  # unknown architectures, and those that come with code of their own
         reason = str(e).strip().splitlines()[0]
         raise ConfigError(f"{name_or_path} is not a causal model of this transformers: {reason}") from e
-    if info["missing_keys"] or info["mismatched_keys"]:  # transformers would go on with random weights
+    if info["missing_keys"] or info["mismatched_keys"]:  # transformers would continue with random weights
         first = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))[0]
         raise DataError(f"{name_or_path} has no weight {first} of the shape that its config says")
     return model.eval()

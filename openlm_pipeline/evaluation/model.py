@@ -28,7 +28,7 @@ class Decoding(Protocol):
         ...
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these texts only, int64 indices into the batch."""
+        """Continue with these texts only, int64 indices into the batch."""
         ...
 
 

@@ -1,6 +1,6 @@
 """From scores to the per-item table of a suite, the same for every backend; finished tasks are kept on disk.
 
-Each task's items are written to `<folder>/tasks/` as soon as it is done, so that an evaluation that was killed goes on
+Each task's items are written to `<folder>/tasks/` as soon as it is done, so that an evaluation that was killed resumes
 where it stopped. They are taken again if their recorded identity (model, file, settings, tokenizer, length, harness
 version) is the same.
 """

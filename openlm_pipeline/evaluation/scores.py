@@ -29,7 +29,7 @@ class TaskScore(Strict):
     `prefix`: the generated text begins with an answer."""
     num_items: int = 0
     num_categories: int | None = None
-    """Of a task with categories; its numbers are then the plain means of theirs."""
+    """Where a task has categories; its numbers are then the plain means of theirs."""
     accuracy: float | None = None
     ci_low: float | None = None
     ci_high: float | None = None
@@ -42,7 +42,7 @@ class TaskScore(Strict):
     mde: float | None = None
     """Smallest accuracy difference found with 80% power at 5% between two models that err independently."""
     accuracy_micro: float | None = None
-    """Of a task with categories: over all items together."""
+    """Over all items together, where a task has categories."""
     accuracy_sum: float | None = None
     accuracy_norm: float | None = None
     """By the other two rules: total log-probability, and total over characters. None without options."""

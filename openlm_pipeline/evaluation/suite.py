@@ -73,7 +73,7 @@ class IclTask(Strict):
     category_names: tuple[str, ...] = ()
     """The categories that the file must have; by default whatever it has."""
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
-    """Of the file, to refuse any other."""
+    """The file's hash; any other file is refused."""
     cot_delimiter: str = ""
     """In generation: between a chain of thought and the answer."""
     early_stopping_criteria: tuple[str, ...] = ()

@@ -15,7 +15,7 @@ from openlm_pipeline.units import format_tokens
 def write_fork(
     recipe: str, milestone: int, name: str, overrides: Sequence[str], folder: Path
 ) -> tuple[Path, Experiment]:
-    """Write `NAME.yaml`: a run that goes on from a milestone of a recipe's run, with settings changed.
+    """Write `NAME.yaml`: a run that continues from a milestone of a recipe's run, with settings changed.
 
     The milestones are those of the recipe after that one, unless `overrides` have others.
 

@@ -86,7 +86,7 @@ class Dataset(Strict):
     shuffle_seed: int
     pad_id: int | None = None
     vocab_size: int | None = None
-    """Of the model: OpenLM's readers take negative ids modulo it."""
+    """The model's: OpenLM's readers take negative ids modulo it."""
     shards_url: str | None = None
     keep_local_shards: bool = True
     shard_cache_bytes: int | None = None
@@ -172,12 +172,12 @@ class Training(Strict):
     spike_factor: float | None = Field(default=None, gt=1)
     """A gradient norm of so many times its running mean is a spike."""
     sampling: SamplingName = "permutation"
-    """Order of the samples. `permutation`: each once an epoch, shuffled over the whole source. `windowed`: each once an
-    epoch, shuffled within `window_shards` shards at a time, for remote shards. `resampled` and `manifest`: OpenLM's."""
+    """Order of the samples. `permutation`: each once per epoch, shuffled over the whole source. `windowed`: each once
+    per epoch, shuffled within `window_shards` shards at a time, for remote shards. `resampled` and `manifest`: OpenLM's."""
     window_shards: int = Field(default=64, ge=1)
     """Shards whose samples are shuffled together by `windowed`."""
     source_batch: int = Field(default=8, ge=1)
-    """Consecutive sequences from one source in `resampled` and `manifest`: OpenLM's batch a GPU."""
+    """Consecutive sequences from one source in `resampled` and `manifest`: OpenLM's batch per GPU."""
 
     @model_validator(mode="after")
     def _choices_know_their_settings(self) -> "Training":
@@ -208,7 +208,7 @@ class Execution(Strict):
     deterministic: bool = False
     """Only operations that give the same bits each time, at some cost."""
     async_save: bool = True
-    """Write checkpoints while training goes on."""
+    """Write checkpoints while training continues."""
     upload_to: str | None = None
     """fsspec URL to which finished checkpoints and metrics are copied, such as `s3://bucket/runs`."""
     report_to: tuple[Literal["wandb", "tensorboard"], ...] = ()
@@ -274,7 +274,7 @@ class Evaluation(Strict):
     batch_tokens: int | None = Field(default=None, ge=1)
     """Tokens in one forward pass of the scorer, padding included; by default what suits the device. Execution only."""
     processes: int = Field(default=1, ge=1)
-    """Processes that score, one a GPU. Execution only."""
+    """Processes that score, one per GPU. Execution only."""
 
     @model_validator(mode="after")
     def _one_name_each(self) -> "Evaluation":
@@ -287,7 +287,7 @@ class Evaluation(Strict):
 
 
 class Parent(Strict):
-    """The milestone of another run that a run goes on from: a fork. Tokens are counted on from there, and so is the
+    """The milestone of another run that a run continues from: a fork. Tokens are counted on from there, and so is the
     order of the samples."""
 
     run: Name

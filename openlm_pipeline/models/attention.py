@@ -106,7 +106,7 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows of the batch only, int64."""
+        """Continue with these rows of the batch only, int64."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
 
 

@@ -40,7 +40,7 @@ class Mixture(Protocol):
     """Samples in a chunk."""
 
     def positions(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of each sample of chunk `number`: source[chunk], and how many of that source came before it in the run."""
+        """For each sample of chunk `number`: source[chunk], and how many of that source came before it in the run."""
 
 
 class StratifiedMixture:

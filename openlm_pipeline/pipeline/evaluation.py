@@ -213,7 +213,7 @@ def items_of_others(
 
 
 def parent_scorecard(experiment: Experiment, home: Home) -> Path | None:
-    """The folder of the scores of the milestone that a fork goes on from; None where there is no parent."""
+    """The folder of the scores of the milestone that a fork continues from; None where there is no parent."""
     if experiment.parent is None:
         return None
     parent = experiment.parent

@@ -33,7 +33,7 @@ State = Literal["fresh", "stale", "missing"]
 REFUSED = "refused"
 _OWNERS = {"tokenizer": "the tokenizer", "shards": "the source", "checkpoint": "the recipe"}
 _MEASURED_RECORDS = 50
-"""Of the last training records, whose median speed counts."""
+"""How many of the last training records give the speed, which is their median."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Cost:
     tokens: int
     steps: int
     checkpoint_bytes: int
-    """Of the milestones that are missing."""
+    """Size of the milestones that are missing."""
     seconds: float | None
     """None where nothing tells the speed."""
     gpu_hours: float | None
@@ -242,7 +242,7 @@ def _dataset(dataset: Dataset, home: Home, tokenizer: TokenizerInfo | None, abov
 
 
 def _checkpoints(experiment: Experiment, home: Home, upstream: list[Artefact]) -> tuple[list[Artefact], int]:
-    """The milestones, and the tokens of the newest checkpoint that training would go on from."""
+    """The milestones, and the tokens of the newest checkpoint that training would continue from."""
     run = RunFolder(home.run(experiment.name, experiment.version))
     labels = [label for label, _ in experiment.labelled_milestones()]
     names = {label: f"checkpoint/{experiment.name}/{label}" for label in labels}

@@ -58,7 +58,7 @@ def _cards(experiment: Experiment, home: Home) -> "tuple[list[Scorecard], list[S
 
 
 def _parent_card(experiment: Experiment, home: Home, cards: "Sequence[Scorecard]") -> "Scorecard | None":
-    """The scorecard of the milestone that a fork goes on from, where it is of the same suite."""
+    """The scorecard of the milestone that a fork continues from, where it is of the same suite."""
     from openlm_pipeline.evaluation.scorecard import load_scorecard
 
     folder = parent_scorecard(experiment, home)

@@ -187,7 +187,7 @@ class Scan:
                 changed = differences(_read(folder / "run.json").get("identity", {}), RunFolder(base).identity)
                 names = ", ".join(c.milestone for c in milestones)
                 lost = f"its milestones {names} can't be scored, exported or forked from" if names else ""
-                self._add(folder, f"{why}, which differs: {'; '.join(changed)}", lost or "it can't be gone on with")
+                self._add(folder, f"{why}, which differs: {'; '.join(changed)}", lost or "it can't be resumed")
                 return
             if why:
                 self._keep(folder, f"it holds {len(milestones)} milestones; superseded_runs lets them go")

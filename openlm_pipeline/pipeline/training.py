@@ -29,7 +29,7 @@ from openlm_pipeline.storage.home import Home
 
 
 def _identity(experiment: Experiment, home: Home) -> Tree:
-    """Of the run that an experiment is, on the data and the parent that are there."""
+    """Identity of the run that an experiment is, on the data and the parent that are there."""
     if experiment.parent:
         home.pull(parent_folder(experiment, home).path)
     return run_identity(experiment, dataset_versions(experiment, home), parent_identity(experiment, home))

@@ -49,7 +49,7 @@ def write_report(
         training_metrics: the records of `metrics.jsonl`.
         provenance: added to the footer as it is: names and values worth keeping that the scorecards do not hold,
             such as the code version.
-        parent: scorecard of the milestone that a fork goes on from.
+        parent: scorecard of the milestone that a fork continues from.
         baselines: scorecards of other models on the same suite.
         quoted: published scores.
 

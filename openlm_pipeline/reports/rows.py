@@ -25,7 +25,7 @@ def milestones_table(
     """The table of one run's scorecards; a milestone (in tokens) without a scorecard is a row of `not run`.
 
     Args:
-        parent: scorecard of the milestone that a fork goes on from.
+        parent: scorecard of the milestone that a fork continues from.
         baselines: scorecards of other models on the same suite, in the order to show.
         quoted: published scores; a model without any of the table's tasks is left out.
 

@@ -61,7 +61,7 @@ def notes(table: Table, cards: Sequence[Scorecard]) -> Facts:
 
 
 def categories(table: Table, cards: Sequence[Scorecard]) -> list[tuple[str, list[str], list[tuple[str, list[str]]]]]:
-    """Of each task with categories: its name, the models that it is scored for, and their accuracies by category."""
+    """Each task with categories: its name, the models that it is scored for, and their accuracies by category."""
     titles = {row.label: row.heading for row in table.rows}
     found: dict[str, dict[str, dict[str, str]]] = {}
     for card in cards:

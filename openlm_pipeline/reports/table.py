@@ -37,7 +37,7 @@ class Cell:
     mde: float | None = None
     """Smallest difference found with 80% power between two models that err independently."""
     micro: float | None = None
-    """Of a task with categories: accuracy over all items together; `value` is the mean of the categories."""
+    """Accuracy over all items together, where a task has categories; `value` is the mean of the categories."""
     change: Difference | None = None
     """Since the milestone in the row above."""
     decimals: int = 3
@@ -103,7 +103,7 @@ class Row:
     step: int | None = None
     """None for what was not scored, and for baselines."""
     source: str | None = None
-    """Of a quoted row: who published it, and scored with what."""
+    """Who published a quoted row, and scored with what."""
 
     @property
     def heading(self) -> str:

@@ -61,7 +61,7 @@ class TrainingCost:
     samples: int
     data: tuple[DataNeed, ...]
     memory: MemoryEstimate
-    """Of one process."""
+    """What one process needs."""
     checkpoint_bytes: int
     checkpoints: int
     """Milestones, and rotating ones where the recipe has them; so many are kept at once, at the end of the run."""
@@ -84,10 +84,10 @@ class TrainingCost:
         )
         yield (
             f"{self.processes} process{'es' if self.processes > 1 else ''}, {self.micro_batch} sequences at a time in "
-            f"each, {self.sequences_per_step // (self.processes * self.micro_batch)} micro-batches a step"
+            f"each, {self.sequences_per_step // (self.processes * self.micro_batch)} micro-batches per step"
         )
         yield (
-            f"memory a GPU: {format_bytes(memory.total)} within a factor of {TOLERANCE} (weights "
+            f"memory per GPU: {format_bytes(memory.total)} within a factor of {TOLERANCE} (weights "
             f"{format_bytes(memory.weights)}, gradients {format_bytes(memory.gradients)}, optimizer "
             f"{format_bytes(memory.optimizer)}, averages {format_bytes(memory.averages)}, gathered weights "
             f"{format_bytes(memory.gathered)}, activations {format_bytes(memory.activations)}, logits "

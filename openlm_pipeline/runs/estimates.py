@@ -97,7 +97,7 @@ def find_device(name: str) -> Device | None:
 
 
 def peak_flops(name: str, arithmetic: Arithmetic) -> float | None:
-    """Most operations a second of the device called `name`; None where that is not known."""
+    """Most operations per second of the device called `name`; None where that is not known."""
     device = find_device(name)
     teraflops = getattr(device, arithmetic) if device else None
     return teraflops * 1e12 if teraflops else None

@@ -109,7 +109,7 @@ class RunFolder:
             f.write(line.encode())
 
     def new_metrics(self, offset: int) -> tuple[list[dict[str, Any]], int]:
-        """The records of the whole lines after byte `offset`, as they were written, and where to go on from."""
+        """The records of the whole lines after byte `offset`, as they were written, and where to continue from."""
         if not self.metrics_file.exists():
             return [], offset
         with self.metrics_file.open("rb") as f:

@@ -29,7 +29,7 @@ def run_identity(experiment: Experiment, dataset_versions: dict[str, str], paren
 
     Args:
         dataset_versions: sha256 of the manifest of each training dataset, by name.
-        parent: what is known of the checkpoint that a fork goes on from, see `runs.parent.parent_identity`.
+        parent: what is known of the checkpoint that a fork continues from, see `runs.parent.parent_identity`.
     """
     data = [
         {"name": d.name, "weight": d.source.weight, "manifest_sha256": dataset_versions[d.name]}
@@ -65,7 +65,7 @@ def extension_refusal(experiment: Experiment, old: Tree, new: Tree) -> str | Non
         fork += "own; parent.schedule=restart warms up again"
     choices = [fork, f"training.horizon={longer}: train all of it again, with the longer schedule"]
     if floor > 0:
-        choices.insert(0, f"training.horizon={ended}: go on at the final learning rate of {floor:g}")
+        choices.insert(0, f"training.horizon={ended}: continue at the final learning rate of {floor:g}")
     return (
         f"the {training.schedule} schedule of {experiment.name} ended at {ended} tokens; ending at {longer}, it would "
         "have had other learning rates all along. Choose:\n  " + "\n  ".join(choices)

@@ -84,7 +84,7 @@ def train_run(
 
     A job of this run that a cluster has already is watched, and no other is submitted beside it. Closing the iterator,
     or an exception in the caller, stops the trainer, which first saves a checkpoint. If this process dies, a local
-    trainer dies with it; a cluster's job goes on.
+    trainer dies with it; a cluster's job continues.
 
     Args:
         report: takes lines on the job: that it was submitted, waits, runs.
@@ -116,7 +116,7 @@ def train_run(
                 found = False  # a job that was found may have had less to do
             elif job.interrupted() and requeues < launcher.max_requeues:
                 requeues += 1
-                report(f"training was interrupted and goes on from its last checkpoint; {job.ending().splitlines()[0]}")
+                report(f"training was interrupted and resumes from its last checkpoint; {job.ending().splitlines()[0]}")
             else:
                 reason = outcome.get("reason", outcome["status"]) + "\n" if outcome else ""
                 raise TrainingError(f"training of {experiment.name} ended early: {reason}{job.ending()}")

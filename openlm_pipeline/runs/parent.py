@@ -1,4 +1,4 @@
-"""The milestone that a fork goes on from."""
+"""The milestone that a fork continues from."""
 
 from openlm_pipeline.checkpoints.folders import Checkpoint, list_checkpoints
 from openlm_pipeline.errors import ConfigError, MissingInputError
@@ -15,7 +15,7 @@ def parent_folder(experiment: Experiment, home: Home) -> RunFolder:
 
 
 def parent_checkpoint(experiment: Experiment, home: Home) -> Checkpoint:
-    """The checkpoint that a fork goes on from, its files not yet verified.
+    """The checkpoint that a fork continues from, its files not yet verified.
 
     Raises:
         MissingInputError: it is not there.
@@ -28,7 +28,7 @@ def parent_checkpoint(experiment: Experiment, home: Home) -> Checkpoint:
                 return checkpoint
     tokens = format_tokens(parent.milestone)
     raise MissingInputError(
-        f"{experiment.name} goes on from {parent.run} at {tokens} tokens, a milestone that is not in "
+        f"{experiment.name} continues from {parent.run} at {tokens} tokens, a milestone that is not in "
         f"{folder.checkpoints}; `openlm train {parent.run} --until {tokens}` makes it"
     )
 

@@ -1,7 +1,7 @@
-"""A run's finished checkpoints and records at an fsspec URL: copied there while training goes on, and back.
+"""A run's finished checkpoints and records at an fsspec URL: copied there while training continues, and back.
 
 `URL/name/version` has the run folder's layout. As on disk, a checkpoint there counts only with its `COMPLETE`, which
-comes last and goes first. What is there already is not sent again, so an upload that was cut goes on where it was. A
+comes last and goes first. What is there already is not sent again, so an upload that was cut resumes where it was. A
 store that fails stops no training: it is tried again with the next checkpoint and at the end, and a warning tells.
 """
 
@@ -73,7 +73,7 @@ class Uploads:
 
         Raises:
             IdentityError: another run is there.
-            ConfigError, DataError: it can't be read, and there is nothing on this machine to go on from.
+            ConfigError, DataError: it can't be read, and there is nothing on this machine to continue from.
         """
         local = list_checkpoints(self.run.checkpoints, self.run.fingerprint, self.warn)
         try:
@@ -81,7 +81,7 @@ class Uploads:
         except DataError as e:
             if not local:
                 raise
-            self.warn(f"{e}. Training goes on; uploads will be tried again")
+            self.warn(f"{e}. Training continues; uploads will be tried again")
             there = None
         if there is not None and there.get("fingerprint") != self.run.fingerprint:
             raise IdentityError(
@@ -140,7 +140,7 @@ class Uploads:
             self._send_records()
             return True
         except (OpenLMError, OSError) as e:
-            self.warn(f"{e}. Training goes on; the upload will be tried again")
+            self.warn(f"{e}. Training continues; the upload will be tried again")
             return False
         finally:
             self._sending = None

@@ -73,15 +73,15 @@ class DatasetStats:
 
     dataset: ShardedDataset
     shard_bytes: int
-    """Of all shards, by the manifest."""
+    """Size of all shards, by the manifest."""
     files: dict[str, FileStats]
     """By raw file, from the provenance; empty where there is none."""
     document_tokens: dict[float, int]
-    """Quantiles of the tokens a document has, its end-of-text included, over whole documents; likewise."""
+    """Quantiles of the tokens per document, its end-of-text included, over whole documents; likewise."""
 
     @property
     def bytes_per_token(self) -> float:
-        """Of the shards, per stored token."""
+        """Bytes of the shards per stored token."""
         return self.shard_bytes / sum(e.tokens for e in self.dataset.entries)
 
 

@@ -125,7 +125,7 @@ def iterate_documents(folder: Path) -> Iterator[tuple[str, int, np.ndarray]]:
         cuts = [*spans.begin[heads].tolist(), spans.end]
         if cuts[0] > 0:
             if spans.document(0) != open_document or spans.document_start[0] != sum(map(len, parts)):
-                raise DataError(f"{provenance_path(dataset, k)} does not go on where the shard before it ended")
+                raise DataError(f"{provenance_path(dataset, k)} does not continue where the shard before it ended")
             parts.append(tokens[: cuts[0]])
         for head, begin, end in zip(heads.tolist(), cuts, cuts[1:]):
             if parts:

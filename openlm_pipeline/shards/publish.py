@@ -1,7 +1,7 @@
 """A finished dataset copied to a remote folder, from where `ShardedDataset(..., remote=url)` reads it.
 
 The manifest goes last, so the remote folder is a dataset when, and only when, all of it is there. A copy that was
-stopped goes on where it was: files that the store has whole are not sent again.
+stopped resumes where it was: files that the store has whole are not sent again.
 """
 
 import time

@@ -1,6 +1,6 @@
 """A dataset of ours as OpenLM reads it: its shards in one of OpenLM's formats, and then its manifest.
 
-An export that was interrupted goes on: a shard has its name only when it is whole. `export.json` says what the folder
+An export that was interrupted resumes: a shard has its name only when it is whole. `export.json` says what the folder
 is an export of.
 """
 

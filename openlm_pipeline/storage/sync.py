@@ -2,7 +2,7 @@
 
 Work is done in a local folder. An artefact is a folder of files; there it counts only with its `.artefact.json`, which
 holds size and sha256 of each file, comes last and goes first. Of a run the records and each milestone are artefacts.
-What is there already is not sent again, so a push that was cut goes on where it was. What was changed here since the
+What is there already is not sent again, so a push that was cut resumes where it was. What was changed here since the
 last push or pull is never overwritten by a pull. A store has no locks: let one machine at a time work on a run.
 """
 

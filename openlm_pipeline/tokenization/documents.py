@@ -87,7 +87,7 @@ class PartTokens:
     text_bytes: int
     tokens_sha256: str
     raw_sha256: str | None
-    """Of the whole raw file, where reading this part meant reading all of it."""
+    """The hash of the whole raw file, where reading this part meant reading all of it."""
     first_bad: dict[str, Any] | None
     engine: str
     seconds: float

@@ -4,8 +4,8 @@ The order is a pure function of (document counts, seed). All documents in that o
 is its k-th run of `seq_len + 1` tokens. The last incomplete run is the tail: left out and counted, or filled up with
 padding. So any worker can make any shard alone, and the bytes do not depend on who did.
 
-Memory does not grow with the corpus: the order is a permutation without memory, its tables (24 bytes a document) lie in
-files that are mapped, and a shard's tokens are read document by document. A worker needs about six times its shard's
+Memory does not grow with the corpus: the order is a permutation without memory, its tables (24 bytes per document) lie
+in files that are mapped, and a shard's tokens are read document by document. A worker needs about six times its shard's
 size; making the tables takes some 100 MiB.
 """
 

@@ -1,6 +1,6 @@
 """Raw files to a folder of shards without a recipe, with the arguments of OpenLM's `make_2048.py`.
 
-Shards, manifest and provenance go to `OUT/<seq_len>-v1`, what is needed to go on after an interruption to `OUT/work`.
+Shards, manifest and provenance go to `OUT/<seq_len>-v1`, what is needed to resume after an interruption to `OUT/work`.
 Unlike make_2048.py it keeps every document, shuffles all of them, and uses the tokenizer it is told.
 """
 

@@ -31,7 +31,7 @@ class TokenizerInfo:
 
     name: str
     sha256: str
-    """Of `tokenizer.json`."""
+    """The hash of `tokenizer.json`."""
     vocab_size: int
     """Number of ids, added tokens included."""
     eot_id: int

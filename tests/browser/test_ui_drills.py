@@ -1,5 +1,5 @@
 """What takes a person minutes in the Dagster UI, with its daemon: a training watched, stopped and continued, raw files
-that arrive, a recipe that changes, automation that scores while training goes on.
+that arrive, a recipe that changes, automation that scores while training continues.
 """
 
 import os
@@ -99,7 +99,7 @@ def test_a_training_is_watched_live_terminated_and_goes_on(tmp_path):
 
         lines = len(folder.metrics_file.read_text().splitlines())
         again = ui.launch_job("tiny_checkpoints")
-        ui.wait_until(lambda: len(folder.new_metrics(0)[0]) > lines, "training to go on")
+        ui.wait_until(lambda: len(folder.new_metrics(0)[0]) > lines, "training to continue")
         step = folder.new_metrics(0)[0][lines]["step"]
         assert outcome["step"] < step <= outcome["step"] + 5
         ui.terminate(again)

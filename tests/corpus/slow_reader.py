@@ -103,7 +103,7 @@ def slow_elements(content: bytes) -> Iterator[tuple[int, bytes]]:
                 start = at + 1
             if depth == 0:
                 if content[start:].strip():
-                    raise FileFails("goes on")
+                    raise FileFails("continues")
                 return
     raise FileFails("does not end")
 

@@ -1,4 +1,4 @@
-"""A download is whole, checked and of one version, or it doesn't have its name; and it goes on where it stopped."""
+"""A download is whole, checked and of one version, or it doesn't have its name; and it resumes where it stopped."""
 
 import json
 import shutil

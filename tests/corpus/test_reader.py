@@ -215,7 +215,7 @@ def test_a_truncated_array_or_parquet_file_fails(tmp_path: Path, name: str) -> N
 
 def test_text_after_an_array_fails(tmp_path: Path) -> None:
     for tail in (b"{}", b"x", b'"x"', b"]"):
-        with pytest.raises(DataError, match="goes on after its top-level array, at byte 15"):
+        with pytest.raises(DataError, match="continues after its top-level array, at byte 15"):
             read(write(tmp_path / "x.json", b'[{"text": "a"}]' + tail))
 
 

@@ -142,7 +142,7 @@ class KillsOneWorker(DaskPool):
 
         def watch(name: str, facts: dict[str, int]) -> None:
             on_progress(name, facts)
-            if not killers:  # the client calls this in its event loop, which must go on
+            if not killers:  # the client calls this in its event loop, which must continue
                 killers.append(threading.Thread(target=kill))
                 killers[0].start()
 

@@ -56,7 +56,7 @@ def test_permute_moves_every_index_everywhere() -> None:
 
 
 def test_the_order_of_a_seed_is_the_same_in_every_version() -> None:
-    """A run that is resumed after an upgrade goes on with the samples it would have had."""
+    """A run that is resumed after an upgrade continues with the samples it would have had."""
     source, sample = DataOrder([301, 67], [3, 1], 0).picks(8190, 8)
     assert source.tolist() == [1, 0, 0, 0, 1, 0, 0, 0]
     assert sample.tolist() == [24, 141, 81, 64, 14, 295, 122, 96]

@@ -37,7 +37,7 @@ def test_it_reads_our_shards_as_we_map_them(samples: np.ndarray, first: int, tmp
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(samples=samples, eot_as_string=st.none() | st.integers(0, 3))
 def test_it_reads_exports_in_each_format(samples: np.ndarray, eot_as_string: int | None, tmp_path: Path) -> None:
-    # One sample a shard: keys that began anew in each would run into one sample.
+    # One sample per shard: keys that began anew in each would run into one sample.
     expected = [["<|endoftext|>" if i == eot_as_string else i for i in row] for row in samples.tolist()]
     for format in ("json.gz", "json", "txt"):
         paths = [tmp_path / f"{n:08d}.tar" for n in range(len(samples))]

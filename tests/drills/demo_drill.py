@@ -1,7 +1,7 @@
 """`openlm demo`, killed six times on its way, makes what an undisturbed one makes: `python tests/drills/demo_drill.py`.
 
-In turn: the run's process while it tokenizes; a Dask worker (the run goes on), then torchrun; a rank; the run's process
-while it trains, and while it scores. Takes two demos' time and a start each kill.
+In turn: the run's process while it tokenizes; a Dask worker (the run continues), then torchrun; a rank; the run's
+process while it trains, and while it scores. Takes two demos' time and a start per kill.
 """
 
 import contextlib

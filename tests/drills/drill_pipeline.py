@@ -53,7 +53,7 @@ icl_tasks:
   - {label: choice, dataset_uri: raw/tasks/choice.jsonl, num_fewshot: [0, 1, 2, 3], icl_task_type: multiple_choice}
 """
 _PLACE = ("checkpoint_digest",)
-"""Of a scorecard, what hashes the description of a checkpoint, which holds its path."""
+"""The part of a scorecard that hashes the description of a checkpoint, which holds its path."""
 
 
 class DrillPipeline(TinyPipeline):
@@ -332,7 +332,7 @@ def reason(instance: dg.DagsterInstance, run_id: str) -> str:
 
 
 def times_scored(instance: dg.DagsterInstance, label: str) -> list[list[str]]:
-    """Of each time that a scorecard was made, the tasks that were scored for it."""
+    """For each time that a scorecard was made, the tasks that were scored for it."""
     made = instance.fetch_materializations(dg.AssetKey(["scorecard", "tiny", label]), limit=100).records
     facts = [record.asset_materialization.metadata for record in made]
     return [found["scored_tasks"].value for found in facts if "scored_tasks" in found]

@@ -1,4 +1,4 @@
-"""SIGKILL of the process that executes a run, in each phase, however it was started: the same job again goes on."""
+"""SIGKILL of the process that executes a run, in each phase, however it was started: the same job again resumes."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""SIGKILL of torchrun and of a rank: the run fails with its reason, or torchrun starts again; the next one goes on."""
+"""SIGKILL of torchrun and of a rank: the run fails with its reason, or torchrun starts again; the next one resumes."""
 
 import dagster as dg
 import pytest

@@ -61,7 +61,7 @@ def differences(native: pa.Table, foundry: pa.Table, names: tuple[str, ...]) -> 
 
 
 def largest_gap(native: pa.Table, foundry: pa.Table) -> float:
-    """Between mean cross-entropies of an option, in nats a token."""
+    """Between mean cross-entropies of an option, in nats per token."""
     columns = ("choice_logprobs", "choice_tokens")
     mine, theirs = (
         [p / n for row in t.to_pylist() for p, n in zip(*(row[c] or [] for c in columns))] for t in (native, foundry)

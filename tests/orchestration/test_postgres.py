@@ -95,7 +95,7 @@ def test_a_run_under_which_the_server_goes_away_ends_cleanly_and_the_next_one_re
         process = _start(pipeline, postgres, output)
     wait_until(lambda: pipeline.run_folder.exists() or process.poll() is not None, "training to begin", 1200)
     postgres.crash()
-    postgres.start()  # back in a moment: the run goes on, unless a statement was under way
+    postgres.start()  # back in a moment: the run continues, unless a statement was under way
     wait_until(lambda: (first / COMPLETE).exists() or process.poll() is not None, "the first milestone", 1200)
     trainers = [child for child in process.children(recursive=True) if "train" in child.cmdline()]
     postgres.crash()  # and now for longer than anyone waits

@@ -1,4 +1,4 @@
-"""A dataset copied to a store: all of it or no manifest; a stopped copy goes on; nothing of another is overwritten."""
+"""A dataset copied to a store: all of it or no manifest; a stopped copy resumes; nothing of another is overwritten."""
 
 from pathlib import Path
 

@@ -44,7 +44,7 @@ def steps(events: list[Event]) -> list[int]:
 
 
 def num_resumed(small: SmallRun) -> int:
-    """Starts of the trainer that went on from a checkpoint."""
+    """Starts of the trainer that resumed from a checkpoint."""
     logs = (small.run.path / "launch").glob("slurm-*.log")
     return sum(log.read_text().count("resumed from step-") for log in logs)
 

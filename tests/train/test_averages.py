@@ -15,7 +15,7 @@ AVERAGES = ("ema_0.9_2", "ema_0.5", "poly_3_2")
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Checkpoint]:
-    """Of each of eight steps of a run that was interrupted after three."""
+    """The checkpoint of each of eight steps of a run that was interrupted after three."""
     small = SmallRun(tmp_path_factory.mktemp("averages"), (8,))
     overrides = ["execution.checkpoint_every=256", "execution.keep_checkpoints=9"]
     overrides.append(f"training.averages=[{','.join(AVERAGES)}]")

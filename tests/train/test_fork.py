@@ -1,4 +1,4 @@
-"""A fork goes on from a milestone of another run; a finished schedule is not made longer in silence."""
+"""A fork continues from a milestone of another run; a finished schedule is not made longer in silence."""
 
 import shutil
 
@@ -17,7 +17,7 @@ TO_8 = f"milestones=[{8 * BATCH}]"
 
 
 class Fork:
-    """A run that goes on from step 4 of a small run."""
+    """A run that continues from step 4 of a small run."""
 
     def __init__(self, small: SmallRun, *overrides: str, name: str = "twig") -> None:
         parent = f"parent={{run: small, milestone: {4 * BATCH}}}"
@@ -151,7 +151,7 @@ def test_a_finished_cosine_is_extended_by_explicit_choice_only(small):
     for allow in ((), {"supersede"}):
         with pytest.raises(IdentityError, match=r"cosine schedule of small ended at 2\.048K tokens") as refused:
             small.train(*cosine, longer, allow=allow)
-        for choice in ("openlm fork small@", "training.horizon=3.072K", "training.horizon=2.048K: go on at the final"):
+        for choice in ("openlm fork small@", "training.horizon=3.072K", "training.horizon=2.048K: continue at the"):
             assert choice in str(refused.value)
         assert small.steps_on_disk() == {4: "t1024", 8: "t2048"}
     small.train(*cosine, longer, f"training.horizon={8 * BATCH}")

@@ -29,7 +29,7 @@ log-every-n-steps remote-sync remote-sync-frequency remote-sync-protocol delete-
 target-mask-individual squash-mask-left ignore-parse-errors experimental-meta-device force-distributed
 preset-world-size multiple-data-passes data-tolerate-error-p data-tolerate-num-ckpts config
 """
-"""Of `params.py` at OpenLM's head, and the two names of August 2023."""
+"""The flags of `params.py` at OpenLM's head, and the two names of August 2023."""
 
 SYNTHETIC = ("--model", "open_lm_11m", "--dataset-type", "synthetic", "--train-num-samples", "1000000", "--epochs", "4")
 EPOCH = 1_000_000
@@ -48,7 +48,7 @@ def at(run: OpenLMRun, path: str) -> Any:
     return value
 
 
-BATCH = 64 * 2048  # tokens a step by default
+BATCH = 64 * 2048  # tokens per step by default
 EFFECTS: list[tuple[str, str, Any]] = [  # flags, field of the experiment, its value
     ("--dataset-type synthetic", "sources.0.shards", "synthetic://488/0"),
     ("--train-num-samples 2000000", "milestones", [2_000_000, 4_000_000, 6_000_000, 8_000_000]),

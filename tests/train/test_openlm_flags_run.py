@@ -1,4 +1,4 @@
-"""OpenLM's README line under real torchrun: trained, validated, gone on with, and begun from other weights."""
+"""OpenLM's README line under real torchrun: trained, validated, resumed, and begun from other weights."""
 
 import os
 import shutil

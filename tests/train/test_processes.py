@@ -142,7 +142,7 @@ def test_a_run_survives_stops_kills_and_a_second_trainer_bitwise(
     again_at = stopped()
     assert again_at > at
 
-    # kill -9 of a rank: torchrun starts both again, which go on; and of another, when it may not start any more.
+    # kill -9 of a rank: torchrun starts both again, which resume; and of another, when it may not start any more.
     log_before = hurt.log()
     torchrun = started(again_at, "--max-restarts=1")
     killed = ranks(torchrun)

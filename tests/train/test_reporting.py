@@ -54,7 +54,7 @@ def wandb_histories(run_path: Path) -> list[tuple[str, list[dict]]]:
 
 @pytest.fixture(autouse=True)
 def fresh_wandb() -> None:
-    """wandb reads its environment once a process, so each test gets a new start."""
+    """wandb reads its environment once per process, so each test gets a new start."""
     wandb.teardown()
 
 

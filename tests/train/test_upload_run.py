@@ -122,7 +122,7 @@ def test_a_store_that_fails_stops_no_training_and_is_tried_again(uploaded: Small
     found = list_checkpoints(uploaded.run.checkpoints, uploaded.run.fingerprint, pytest.fail)
     uploads.add(found[-1])
     uploads.finish()
-    assert "Training goes on" in warnings[0]
+    assert "Training continues" in warnings[0]
     assert "step-00000008" in warnings[-1] and "start the run again" in warnings[-1]
     (blocked / "checkpoints").unlink()
     again = Uploads(uploaded.run, str(blocked), keep=1, warn=pytest.fail, pause_seconds=0)

@@ -29,7 +29,7 @@ class Step:
     loss: Tensor
     """This rank's share of the mean loss in nats per token, 0-d."""
     grad_norm: Tensor
-    """Of all gradients before clipping, 0-d; the same on all ranks."""
+    """The norm of all gradients before clipping, 0-d; the same on all ranks."""
     data_wait_seconds: float
 
 

@@ -19,7 +19,7 @@ class Flag:
     name: str
     kind: Literal["live", "always", "refused"]
     note: str
-    """Of a refused flag: the reason, and what to use instead. Else what it does."""
+    """What a flag does; why a flag is refused, and what to use instead."""
     type: Any = bool
     """`bool` takes no value."""
     default: Any = False
@@ -67,11 +67,11 @@ DATA = (
     ),
     _live("dataset-resampled", bool, False, "draw shards with replacement"),
     _live("data-key", str, "txt", "extension of the tars' members", choices=("txt", "json", "json.gz", "npy")),
-    _live("train-num-samples", parse_tokens, None, "tokens an epoch; by default all there are"),
+    _live("train-num-samples", parse_tokens, None, "tokens per epoch; by default all there are"),
     _live("val-data", str, None, "a source to validate on, as --train-data", many=True),
     _live("val-data-key", str, None, "extension of its members; by default --data-key", many=True),
     _live("val-num-samples", parse_tokens, None, "tokens to validate on; by default all"),
-    _live("workers", int, 1, "batches read ahead: two a worker"),
+    _live("workers", int, 1, "batches read ahead: two per worker"),
     _live("disable-buffer", bool, False, "no shuffling beyond shards; for --dataset-manifest, where it is so"),
     _always("multiple-data-passes", "data that is used up begins again"),
     _refused("ignore-parse-errors", "no sample is ever left out; repair the shard that the error names"),
@@ -112,8 +112,8 @@ MODEL = (
 )
 
 OPTIMISATION = (
-    _live("global-batch-size", int, None, "sequences a step over all processes; 64 if no batch flag is given"),
-    _live("batch-size", int, None, "sequences a step of each process"),
+    _live("global-batch-size", int, None, "sequences per step over all processes; 64 if no batch flag is given"),
+    _live("batch-size", int, None, "sequences per step of each process"),
     _live("accum-freq", int, 1, "parts in which a process takes its sequences of a step, one after the other"),
     _live("epochs", int, 32, "epochs of --train-num-samples tokens"),
     _live("lr", float, 5e-4, "learning rate"),
@@ -139,7 +139,7 @@ OPTIMISATION = (
     _live("pretrained", str, None, "checkpoint whose weights to begin with"),
     _live("average", str, None, "checkpoints to begin with the weighted sum of", many=True),
     _live("average-coefficients", float, None, "their weights; by default equal, with sum 1", many=True),
-    _refused("load-pretrained-state", "--pretrained takes the weights alone; a run goes on with --resume latest"),
+    _refused("load-pretrained-state", "--pretrained takes the weights alone; a run resumes with --resume latest"),
     _refused(
         "log-avg-model-training-loss",
         "averages are saved with each checkpoint, not measured in training; leave it out",
@@ -188,7 +188,7 @@ RECORDS = (
     _live("save-frequency", int, 1, "epochs between checkpoints"),
     _refused("save-most-recent", "OpenLM never writes that file; --resume latest finds the newest checkpoint"),
     _live("delete-previous-checkpoint", bool, False, "keep the newest checkpoint and the final one only"),
-    _live("resume", str, None, "`latest`, which is so in any case: a run goes on from its newest checkpoint"),
+    _live("resume", str, None, "`latest`, which is so in any case: a run resumes from its newest checkpoint"),
     _live("val-frequency", int, 1, "epochs between validations"),
     _live("val-seq-ci", bool, False, "95% bootstrap interval of the validation loss, over sequences"),
     _refused("val-tok-ci", "the tokens of a sequence are not independent; use --val-seq-ci"),

@@ -216,7 +216,7 @@ def _execution(values: argparse.Namespace, local_batch: int, world_size: int, lo
         raise ConfigError("--fsdp-amp, --fsdp-hybrid and --fsdp-hybrid-o2 need --fsdp")
     if values.resume not in (None, "latest"):
         raise ConfigError(
-            f"--resume {values.resume}: a run goes on from the newest checkpoint in its own folder (--resume latest). "
+            f"--resume {values.resume}: a run resumes from the newest checkpoint in its own folder (--resume latest). "
             "To begin with the weights of another, use --pretrained"
         )
     if "://" in values.logs:
@@ -300,7 +300,7 @@ def _source(pattern: str, settings: tuple[int | None, ...]) -> dict[str, Any]:
 
 
 def _shards(pattern: str) -> str:
-    """Of a folder or manifest: the folder where that is a dataset of ours, the manifest where it is OpenLM's."""
+    """The folder that `pattern` names where it is a dataset of ours, the manifest where it is OpenLM's."""
     shards = _absolute(pattern)
     if is_list(shards) and not shards.endswith(".jsonl"):
         return shards

@@ -58,7 +58,7 @@ def _elements(blocks: Iterator[bytes], url: str) -> Iterator[Raw]:
                 break
             scan = match.end()
             if closed:
-                raise DataError(f"raw file {url} goes on after its top-level array, at byte {base + match.start()}")
+                raise DataError(f"raw file {url} continues after its top-level array, at byte {base + match.start()}")
             if token in (b"[", b"{"):
                 depth += 1
                 if depth == 1:
@@ -82,4 +82,4 @@ def _elements(blocks: Iterator[bytes], url: str) -> Iterator[Raw]:
             f"decompressed byte {base}. Fetch it again."
         )
     if buffer.strip():
-        raise DataError(f"raw file {url} goes on after its top-level array, at byte {base}")
+        raise DataError(f"raw file {url} continues after its top-level array, at byte {base}")

@@ -1,4 +1,4 @@
-"""JSON lines: a record a line, read in parts."""
+"""JSON lines: one record per line, read in parts."""
 
 from collections.abc import Iterator
 from typing import BinaryIO

@@ -50,7 +50,7 @@ _COPIED = (
     *("question_prelimiter", "has_categories", "fewshot_random_seed", "strip_dataset"),
 )
 _TOLERANCE = 1e-6
-"""Of an accuracy, which LLM Foundry divides in fp32."""
+"""For an accuracy, which LLM Foundry divides in fp32."""
 
 
 def score_suite_with_foundry(
@@ -220,7 +220,7 @@ def _row(t: PreparedTask, item: Item, result: Mapping[str, Any], tokenizer: Toke
 
 
 def _written(text: str, ids: Sequence[int], stops: Sequence[str], tokenizer: Tokenizer) -> Generated:
-    """The text up to the first stop; LLM Foundry goes on until all texts of a batch have theirs."""
+    """The text up to the first stop; LLM Foundry continues until all texts of a batch have theirs."""
     ends = [at for stop in stops if (at := text.find(stop)) >= 0]
     if not ends:
         return Generated(text, len(ids))

@@ -1,4 +1,4 @@
-"""How a text goes on."""
+"""How a text continues."""
 
 from typing import TYPE_CHECKING
 

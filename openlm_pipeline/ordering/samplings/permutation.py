@@ -12,7 +12,7 @@ from openlm_pipeline.registry import SAMPLINGS
 
 @SAMPLINGS.register("permutation")
 class DataOrder(Sampling):
-    """Each sample once an epoch, each source as a whole permuted anew in each."""
+    """Each sample once per epoch, each source as a whole permuted anew in each."""
 
     def __init__(self, sizes: Sequence[int | np.ndarray], weights: Sequence[float], seed: int) -> None:
         """

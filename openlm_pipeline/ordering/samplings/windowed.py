@@ -1,7 +1,7 @@
 """An order that reads few shards at a time, for shards that are far away.
 
 Each epoch of a source takes its shards in a new seeded order and cuts it into windows of W consecutive shards, the last
-one shorter; the samples of a window are permuted together. So each sample comes once an epoch, and a reader needs the
+one shorter; the samples of a window are permuted together. So each sample comes once per epoch, and a reader needs the
 shards of one window, then those of the next. Still a pure function of (shard sizes, weights, seed, W, i).
 """
 
@@ -19,7 +19,7 @@ from openlm_pipeline.registry import SAMPLINGS
 
 @SAMPLINGS.register("windowed")
 class WindowedOrder(Sampling):
-    """Each sample once an epoch, shuffled within `window_shards` shards at a time, for remote shards."""
+    """Each sample once per epoch, shuffled within `window_shards` shards at a time, for remote shards."""
 
     settings = ("window_shards",)
 

@@ -24,16 +24,16 @@ class Job(Protocol):
     """A trainer that was started, by this process or by one before it."""
 
     def running(self) -> bool:
-        """Whether it trains or waits for its turn. Cheap: it is asked twice a second."""
+        """Whether it trains or waits for its turn. Cheap: it is asked twice per second."""
 
     def cancel(self) -> None:
         """Ask it to save and end, then end it; returns when nothing of it runs any more."""
 
     def interrupted(self) -> bool:
-        """Of a job that ended: whether the cluster took it away, and it may be submitted again."""
+        """Whether the cluster took away a job that ended, so that it may be submitted again."""
 
     def ending(self) -> str:
-        """Of a job that ended: how, where the run folder does not say, and the end of its log."""
+        """How a job ended, where the run folder does not say, and the end of its log."""
 
 
 def torchrun_command(

@@ -41,7 +41,7 @@ _LOG_LINES = 15
 
 
 def object_name(experiment: Experiment) -> str:
-    """Of the Job or PyTorchJob: the run's name and version in the letters that Kubernetes allows."""
+    """Name of the Job or PyTorchJob: the run's name and version in the letters that Kubernetes allows."""
     name = re.sub(r"[^a-z0-9]+", "-", f"openlm-{experiment.name}-{experiment.version}".lower()).strip("-")
     if len(name) > 52:  # the operator and the Job controller make pods' names of it, of at most 63 letters
         raise ConfigError(
@@ -209,7 +209,7 @@ class Kubernetes(Launcher):
 
 
 def _configuration() -> Any:
-    """Of the client: from a kubeconfig, else from the service account of the pod that this process is in.
+    """The client's configuration: from a kubeconfig, else from the service account of the pod that this process is in.
 
     Raises:
         MissingInputError: there is neither.
