@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--shards", type=Path, help="a folder of ready-made shards")
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--micro-batch", type=int, help="sequences at a time; by default 1 on a CPU, a GPU's fill")
-    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches a step")
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches per step")
     parser.add_argument("--processes", type=int, default=1, help="of torchrun, one a GPU")
     parser.add_argument("--warmup", type=int, help="steps; by default 1, on a GPU 10")
     parser.add_argument("--steps", type=int, help="timed ones; by default 2, on a GPU 20")

@@ -41,7 +41,7 @@ class Checkpoint:
     """`{"bytes", "sha256"}` of each file."""
     metrics: dict[str, float] = field(default_factory=dict)
     weights_digest: str | None = None
-    """The weights' own, see `checkpoints.weights_digest`; None where an earlier release wrote the checkpoint."""
+    """Digest of the weights (`checkpoints.weights_digest`); None where an earlier release wrote the checkpoint."""
 
     @property
     def digest(self) -> str:

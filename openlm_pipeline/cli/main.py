@@ -228,7 +228,7 @@ def recipes() -> None:
 
 
 def with_repeated_options(arguments: list[str]) -> list[str]:
-    """`--input-files a b` as make_2048.py takes it, or a shell makes it of a glob: one option a file."""
+    """`--input-files a b` as make_2048.py takes it, or a shell makes it of a glob: one option per file."""
     out: list[str] = []
     many = False
     for argument in arguments:

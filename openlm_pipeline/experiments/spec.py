@@ -172,8 +172,9 @@ class Training(Strict):
     spike_factor: float | None = Field(default=None, gt=1)
     """A gradient norm of so many times its running mean is a spike."""
     sampling: SamplingName = "permutation"
-    """Order of the samples. `permutation`: each once per epoch, shuffled over the whole source. `windowed`: each once
-    per epoch, shuffled within `window_shards` shards at a time, for remote shards. `resampled` and `manifest`: OpenLM's."""
+    """Order of the samples. `permutation`: each once per epoch, shuffled over the whole source. `windowed`: each
+    once per epoch, shuffled within `window_shards` shards at a time, for remote shards. `resampled` and `manifest`:
+    OpenLM's."""
     window_shards: int = Field(default=64, ge=1)
     """Shards whose samples are shuffled together by `windowed`."""
     source_batch: int = Field(default=8, ge=1)

@@ -356,7 +356,7 @@ def score_model(
 
 
 def _metrics(card: "Scorecard") -> dict[str, float]:
-    """Accuracies under LLM Foundry's names: one a category where a task has those."""
+    """Accuracies under LLM Foundry's names: one per category where a task has those."""
     whole = [t for t in card.tasks if t.num_categories is None]
     return {f"metrics/{t.name}/{t.metric}": t.accuracy for t in (*whole, *card.categories) if t.accuracy is not None}
 

@@ -111,7 +111,7 @@ class TrainingCost:
             yield (
                 f"{total_flops}: {format_seconds(self.seconds)} at {self.mfu:.0%} MFU on {self.processes} x "
                 f"{self.device_name}, {gpu_hours:,.4g} GPU-hours, "
-                f"{self.tokens / self.seconds / self.processes:,.0f} tokens/s a GPU"
+                f"{self.tokens / self.seconds / self.processes:,.0f} tokens/s per GPU"
             )
 
 
@@ -121,7 +121,7 @@ def size_line(config: ModelConfig, seq_len: int) -> str:
     embedding = 0 if config.weight_tying else config.vocab_size * config.hidden_dim
     return (
         f"{parameters:,} parameters ({parameters - embedding:,} without the input embedding), "
-        f"{format_bytes(4 * parameters)} in fp32, {flops_per_token(config, seq_len) / 1e9:,.3g} GFLOP a token"
+        f"{format_bytes(4 * parameters)} in fp32, {flops_per_token(config, seq_len) / 1e9:,.3g} GFLOP per token"
     )
 
 

@@ -131,7 +131,7 @@ class MemoryEstimate:
 
 
 def block_activations(config: ModelConfig, element_bytes: int, keep: str) -> int:
-    """Bytes a token that one block keeps for its backward pass, or works with while it is made again.
+    """Bytes per token that one block keeps for its backward pass, or works with while it is made again.
 
     Args:
         keep: `none`, `selective` or `full` activation checkpointing.

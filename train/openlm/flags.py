@@ -143,7 +143,7 @@ def _model(values: argparse.Namespace) -> tuple[dict[str, Any], Any]:
 
 
 def _local_batch(values: argparse.Namespace, world_size: int) -> int:
-    """Sequences a step of each process."""
+    """Sequences per step of each process."""
     if values.batch_size is not None and values.global_batch_size is not None:
         raise ConfigError("give --global-batch-size (over all processes) or --batch-size (of each), not both")
     local = values.batch_size
