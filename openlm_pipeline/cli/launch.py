@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from openlm_pipeline.cli.options import Allow, Gpu, Mfu, Price
-from openlm_pipeline.cli.ui import dagster_environment
+from openlm_pipeline.cli.ui import dagster_environment, definitions_option
 from openlm_pipeline.errors import ConfigError, OpenLMError
 from openlm_pipeline.result import ALLOW_TAG, parse_allow, refuse
 
@@ -92,13 +92,9 @@ def launch(
     environment = dagster_environment()
     log = Path(environment["DAGSTER_HOME"]) / f"launch-{run_id}.log"
     with log.open("wb") as out:  # a file: where it is a pipe, the command lasts as long as the run
-        done = subprocess.run(
-            [sys.executable, "-m", "dagster", "job", "launch", "-j", recipe, "--run-id", run_id, "--tags", tags],
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            check=False,
-        )
+        command = [sys.executable, "-m", "dagster", "job", "launch", *definitions_option()]
+        command += ["-j", recipe, "--run-id", run_id, "--tags", tags]
+        done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment, check=False)
     if done.returncode:
         last = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         raise OpenLMError(f"Dagster did not launch {recipe}:\n{last}")

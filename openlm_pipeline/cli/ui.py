@@ -3,18 +3,29 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from openlm_pipeline.runs.programs import SAFE_PATH, dagster_home
+from openlm_pipeline.runs.programs import SAFE_PATH, dagster_home, programs_folder
 
 MODULE = "openlm_pipeline.cli.definitions"
 
 
 def dagster_environment() -> dict[str, str]:
-    """The environment of Dagster's own commands: its home, made where it is missing, and our definitions."""
-    return {**os.environ, **SAFE_PATH, "DAGSTER_HOME": str(dagster_home()), "DAGSTER_MODULE_NAME": MODULE}
+    """The environment of Dagster's own commands: its home, made where it is missing.
+
+    The definitions are named by `-m`: with DAGSTER_MODULE_NAME the webserver of `dagster dev` never answers.
+    """
+    named = {**os.environ, **SAFE_PATH, "DAGSTER_HOME": str(dagster_home())}
+    named.pop("DAGSTER_MODULE_NAME", None)
+    return named
+
+
+def definitions_option() -> list[str]:
+    """What names our definitions to Dagster's commands; in a checkout's root folder pyproject.toml does."""
+    return [] if programs_folder() == Path.cwd() else ["-m", MODULE]
 
 
 def ui(
@@ -23,10 +34,10 @@ def ui(
 ) -> None:
     """Start the Dagster UI and its daemon, until Ctrl-C.
 
-    For Dagster's own commands elsewhere: export DAGSTER_MODULE_NAME=openlm_pipeline.cli.definitions and DAGSTER_HOME
-    (by default `dagster` in OPENLM_HOME); then `dagster job launch -j demo` works in any folder.
+    `dagster job launch -m openlm_pipeline.cli.definitions -j demo` launches a job from any folder, with DAGSTER_HOME
+    set (here it is `dagster` in OPENLM_HOME, or `.dagster` in a checkout).
 
     Example: openlm ui --port 3001
     """
-    command = [sys.executable, "-m", "dagster", "dev", "--host", host, "--port", str(port)]
+    command = [sys.executable, "-m", "dagster", "dev", *definitions_option(), "--host", host, "--port", str(port)]
     raise typer.Exit(subprocess.run(command, env=dagster_environment(), check=False).returncode)

@@ -16,7 +16,7 @@ def protect_script_flags() -> None:
     before = sys.orig_argv[: -len(sys.argv[1:]) or None]
     if Path(sys.argv[0]).name != "torchrun" and "torch.distributed.run" not in before:
         return
-    if not Path("train", "openlm", "flags.py").is_file():  # another's `train`, whose arguments are none of ours
+    if not _is_ours():
         return
     for i in range(1, len(sys.argv) - 1):
         if sys.argv[i] in ("-m", "--module") and sys.argv[i + 1] == "train":
@@ -24,3 +24,11 @@ def protect_script_flags() -> None:
             if "--" not in arguments and any(a.partition("=")[0] == _AMBIGUOUS for a in arguments):
                 sys.argv.insert(i + 2, "--")
             return
+
+
+def _is_ours() -> bool:
+    """Whether `-m train` finds our program, and not another's of that name, whose arguments are none of ours."""
+    for place in (Path.cwd(), *(Path(p) for p in sys.path if p)):
+        if (place / "train.py").is_file() or (place / "train" / "__init__.py").is_file():
+            return (place / "train" / "openlm" / "flags.py").is_file()
+    return False

@@ -4,7 +4,7 @@ A tokenizer folder holds `tokenizer.json` and, written last, `tokenizer_info.jso
 """
 
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ class TokenizerInfo:
     eot_id: int
     identity: dict[str, Any]
     """What it was made from."""
+    stamps: dict[str, str] = field(default_factory=dict)
+    """Stamp of each raw file when it was hashed: an equal one means that its content need not be hashed again."""
 
 
 def tokenizer_file(folder: Path) -> Path:
@@ -132,18 +134,22 @@ def make_tokenizer(
         ConfigError: it lacks the end-of-text token, or is no tokenizer.
     """
     content = None
+    info = read_tokenizer_info(folder) if (folder / _INFO).exists() else None
+    stamps = {raw.name: raw.stamp for raw in files} if spec.train else {}
     if spec.train:
-        corpus = {raw.name: sha256_url(raw.url) for raw in files}
+        corpus = {raw.name: _recorded_hash(info, raw) or sha256_url(raw.url) for raw in files}
         identity = {"train": settings_tree(spec.train), "eot": spec.eot, "corpus": corpus, "code": TRAINING_VERSION}
     else:
         identity = {"source": spec.source, "eot": spec.eot}
     changed: list[str] = []
-    if (folder / _INFO).exists():
-        info = read_tokenizer_info(folder)
+    if info:
         local = spec.source is not None and Path(spec.source).exists()
         content = fetch_tokenizer_json(spec.source) if local else None
         same_file = content is None or content == tokenizer_file(folder).read_bytes()
         if info.identity == identity and same_file:
+            if info.stamps != stamps:  # touched, but the same: remember it, or it is hashed again each time
+                info = replace(info, stamps=stamps)
+                write_json(folder / _INFO, asdict(info))
             return info, True, []
         changed = differences(info.identity, identity) or ["the content of tokenizer.json"]
         what = "\n  ".join([f"{folder} holds another tokenizer. What differs:", *changed])
@@ -156,9 +162,16 @@ def make_tokenizer(
     else:
         with atomic_writer(path) as f:
             f.write(content or fetch_tokenizer_json(spec.source))
-    info = _describe(spec, path, identity)
+    info = replace(_describe(spec, path, identity), stamps=stamps)
     write_json(folder / _INFO, asdict(info))
     return info, False, changed
+
+
+def _recorded_hash(info: TokenizerInfo | None, raw: RawFile) -> str | None:
+    """The hash of a raw file that is as it was when the tokenizer was made."""
+    if info is None or info.stamps.get(raw.name) != raw.stamp:
+        return None
+    return info.identity.get("corpus", {}).get(raw.name)
 
 
 def _describe(spec: TokenizerSpec, path: Path, identity: dict[str, Any]) -> TokenizerInfo:

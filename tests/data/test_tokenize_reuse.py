@@ -2,12 +2,16 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from small_dataset import SEQ_LEN, SmallDataset, documents
 
+from openlm_pipeline.errors import DataError
 from openlm_pipeline.pools import PoolFactory
 from openlm_pipeline.shards.dataset import ShardedDataset
+from openlm_pipeline.storage.remote import sha256_url
+from openlm_pipeline.tokenizers import tokenizer
 
 Small = Callable[..., SmallDataset]
 
@@ -124,3 +128,37 @@ def test_deleted_shards_come_back_the_same(three_files: SmallDataset, inline: Po
     (three_files.shards / "manifest.jsonl").unlink()
     three_files.run(inline)
     assert three_files.manifest() == manifest
+
+
+def test_the_limit_of_bad_records_is_judged_anew_and_changes_no_identity(small: Small, inline: PoolFactory) -> None:
+    def with_limit(limit: float) -> SmallDataset:
+        return small("home", {"sources": [{"name": "text", "files": ["raw/*.jsonl"], "max_bad_fraction": limit}]})
+
+    made = with_limit(0.5)
+    made.write({"a.jsonl": documents(30)})
+    made.raw("a.jsonl").write_text(made.raw("a.jsonl").read_text() + "no JSON\n")
+    first = made.run(inline)
+    assert with_limit(0.4).run(inline).version == first.version
+    assert with_limit(0.4).run(inline).reused
+    with pytest.raises(DataError, match=r"a.jsonl: 1 of 31 records are bad .*The first is line 41: not valid JSON"):
+        with_limit(0.01).run(inline)
+    assert with_limit(0.5).run(inline).reused
+
+
+def test_the_corpus_of_a_tokenizer_is_hashed_once(
+    small: Small, inline: PoolFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = small("home", {"tokenizer": {"name": "own", "train": {"vocab_size": 300}}})
+    made.write({"a.jsonl": documents(30), "b.jsonl": documents(30, 100)})
+    made.run(inline)
+    hashed: list[str] = []
+
+    def noted(url: str) -> str:
+        hashed.append(Path(url).name)
+        return sha256_url(url)
+
+    monkeypatch.setattr(tokenizer, "sha256_url", noted)
+    assert made.tokenizer().reused and hashed == []
+    os.utime(made.raw("b.jsonl"), ns=(1, 1))
+    assert made.tokenizer().reused and hashed == ["b.jsonl"]
+    assert made.tokenizer().reused and hashed == ["b.jsonl"]

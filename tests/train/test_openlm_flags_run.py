@@ -61,7 +61,7 @@ class Flags:
         info = root / "site" / "openlm_line-0.dist-info"
         info.mkdir(parents=True)
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: openlm-line\nVersion: 0\n")
-        hook = "openlm = train.torchrun_line:protect_script_flags"
+        hook = "openlm = openlm_pipeline.runs.torchrun_line:protect_script_flags"
         (info / "entry_points.txt").write_text(f"[torch.backends]\n{hook}\n")
 
     @property
