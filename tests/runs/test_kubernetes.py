@@ -88,7 +88,9 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kuberne
 
 def watch(small: SmallRun, reports: list[str], *overrides: str):
     experiment = small.experiment(*ONE_NODE, *overrides)
-    return training_stage.train(experiment, small.home, experiment.milestones[-1], reports.append)
+    return training_stage.train(
+        experiment, small.home, experiment.milestones[-1], reports.append, allow={"repeat_data"}
+    )
 
 
 @pytest.mark.drill

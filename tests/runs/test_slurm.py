@@ -22,7 +22,7 @@ from openlm_pipeline.pipeline import training as training_stage
 from openlm_pipeline.experiments import load_experiment
 from openlm_pipeline.storage.home import Home
 experiment = load_experiment(sys.argv[1], sys.argv[2:])
-for event in training_stage.train(experiment, Home.from_env(), experiment.milestones[-1], print):
+for event in training_stage.train(experiment, Home.from_env(), experiment.milestones[-1], print, allow={"repeat_data"}):
     pass
 """
 SLURM = ("launcher.kind=slurm", "launcher.grace_seconds=60", f"execution.checkpoint_every={200 * BATCH}")
@@ -36,7 +36,9 @@ def _search_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def watch(small: SmallRun, reports: list[str], *overrides: str):
     experiment = small.experiment(*SLURM, *overrides)
-    return training_stage.train(experiment, small.home, experiment.milestones[-1], reports.append)
+    return training_stage.train(
+        experiment, small.home, experiment.milestones[-1], reports.append, allow={"repeat_data"}
+    )
 
 
 def steps(events: list[Event]) -> list[int]:
