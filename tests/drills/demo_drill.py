@@ -39,7 +39,7 @@ class DemoPipeline(DrillPipeline):
 
 
 def _orchestration(pipeline: DemoPipeline) -> list[psutil.Process]:
-    return [p for p in pipeline.processes() if p.cmdline()[1:3] == ["-m", "orchestration"]]
+    return [p for p in pipeline.processes() if p.cmdline()[2:3] == ["orchestration"]]
 
 
 def _workers(pipeline: DemoPipeline) -> list[psutil.Process]:
