@@ -73,7 +73,9 @@ def test_a_server_that_is_not_there_is_told_in_one_line(tmp_path):
 def test_runs_and_events_are_there_after_the_server_crashed(pipeline, postgres, instance_of):
     assert pipeline.execute("tiny").success
     before = _stored(instance_of(pipeline))
-    assert before["ASSET_MATERIALIZATION"] == 12  # preflight, 2 raw files, tokenizer, 2 tokenized files, shards, 5 below
+    assert (
+        before["ASSET_MATERIALIZATION"] == 12
+    )  # preflight, 2 raw files, tokenizer, 2 tokenized files, shards, 5 below
     assert before["PIPELINE_SUCCESS"] == 1
     postgres.crash()
     postgres.start()
