@@ -6,7 +6,7 @@ import dagster as dg
 
 from assets.common import PREFLIGHT_KEY, allowed, checkpoint_key, shards_key, tokenizer_key, user_errors
 from openlm_pipeline.experiments import Experiment
-from openlm_pipeline.pipeline.plan import plan
+from openlm_pipeline.pipeline.plan import look
 from openlm_pipeline.result import CONSENTS, refuse
 from openlm_pipeline.storage.home import Home
 
@@ -25,17 +25,16 @@ def preflight_asset(experiments: Sequence[Experiment]) -> dg.AssetsDefinition:
     def preflight(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         planned = _planned(context)
         allow = allowed(context)
-        lines = []
+        found = []
         with user_errors():
             for experiment in experiments:
                 if not planned & _names(experiment):
                     continue
-                made = plan(experiment, Home.from_env(), only=planned)
-                refuse(made.findings, allow)
-                if made.todo:
-                    lines += [f"{experiment.name}:", *made.lines()]
-        for line in lines:
-            context.log.info(line)
+                to_make, findings = look(experiment, Home.from_env(), planned)
+                found += findings
+                for artefact in to_make:
+                    context.log.info("\n".join(artefact.lines()))
+            refuse(dict.fromkeys(found), allow)
         return dg.MaterializeResult(metadata={"allowed": sorted(allow)}, data_version=dg.DataVersion("1"))
 
     return preflight

@@ -78,23 +78,15 @@ def parse_allow(names: str | Collection[str] | None) -> frozenset[str]:
     return frozenset(found)
 
 
-def how_to_allow(consent: str) -> str:
-    """The way on that a refusal names."""
-    return f"to {CONSENTS[consent]}, allow it: `--allow {consent}`, or in Dagster the run tag {ALLOW_TAG}={consent}"
-
-
-def require(consent: str, allow: Collection[str], what: str, otherwise: str) -> None:
-    """Refuse what was not allowed.
+def refusal(consent: str, what: str, otherwise: str) -> Finding:
+    """A refusal that names both ways on.
 
     Args:
         what: what is there and how it differs.
-        otherwise: the way on that keeps it, as a sentence without its end.
-
-    Raises:
-        ConsentError: `consent` is not among `allow`; the message names both ways on.
+        otherwise: the way on that needs no consent, as a sentence without its end.
     """
-    if consent not in allow:
-        raise ConsentError(f"{what}\n{otherwise}; or, {how_to_allow(consent)}.")
+    allow = f"allow it: `--allow {consent}`, or in Dagster the run tag {ALLOW_TAG}={consent}"
+    return Finding("refusal", what, f"{otherwise}; or, to {CONSENTS[consent]}, {allow}.", consent)
 
 
 def refuse(findings: Iterable[Finding], allow: Collection[str]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from openlm_pipeline.errors import DataError, IdentityError, MissingInputError
 from openlm_pipeline.fingerprint import fingerprint
-from openlm_pipeline.result import require
+from openlm_pipeline.result import refusal, refuse
 from openlm_pipeline.storage.copies import describe_file
 from openlm_pipeline.storage.files import read_json, set_aside, sha256_file, write_json, write_text
 
@@ -205,7 +205,8 @@ def newest_intact(
             return checkpoint
         except DataError as e:
             if checkpoint.milestone:
-                require("remake", allow, f"milestone {checkpoint.milestone} is damaged: {e}", KEEP_DAMAGED)
+                what = f"milestone {checkpoint.milestone} is damaged: {e}"
+                refuse([refusal("remake", what, KEEP_DAMAGED)], allow)
             warn(f"{e}. Falling back to an earlier checkpoint; it is now {set_aside(checkpoint.path).name}")
     return None
 

@@ -13,7 +13,7 @@ from openlm_pipeline.corpus.discovery import discover
 from openlm_pipeline.errors import DataError, MissingInputError, OpenLMError
 from openlm_pipeline.experiments import Dataset, Experiment
 from openlm_pipeline.fingerprint import differences, settings_tree
-from openlm_pipeline.result import Finding, how_to_allow
+from openlm_pipeline.result import Finding, refusal
 from openlm_pipeline.runs.dry_run import describe
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.identity import extension_refusal, run_identity
@@ -47,6 +47,16 @@ class Artefact:
     """What differs, or what is not there; empty if fresh."""
     consent: str | None = None
     """One of `result.CONSENTS` that making it needs: something would be set aside. `REFUSED` where none helps."""
+
+    @property
+    def kind(self) -> str:
+        """`shards` of `shards/pile`."""
+        return self.name.partition("/")[0]
+
+    def lines(self) -> Iterator[str]:
+        """For people."""
+        yield f"{self.state:8} {self.name}"
+        yield from (f"           {reason}" for reason in self.why)
 
 
 @dataclass(frozen=True)
@@ -82,8 +92,7 @@ class RecipePlan:
     def lines(self) -> Iterator[str]:
         """The plan for people."""
         for artefact in self.artefacts:
-            yield f"{artefact.state:8} {artefact.name}"
-            yield from (f"           {reason}" for reason in artefact.why)
+            yield from artefact.lines()
         cost = self.cost
         if not self.todo:
             yield "nothing to do"
@@ -108,7 +117,6 @@ def plan(
     device: str | None = None,
     mfu: float = 0.4,
     price: float | None = None,
-    only: Collection[str] | None = None,
 ) -> RecipePlan:
     """What running a recipe would do now.
 
@@ -116,19 +124,15 @@ def plan(
         device: a GPU such as `H100`, for the time where the run has no measured speed yet.
         mfu: share of the device's peak that is reached.
         price: of an hour of one GPU (or process), in any currency.
-        only: names of the artefacts that are to be made, to which the findings are limited; by default all.
 
     Raises:
         ConfigError: the device is not known.
     """
-    tokenizer, tokenizer_artefact = _tokenizer(experiment, home)
-    artefacts = [tokenizer_artefact]
-    for dataset in experiment.datasets():
-        artefacts += _dataset(dataset, home, tokenizer, tokenizer_artefact)
+    artefacts, start = _made(experiment, home)
+    checkpoints = [a for a in artefacts if a.kind == "checkpoint"]
     training = {f"shards/{d.name}" for d in experiment.training_datasets()}
-    upstream = [a for a in artefacts if a.name in training and a.state != "fresh"]
-    checkpoints, start = _checkpoints(experiment, home, upstream)
-    artefacts += checkpoints
+    same_run = all(a.state == "fresh" for a in artefacts if a.name in training)
+    findings = tuple(_findings(experiment, home, artefacts))
     artefacts += _scorecards(experiment, home, {a.name: a for a in checkpoints})
     stale = [a.name for a in artefacts if a.name.startswith(("scorecard/", "checkpoint/")) and a.state != "fresh"]
     there = (home.report(experiment.name, experiment.version) / "report.html").exists()
@@ -136,19 +140,37 @@ def plan(
     why = () if state == "fresh" else (f"{stale[0]} is not fresh",) if stale else ("it was not made yet",)
     artefacts.append(Artefact(f"report/{experiment.name}", state, why))
     missing = sum(a.state != "fresh" for a in checkpoints)
-    cost = _cost(experiment, home, start, missing, not upstream, device, mfu, price)
-    wanted = [a for a in artefacts if only is None or a.name.replace("raw_files/", "shards/") in only]
-    untrained = {a.name for a in wanted if a in checkpoints and a.state != "fresh"}
-    until = [t for label, t in experiment.labelled_milestones() if f"checkpoint/{experiment.name}/{label}" in untrained]
-    spent = spending(experiment, home, until[-1]) if until else ()
-    return RecipePlan(experiment.name, tuple(artefacts), cost, (*_findings(wanted), *spent))
+    cost = _cost(experiment, home, start, missing, same_run, device, mfu, price)
+    return RecipePlan(experiment.name, tuple(artefacts), cost, findings)
 
 
-def _findings(artefacts: list[Artefact]) -> Iterator[Finding]:
-    """A refusal for each artefact that would be set aside; the milestones of a run are set aside as one."""
+def look(experiment: Experiment, home: Home, only: Collection[str]) -> tuple[list[Artefact], list[Finding]]:
+    """The part of a plan that says what is to be made, up to the milestones, and what that needs a consent for.
+
+    Args:
+        only: names of the artefacts that are to be made, of which alone something is said.
+    """
+    wanted = [a for a in _made(experiment, home)[0] if a.name.replace("raw_files/", "shards/") in only]
+    return [a for a in wanted if a.state != "fresh"], list(_findings(experiment, home, wanted))
+
+
+def _made(experiment: Experiment, home: Home) -> tuple[list[Artefact], int]:
+    """Tokenizer, datasets and milestones, and the tokens of the checkpoint that training would continue from."""
+    tokenizer, tokenizer_artefact = _tokenizer(experiment, home)
+    artefacts = [tokenizer_artefact]
+    for dataset in experiment.datasets():
+        artefacts += _dataset(dataset, home, tokenizer, tokenizer_artefact)
+    training = {f"shards/{d.name}" for d in experiment.training_datasets()}
+    upstream = [a for a in artefacts if a.name in training and a.state != "fresh"]
+    checkpoints, start = _checkpoints(experiment, home, upstream)
+    return artefacts + checkpoints, start
+
+
+def _findings(experiment: Experiment, home: Home, artefacts: list[Artefact]) -> Iterator[Finding]:
+    """A refusal for each artefact that would be set aside, the milestones of a run as one, and for what is spent."""
     told: set[tuple[str, ...]] = set()
     for artefact in artefacts:
-        kind, _, name = artefact.name.partition("/")
+        kind, name = artefact.kind, artefact.name.partition("/")[2]
         if artefact.consent is None or (kind, *artefact.why) in told:
             continue
         told.add((kind, *artefact.why))
@@ -161,7 +183,11 @@ def _findings(artefacts: list[Artefact]) -> Iterator[Finding]:
             what = "\n  ".join([f"{what} was made from something else:", *artefact.why])
         else:
             keep, what = KEEP_DAMAGED, f"{artefact.name} is damaged: {artefact.why[0]}"
-        yield Finding("refusal", what, f"{keep}; or, {how_to_allow(artefact.consent)}.", artefact.consent)
+        yield refusal(artefact.consent, what, keep)
+    untrained = {a.name for a in artefacts if a.kind == "checkpoint" and a.state != "fresh"}
+    until = [t for label, t in experiment.labelled_milestones() if f"checkpoint/{experiment.name}/{label}" in untrained]
+    if until:
+        yield from spending(experiment, home, until[-1])
 
 
 def _tokenizer(experiment: Experiment, home: Home) -> tuple[TokenizerInfo | None, Artefact]:

@@ -4,13 +4,14 @@ It looks at what is on disk, does only what is missing or no longer matches, and
 """
 
 from collections.abc import Collection, Iterator
+from pathlib import Path
 
 from openlm_pipeline.checkpoints.folders import KEEP_DAMAGED, Checkpoint, verify
 from openlm_pipeline.errors import BusyError, DataError, IdentityError
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.fingerprint import Tree
 from openlm_pipeline.pipeline.data import dataset_versions
-from openlm_pipeline.result import Say, StageResult, refuse, require
+from openlm_pipeline.result import Finding, Say, StageResult, refusal, refuse
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.identity import run_identity
 from openlm_pipeline.runs.launch import (
@@ -89,32 +90,55 @@ def train(
     run = RunFolder(home.run(experiment.name, experiment.version))
     home.pull(run.path)
     identity = _identity(experiment, home)
-    changed: list[str] = []
-    if launcher_of(experiment, home, run).find() is None:
-        with run.lock():  # so that the folder of a run that is training is not set aside under it
-            changed = run.claim(experiment, identity, allow)
-    elif not run.belongs_to(identity):
+    training = launcher_of(experiment, home, run).find() is not None
+    if training and not run.belongs_to(identity):
         differing = "\n  ".join(run.differences(identity))
         raise BusyError(f"a job on the cluster trains {run.path} from something else:\n  {differing}\nCancel it first.")
+    wanted = {label for label, tokens in experiment.labelled_milestones() if tokens <= until}
+    there, damaged = _milestones(experiment, run, identity, wanted, hashes="remake" in allow)
+    if wanted - set(there):  # looked at before anything is set aside
+        found = [run.superseded_by(experiment, identity), *damaged.values(), *spending(experiment, home, until)]
+        refuse(filter(None, found), allow)
+    changed: list[str] = []
+    if not training:
+        with run.lock():  # so that the folder of a run that is training is not set aside under it
+            changed = run.claim(experiment, identity, allow)
     if changed:
         report(f"the run that was in {run.path} is set aside. What changed: {'; '.join(changed)}")
-    wanted = {label for label, tokens in experiment.labelled_milestones() if tokens <= until}
-    there = {label: c for label, c in milestone_checkpoints(experiment, run).items() if label in wanted}
-    for label, checkpoint in list(there.items()):
-        try:
-            verify(checkpoint, hashes="remake" in allow)
-        except DataError as e:
-            require("remake", allow, f"milestone {label} is damaged: {e}", KEEP_DAMAGED)
-            report(f"milestone {label} is damaged and made again; what is left of it: {set_aside(checkpoint.path)}")
-            del there[label]
+    for path, finding in damaged.items():
+        report(f"{finding.what}. It is made again; what is left of it: {set_aside(path)}")
     for label, checkpoint in there.items():
         report(f"milestone {label} reused")
         yield MilestoneReused(label, checkpoint)
     push_run(home, run)
     if wanted - set(there):
-        refuse(spending(experiment, home, until), allow)
         for event in train_run(experiment, home, run, until, report, told=there):
             if isinstance(event, MilestoneReached):
                 push_run(home, run)
             yield event
         push_run(home, run)
+
+
+def _milestones(
+    experiment: Experiment, run: RunFolder, identity: Tree, wanted: Collection[str], hashes: bool
+) -> tuple[dict[str, Checkpoint], dict[Path, Finding]]:
+    """The milestones of `wanted` that are whole, by label, and a finding for the folder of each that is damaged.
+
+    Args:
+        hashes: compare hashes, not sizes alone.
+    """
+    whole: dict[str, Checkpoint] = {}
+    damaged: dict[Path, Finding] = {}
+    if not run.belongs_to(identity):
+        return whole, damaged
+    for label, checkpoint in milestone_checkpoints(experiment, run).items():
+        if label not in wanted:
+            continue
+        try:
+            verify(checkpoint, hashes=hashes)
+        except DataError as e:
+            what = f"milestone {label} is damaged: {e}"
+            damaged[checkpoint.path] = refusal("remake", what, KEEP_DAMAGED)
+        else:
+            whole[label] = checkpoint
+    return whole, damaged

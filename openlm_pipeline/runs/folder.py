@@ -17,7 +17,7 @@ import yaml
 from openlm_pipeline.errors import IdentityError
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.fingerprint import Tree, differences, fingerprint
-from openlm_pipeline.result import require
+from openlm_pipeline.result import Finding, refusal, refuse
 from openlm_pipeline.runs.identity import extension_refusal
 from openlm_pipeline.storage.files import atomic_writer, folder_lock, read_json, set_aside, write_json, write_text
 
@@ -73,6 +73,19 @@ class RunFolder:
         """How the run in the folder differs from `identity`, a line a field."""
         return differences(self.identity, identity)
 
+    def superseded_by(self, experiment: Experiment, identity: Tree) -> Finding | None:
+        """What `claim` would set aside: another run that has begun; the finding names each field that differs.
+
+        Raises:
+            IdentityError: it is this run with a schedule that ended before the new last milestone.
+        """
+        if self.belongs_to(identity) or not self.has_begun:
+            return None
+        if impossible := extension_refusal(experiment, self.identity, identity):
+            raise IdentityError(impossible)
+        what = "\n  ".join([f"{self.path} holds another run. What differs:", *self.differences(identity)])
+        return refusal("supersede", what, "To keep it, give the recipe another `version` or name")
+
     def claim(self, experiment: Experiment, identity: Tree, allow: Collection[str] = ()) -> list[str]:
         """Make the folder this run's, and record the resolved experiment.
 
@@ -87,12 +100,9 @@ class RunFolder:
             IdentityError: it is this run with a schedule that ended before the new last milestone.
         """
         changed: list[str] = []
-        if not self.belongs_to(identity) and self.has_begun:
+        if found := self.superseded_by(experiment, identity):
+            refuse([found], allow)
             changed = self.differences(identity)
-            if refusal := extension_refusal(experiment, self.identity, identity):
-                raise IdentityError(refusal)
-            what = "\n  ".join([f"{self.path} holds another run. What differs:", *changed])
-            require("supersede", allow, what, "To keep it, give the recipe another `version` or name")
             set_aside(self.path)
         write_text(self.experiment_file, yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False))
         record = {"name": experiment.name, "version": experiment.version, "fingerprint": fingerprint(identity)}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from openlm_pipeline.errors import OpenLMError
 from openlm_pipeline.experiments import Experiment
-from openlm_pipeline.result import Finding, how_to_allow
+from openlm_pipeline.result import Finding, refusal
 from openlm_pipeline.runs.estimates import flops_per_token
 from openlm_pipeline.shards.opening import open_dataset
 from openlm_pipeline.storage.home import Home
@@ -30,12 +30,11 @@ def spending(experiment: Experiment, home: Home, until: int) -> Iterator[Finding
     tokens = until - experiment.start_tokens()
     operations = flops_per_token(experiment.model_config_resolved(), experiment.seq_len) * tokens
     if experiment.launcher.kind == "local" and operations > CPU_FLOPS and not has_gpu():
-        yield Finding(
-            "refusal",
+        yield refusal(
+            "cpu",
             f"{experiment.name} takes {operations:.1e} operations for {format_tokens(tokens)} tokens, and this machine "
             "has no GPU: a CPU needs days or years",
-            f"Train it where there is one (launcher.kind, or another machine); or, {how_to_allow('cpu')}.",
-            "cpu",
+            "Train it where there is one (launcher.kind, or another machine)",
         )
     weights = sum(source.weight for source in experiment.sources)
     for dataset in experiment.training_datasets():
@@ -45,10 +44,9 @@ def spending(experiment: Experiment, home: Home, until: int) -> Iterator[Finding
             continue
         epochs = until * dataset.source.weight / weights / size
         if epochs > MAX_EPOCHS:
-            yield Finding(
-                "refusal",
+            yield refusal(
+                "repeat_data",
                 f"{experiment.name} would see each text of {dataset.name} {epochs:,.0f} times: {format_tokens(until)} "
                 f"tokens, of which {format_tokens(size, 3)} are there",
-                f"Add raw text, or lower the milestones; or, {how_to_allow('repeat_data')}.",
-                "repeat_data",
+                "Add raw text, or lower the milestones",
             )

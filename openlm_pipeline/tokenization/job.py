@@ -14,7 +14,7 @@ from openlm_pipeline.errors import DataError, IdentityError
 from openlm_pipeline.experiments import Dataset
 from openlm_pipeline.fingerprint import Tree, differences, fingerprint
 from openlm_pipeline.pools import Call, Facts, Pool, PoolFactory, TaskProgress
-from openlm_pipeline.result import ProgressLine, Say, require
+from openlm_pipeline.result import ProgressLine, Say, refusal, refuse
 from openlm_pipeline.shards.dataset import DATASET, MANIFEST, QUARANTINE, ShardEntry, write_manifest
 from openlm_pipeline.shards.format import SampleFormat
 from openlm_pipeline.storage.files import (
@@ -216,7 +216,7 @@ def pack_shards(
                 return True, []
             changed = differences(old, identity)
             what = "\n  ".join([f"{folder} holds another dataset. What differs:", *changed])
-            require("supersede", allow, what, "To keep it, give the source another `version` or name")
+            refuse([refusal("supersede", what, "To keep it, give the source another `version` or name")], allow)
             report(f"set the old shards of {dataset.name} aside as {set_aside(folder)}")
         building = folder / _BUILDING
         begun = building / _IDENTITY

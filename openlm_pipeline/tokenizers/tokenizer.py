@@ -13,7 +13,7 @@ from openlm_pipeline.corpus.reader import RecordReader
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
 from openlm_pipeline.experiments import TokenizerSpec
 from openlm_pipeline.fingerprint import differences, settings_tree
-from openlm_pipeline.result import require
+from openlm_pipeline.result import refusal, refuse
 from openlm_pipeline.storage.files import atomic_writer, read_json, set_aside, sha256_file, write_json
 from openlm_pipeline.storage.remote import sha256_url
 from openlm_pipeline.tokenizers.engine import load_reference
@@ -153,7 +153,7 @@ def make_tokenizer(
             return info, True, []
         changed = differences(info.identity, identity) or ["the content of tokenizer.json"]
         what = "\n  ".join([f"{folder} holds another tokenizer. What differs:", *changed])
-        require("supersede", allow, what, "To keep it, give the recipe's tokenizer another name")
+        refuse([refusal("supersede", what, "To keep it, give the recipe's tokenizer another name")], allow)
         set_aside(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = tokenizer_file(folder)

@@ -140,6 +140,18 @@ def test_days_on_a_cpu_are_asked_for(home, monkeypatch):
     assert list(spending.spending(experiment, home, 50_000)) == []
 
 
+def test_nothing_is_set_aside_for_what_is_then_refused(home):
+    experiment = load_experiment("tiny", ["training.lr=2e-3", "milestones=[10K,40K,100M]"])
+    runs = home.run("tiny", "v1").parent
+    before = sorted(runs.rglob("*"))
+    with pytest.raises(ConsentError) as refused:
+        list(train(experiment, home, 100_000_000, lambda _: None))
+    assert "--allow supersede" in str(refused.value) and "--allow repeat_data" in str(refused.value)
+    with pytest.raises(ConsentError, match="--allow repeat_data"):
+        list(train(experiment, home, 100_000_000, lambda _: None, allow={"supersede"}))
+    assert sorted(runs.rglob("*")) == before
+
+
 def test_every_consent_is_documented():
     for name, meaning in CONSENTS.items():
         assert name.isidentifier() and meaning
