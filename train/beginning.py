@@ -11,7 +11,7 @@ from openlm_pipeline.checkpoints.folders import MODEL_CONFIG, Checkpoint, verify
 from openlm_pipeline.checkpoints.reading import SafeReader
 from openlm_pipeline.errors import ConfigError, MissingInputError
 from openlm_pipeline.experiments import Experiment
-from openlm_pipeline.fingerprint import Tree, differences, fingerprint
+from openlm_pipeline.fingerprint import Tree, differences, fingerprint, settings_tree
 from openlm_pipeline.models import ModelConfig
 from openlm_pipeline.models.transformer import Transformer
 from openlm_pipeline.runs.folder import RunFolder
@@ -20,7 +20,7 @@ from train import saver as checkpoints
 from train.distributed import World
 from train.optimizers import Optimizers
 
-_OF_THE_STATE = ("optimizer", "state_precision", "no_decay")
+_OF_THE_STATE = ("optimizer", "optimizer_settings", "state_precision", "no_decay")
 """Settings of `training` on which the form of the optimizer's state depends."""
 
 
@@ -57,8 +57,8 @@ def _check(checkpoint: Checkpoint, experiment: Experiment, model: Transformer) -
     if changed := differences({**theirs, "seq_len": 0}, {**ours, "seq_len": 0}):
         raise ConfigError(f"a fork has its parent's model; here differ: {'; '.join(changed)}")
     before = RunFolder(checkpoint.path.parents[1]).identity["training"]
-    now = experiment.training.model_dump(mode="json")
-    parts = [{name: training[name] for name in _OF_THE_STATE} for training in (before, now)]
+    now = settings_tree(experiment.training)
+    parts = [{name: training.get(name) for name in _OF_THE_STATE} for training in (before, now)]
     if experiment.parent.optimizer == "keep" and (changed := differences(*parts)):
         raise ConfigError(
             f"the optimizer's state of the parent does not fit: {'; '.join(changed)}; parent.optimizer=reset begins "

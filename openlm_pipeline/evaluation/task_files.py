@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from openlm_pipeline.errors import DataError, MissingInputError
 from openlm_pipeline.evaluation.suite import IclTask
 from openlm_pipeline.evaluation.task_types import Options
-from openlm_pipeline.fingerprint import fingerprint
+from openlm_pipeline.fingerprint import fingerprint, settings_tree
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.storage.remote import is_remote, open_remote, public, storage_errors
 
@@ -75,7 +75,7 @@ def _parse(task: IclTask, path: str, line: int, data: bytes) -> TaskItem:
     if not all(text.strip() for text in continuations):
         raise DataError(f"{where}: a continuation is blank (task {task.label})")
     category = fields.category if task.has_categories else None
-    item_hash = fingerprint(fields.model_dump(mode="json"))
+    item_hash = fingerprint(settings_tree(fields))
     return TaskItem(**vars(found), line=line, category=category, item_hash=item_hash)
 
 

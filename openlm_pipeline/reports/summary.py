@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from openlm_pipeline.evaluation.scorecard import Scorecard
 from openlm_pipeline.evaluation.suite import task_name
 from openlm_pipeline.experiments import Experiment
+from openlm_pipeline.experiments.choices import Choice
+from openlm_pipeline.registry import OPTIMIZERS
 from openlm_pipeline.reports.table import Table
 from openlm_pipeline.units import format_tokens
 
@@ -108,7 +110,7 @@ def made_from(experiment: Experiment) -> Facts:
         ("Learning rate", f"{training.lr:g}, {schedule}"),
         (
             "Optimizer",
-            f"AdamW, betas {training.beta1:g} and {training.beta2:g}, weight decay {training.weight_decay:g}, "
+            f"{_settings(OPTIMIZERS[training.optimizer](training))}, "
             + (f"gradient clipped at {training.grad_clip:g}" if training.grad_clip else "no gradient clipping"),
         ),
         ("Precision", training.precision),
@@ -116,6 +118,16 @@ def made_from(experiment: Experiment) -> Facts:
         ("Milestones", ", ".join(format_tokens(t) for t in experiment.milestones) + " tokens"),
         ("Validation", _validation(experiment)),
     ]
+
+
+def _settings(choice: Choice) -> str:
+    """A choice by its name, with the value of all that it reads but the learning rate."""
+    training = choice.training
+    read = {name: getattr(training, name) for name in choice.settings if name != "lr"} | choice.own.model_dump()
+    shown = {
+        name: " and ".join(value) or "nothing" if isinstance(value, tuple) else value for name, value in read.items()
+    }
+    return ", ".join([getattr(training, choice.field), *(f"{name} {value}" for name, value in shown.items())])
 
 
 def _count(tokens: int) -> str:

@@ -8,12 +8,15 @@ from openlm_pipeline.units import format_tokens
 TRAINER_VERSION = 1
 """Raised when the same experiment and data would give other weights."""
 
+_OF_SAMPLINGS = frozenset({"window_shards", "source_batch"})
+"""Fields of the first release that are in the identity only where the sampling takes them. Later ones need no such
+rule: at their neutral value they are in none."""
+
 
 def settings_identity(experiment: Experiment) -> Tree:
     """The part of a run's identity that stands in the recipe; milestones only extend a run, so they are not in it."""
-    of_samplings = {name for _, sampling in SAMPLINGS for name in sampling.settings}
-    unused = {"horizon"} | of_samplings.difference(SAMPLINGS[experiment.training.sampling].settings)
-    training = settings_tree(experiment.training, unused)
+    unused = _OF_SAMPLINGS.difference(SAMPLINGS[experiment.training.sampling].settings)
+    training = settings_tree(experiment.training, {"horizon", *unused})
     return {
         "model": settings_tree(experiment.model_config_resolved()),
         "training": {**training, "horizon": experiment.schedule_horizon()},

@@ -24,6 +24,7 @@ from openlm_pipeline.experiments.spec import Dataset, Evaluation, Parent, Source
 from openlm_pipeline.fingerprint import FIRST_FIELDS, Neutral, fingerprint, is_later, neutral_value, settings_tree
 from openlm_pipeline.models.config import ModelConfig
 from openlm_pipeline.pipeline.plan import plan
+from openlm_pipeline.registry import TASK_TYPES
 from openlm_pipeline.runs.identity import run_identity
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.tokenization.documents import FileTokens, _identity
@@ -123,6 +124,16 @@ def test_a_later_field_deep_inside_counts_the_same() -> None:
     kind = type(load_scorecard(HERE / "scorecard_0_1_0.json").tasks[0])
     assert settings_tree(with_field(kind, likelihood=(float | None, None))(**task)) == task
     assert fingerprint({"scorecard": tree}) == (HERE / "scorecard_0_1_0.sha256").read_text().strip()
+
+
+def test_a_later_field_of_a_row_changes_no_item_hash() -> None:
+    for _, task_type in TASK_TYPES:
+        kind = task_type.Fields
+        row = kind.model_construct(**dict.fromkeys(kind.model_fields, "a"))
+        later = with_field(kind, passage=(Annotated[str | None, Neutral(None)], None))
+        with_passage = later.model_construct(**vars(row), passage="b")
+        assert settings_tree(later.model_construct(**vars(row))) == row.model_dump(mode="json", warnings=False)
+        assert settings_tree(with_passage)["passage"] == "b"
 
 
 def specs(kind: type[BaseModel]) -> Iterator[type[BaseModel]]:

@@ -6,6 +6,7 @@ import pytest
 
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.fingerprint import differences, fingerprint
+from openlm_pipeline.registry import SAMPLINGS
 from openlm_pipeline.runs.identity import run_identity
 
 VERSIONS = {"text": "1" * 64, "other": "2" * 64, "held_out": "3" * 64}
@@ -22,6 +23,13 @@ USUAL: dict[str, Any] = {
 
 def identity(versions: dict[str, str] = VERSIONS, **changes: Any) -> dict[str, Any]:
     return run_identity(Experiment(**{**USUAL, **changes}), versions)
+
+
+def test_a_sampling_that_reads_a_setting_of_all_takes_it_from_no_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = identity()
+    monkeypatch.setattr(SAMPLINGS["windowed"], "settings", ("window_shards", "lr"))
+    assert identity() == before
+    assert before["training"]["lr"] == 1e-3 and "window_shards" not in before["training"]
 
 
 def test_it_has_a_fingerprint() -> None:

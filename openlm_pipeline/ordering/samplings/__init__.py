@@ -14,5 +14,4 @@ class Sampling(MixedOrder):
     """
 
     settings: ClassVar[tuple[str, ...]] = ()
-    """Fields of `training` that the constructor takes. In the identity of a run whose sampling does not take it, a
-    field that any sampling takes is left out."""
+    """Fields of `training` that the constructor takes."""
