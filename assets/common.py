@@ -120,6 +120,12 @@ def when_ready() -> dg.AutomationCondition:
     return condition.with_label("new and checked")
 
 
+def planned(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext) -> set[dg.AssetKey]:
+    """The assets that the run is to make."""
+    events = context.instance.all_logs(context.run.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED)
+    return {key for event in events if (key := event.get_dagster_event().asset_key) is not None}
+
+
 def code_version(tree: Tree) -> str:
     """The code version of an asset whose settings are `tree`: changed settings show as stale."""
     return short(fingerprint(tree))

@@ -1,9 +1,12 @@
 """From raw files to shards: `corpus/embedded`, `raw_files/*`, `tokenizer/*`, `tokenized/*`, `shards/*`."""
 
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
+from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecordStatus
 
 from assets.common import (
     CODE_VERSION_TAG,
@@ -16,6 +19,7 @@ from assets.common import (
     code_version,
     metadata,
     place,
+    planned,
     raw_key,
     shards_key,
     shown,
@@ -42,11 +46,13 @@ from openlm_pipeline.tokenizers.tokenizer import TRAINING_VERSION
 GROUP = "data"
 _CHECKS = (  # name, whether it blocks, what it says
     ("tokens_conserved", True, "Tokens of the raw files = tokens in the shards + those of the tail that is left out."),
-    ("shard_checksums", True, "Every shard has the sha256 of the manifest; one in a store alone its size."),
+    ("shard_checksums", True, "Shards have the sha256 of the manifest; those read before or in a store, its size."),
     ("round_trip", True, "Documents drawn from the shards are, token by token, the text of their raw records."),
     ("quarantine_rate", False, "Share of bad records, against the source's max_bad_fraction."),
 )
 _EVENTS_PER_QUERY = 1000
+_CLOCKS_APART = 60.0
+"""Seconds by which the clock of a file server may differ from ours."""
 
 
 def corpus_asset(experiment: Experiment) -> dg.AssetsDefinition:
@@ -305,8 +311,8 @@ def dataset_assets(dataset: Dataset) -> list[dg.AssetsDefinition | dg.AssetCheck
             for name, blocking, description in _CHECKS
         ],
     )
-    def shard_checks() -> Iterator[dg.AssetCheckResult]:
-        yield from _check_shards(dataset)
+    def shard_checks(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
+        yield from _check_shards(context, dataset)
 
     return [raw_files, tokenized, shards, shard_checks]
 
@@ -321,7 +327,36 @@ def _shards_metadata(dataset: Dataset, made: StageResult) -> dict[str, object]:
     return facts
 
 
-def _check_shards(dataset: Dataset) -> Iterator[dg.AssetCheckResult]:
+def _checked_before(context: dg.AssetCheckExecutionContext, key: dg.AssetKey, check: str, version: str) -> float:
+    """When a check last found `version` of an asset good, seconds since 1970; 0 where it never did, or runs by itself.
+
+    So a job reads again only what it made, and who asks for the check alone has everything read.
+    """
+    if key not in planned(context):
+        return 0.0
+    passed = context.instance.event_log_storage.get_asset_check_execution_history(
+        dg.AssetCheckKey(key, check), limit=1, status={AssetCheckExecutionRecordStatus.SUCCEEDED}
+    )
+    facts = passed[0].event.dagster_event.asset_check_evaluation_data.metadata if passed else {}
+    if "read_from" not in facts or facts["version"].value != version:
+        return 0.0
+    return facts["read_from"].value - _CLOCKS_APART
+
+
+def _verified(
+    context: dg.AssetCheckExecutionContext, made: ShardedDataset, key: dg.AssetKey, check: str
+) -> dict[str, Any]:
+    """Metadata of a check that compared the shards with their manifest.
+
+    Raises:
+        DataError: names the first shard that differs.
+    """
+    now = time.time()
+    read = made.verify(fetch=False, since=_checked_before(context, key, check, made.version))
+    return {"shards": len(made.entries), "read": read, "version": made.version, "read_from": now}
+
+
+def _check_shards(context: dg.AssetCheckExecutionContext, dataset: Dataset) -> Iterator[dg.AssetCheckResult]:
     """Results of `_CHECKS`; damage is a failed check, and what else is wrong, such as no shards, is an error."""
     from openlm_pipeline.shards.round_trip import round_trip  # slow to import
 
@@ -346,11 +381,11 @@ def _check_shards(dataset: Dataset) -> Iterator[dg.AssetCheckResult]:
         limit = dataset.source.max_bad_fraction
         yield result("quarantine_rate", rate <= limit, rate=rate, limit=limit, quarantined=totals["quarantined"])
         try:
-            made.verify(fetch=False)
+            facts = _verified(context, made, shards_key(dataset), "shard_checksums")
         except DataError as e:
             yield result("shard_checksums", False, str(e))
         else:
-            yield result("shard_checksums", True, shards=len(made.entries))
+            yield result("shard_checksums", True, **facts)
         try:
             found = round_trip(made, discover(dataset, home), dataset.source.text_key)
         except DataError as e:
@@ -378,11 +413,12 @@ def _ready_made(dataset: Dataset) -> list[dg.AssetsDefinition | dg.AssetChecksDe
         return dg.MaterializeResult(metadata=metadata(made), data_version=dg.DataVersion(made.version))
 
     @dg.asset_check(name="shards_are_there", asset=shards_key(dataset), blocking=True)
-    def shards_are_there() -> dg.AssetCheckResult:
+    def shards_are_there(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
         with user_errors():
             made = open_dataset(dataset, Home.from_env())
+            facts = {"shards": len(made.shard_sizes)}
             if isinstance(made, ShardedDataset):  # synthetic ones are made as they are read
-                made.verify(fetch=False)
-        return dg.AssetCheckResult(passed=True, metadata={"shards": len(made.shard_sizes)})
+                facts = _verified(context, made, shards_key(dataset), "shards_are_there")
+        return dg.AssetCheckResult(passed=True, metadata=facts)
 
     return [shards, shards_are_there]

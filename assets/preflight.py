@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import dagster as dg
 
-from assets.common import PREFLIGHT_KEY, allowed, checkpoint_key, shards_key, tokenizer_key, user_errors
+from assets.common import PREFLIGHT_KEY, allowed, checkpoint_key, planned, shards_key, tokenizer_key, user_errors
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.pipeline.plan import look
 from openlm_pipeline.result import CONSENTS, refuse
@@ -23,14 +23,14 @@ def preflight_asset(experiments: Sequence[Experiment]) -> dg.AssetsDefinition:
         f"What can be allowed: {'; '.join(f'{name} ({meaning})' for name, meaning in CONSENTS.items())}.",
     )
     def preflight(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        planned = _planned(context)
+        to_be_made = {"/".join(key.path) for key in planned(context)}
         allow = allowed(context)
         found = []
         with user_errors():
             for experiment in experiments:
-                if not planned & _names(experiment):
+                if not to_be_made & _names(experiment):
                     continue
-                to_make, findings = look(experiment, Home.from_env(), planned)
+                to_make, findings = look(experiment, Home.from_env(), to_be_made)
                 found += findings
                 for artefact in to_make:
                     context.log.info("\n".join(artefact.lines()))
@@ -45,10 +45,3 @@ def _names(experiment: Experiment) -> set[str]:
     keys = [tokenizer_key(experiment.tokenizer.name), *map(shards_key, experiment.datasets())]
     keys += [checkpoint_key(experiment.name, label) for label, _ in experiment.labelled_milestones()]
     return {"/".join(key.path) for key in keys}
-
-
-def _planned(context: dg.AssetExecutionContext) -> frozenset[str]:
-    """Names of the assets that the run is to make."""
-    events = context.instance.all_logs(context.run.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED)
-    keys = (event.get_dagster_event().asset_key for event in events)
-    return frozenset("/".join(key.path) for key in keys if key is not None)

@@ -92,6 +92,24 @@ def test_a_changed_shard_fails_its_checksum_and_is_not_trained_on(pipeline):
     assert "train_tiny" not in _started(result)
 
 
+def _read(result: dg.ExecuteInProcessResult) -> int:
+    """Number of shards whose hash a check compared."""
+    (check,) = [c for c in result.get_asset_check_evaluations() if c.check_name == "shard_checksums"]
+    assert check.passed
+    return check.metadata["read"].value
+
+
+def test_a_job_reads_no_shard_again_that_is_as_it_was(pipeline, monkeypatch):
+    monkeypatch.setattr("assets.data._CLOCKS_APART", 0.0)
+    shards = sorted(pipeline.home.joinpath(*SHARDS).glob("*.tar"))
+    assert len(shards) > 1
+    assert _read(pipeline.execute("tokenize_tiny_text")) == len(shards)  # a copy is another file
+    assert _read(pipeline.execute("tokenize_tiny_text")) == 0
+    shards[0].write_bytes(shards[0].read_bytes())
+    assert _read(pipeline.execute("tokenize_tiny_text")) == 1
+    assert _read(_run_checks(pipeline)) == len(shards)
+
+
 def test_a_lost_shard_fails_the_conservation_of_tokens_and_is_not_trained_without(pipeline):
     manifest = pipeline.home.joinpath(*SHARDS, "manifest.jsonl")
     lines = manifest.read_text().splitlines(keepends=True)
