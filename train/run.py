@@ -12,8 +12,8 @@ from openlm_pipeline.shards.opening import open_dataset
 from openlm_pipeline.storage.home import Home
 from train.beginning import weights_identity
 from train.distributed import World, start
+from train.hooks.watchdog import record_collectives
 from train.loop import Outcome, Trainer
-from train.watchdog import record_collectives
 
 
 def run_training(

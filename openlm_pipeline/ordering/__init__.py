@@ -1,5 +1,36 @@
-"""Which sample is the i-th of a run, as pure functions of an index."""
+"""The data order: sample i of a run is a pure function of (sizes, weights, seed, i).
 
-from openlm_pipeline.ordering.order import Order, make_order
+Nothing depends on world size, workers or restarts: the state of a loader is i.
+"""
 
-__all__ = ["Order", "make_order"]
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from openlm_pipeline.registry import SAMPLINGS
+
+
+class Order(Protocol):
+    """What a loader needs of an order."""
+
+    def picks(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """(source[count], sample in that source[count]) of samples `start` .. `start + count` of the run, int64."""
+
+
+def make_order(
+    sampling: str, shard_sizes: Sequence[np.ndarray], weights: Sequence[float], seed: int, **settings: Any
+) -> Order:
+    """The order of a run.
+
+    Args:
+        sampling: a name in `SAMPLINGS`.
+        shard_sizes: number of samples in each shard of each source.
+        weights: share of each source, positive, in any scale.
+        settings: fields of `training`; the sampling takes those that are its own.
+
+    Raises:
+        ConfigError: there is no such sampling, or a source has too small a share of the mixture.
+    """
+    made = SAMPLINGS[sampling]
+    return made(shard_sizes, weights, seed, **{name: settings[name] for name in made.settings})

@@ -3,7 +3,7 @@
 import pytest
 
 from openlm_pipeline.errors import DataError
-from openlm_pipeline.evaluation.answers import is_right, normalize_answer
+from openlm_pipeline.evaluation.rules.prefix import is_right, normalize_answer
 from openlm_pipeline.evaluation.suite import IclTask
 from openlm_pipeline.evaluation.task_files import read_task_file
 from openlm_pipeline.evaluation.tasks import build_items

@@ -8,7 +8,7 @@ from openlm_pipeline.checkpoints.folders import Checkpoint, list_checkpoints
 from openlm_pipeline.checkpoints.reading import load_model
 from openlm_pipeline.errors import ConfigError, DataError
 from openlm_pipeline.models import create_model
-from train.averages import Averages, parse
+from train.hooks.averages import Averages, parse
 
 AVERAGES = ("ema_0.9_2", "ema_0.5", "poly_3_2")
 

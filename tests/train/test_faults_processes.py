@@ -12,7 +12,7 @@ import pytest
 from small_run import REPOSITORY, SmallRun, wait_until
 
 from openlm_pipeline.checkpoints.folders import list_checkpoints, verify
-from train.watchdog import EXIT_CODE
+from train.hooks.watchdog import EXIT_CODE
 
 
 def last_step(small: SmallRun) -> int:
@@ -60,7 +60,7 @@ def test_a_hang_is_written_down_and_ends_the_run(tmp_path: Path):
 HOLDS_THE_LOCK = """
 import re, sys
 from pathlib import Path
-from train.watchdog import Watchdog
+from train.hooks.watchdog import Watchdog
 watchdog = Watchdog(0.5, Path(sys.argv[1]), 0, print)
 with watchdog.watching():
     for _ in range(2):

@@ -13,7 +13,7 @@ from small_run import BATCH, SmallRun
 
 from openlm_pipeline.errors import ConfigError, TrainingError
 from openlm_pipeline.runs.estimates import flops_per_token, peak_flops
-from train.reporting import WandbWriter, scalars
+from train.hooks.reporters import WandbWriter, scalars
 
 wandb = pytest.importorskip("wandb")
 pytest.importorskip("tensorboard")

@@ -14,7 +14,7 @@ from openlm_pipeline.checkpoints.reading import load_model
 from openlm_pipeline.errors import TrainingError
 from openlm_pipeline.experiments.spec import Training
 from train.distributed import World, leave_process_group, start
-from train.stability import Stability
+from train.hooks.stability import Stability
 
 DIVERGES = ("training.lr=1e30", "training.grad_clip=null", "training.warmup=0")
 

@@ -11,7 +11,7 @@ from small_run import SmallRun
 from openlm_pipeline.checkpoints.folders import list_checkpoints
 from openlm_pipeline.checkpoints.reading import load_model
 from openlm_pipeline.shards.dataset import ShardedDataset
-from train.validation import bootstrap_interval
+from train.hooks.validation import bootstrap_interval
 
 INTERVALS = "validation.intervals=true"
 

@@ -1,18 +1,106 @@
-"""`training.averages`."""
+"""Running averages of the weights, kept in fp32 beside them and sharded as they are.
 
-from collections.abc import Collection
+They depend on the step alone beside the weights, so a checkpoint holds the averages and no counters.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from train.averages import Averages
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from openlm_pipeline.errors import ConfigError
+from openlm_pipeline.models.init import parameter_name
 from train.hooks import HOOKS, Hook, State, Step
 
 if TYPE_CHECKING:
     from train.loop import Trainer
 
+_SPEC = re.compile(r"(ema|poly)_(\d+(?:\.\d+)?)(?:_(\d+))?")
+
+
+def parse(spec: str) -> tuple[str, float, int]:
+    """`ema_0.999_10` -> ("ema", 0.999, 10): method, its parameter, and steps between updates (1 if not given).
+
+    Raises:
+        ConfigError: another form, or a parameter out of range.
+    """
+    match = _SPEC.fullmatch(spec)
+    method, parameter, every = match.groups(default="1") if match else ("", "0", "0")
+    if int(every) < 1 or (method == "ema" and not 0 <= float(parameter) < 1):
+        raise ConfigError(
+            f"training.averages: {spec!r} is neither ema_GAMMA_EVERY, with 0 <= GAMMA < 1, nor poly_ETA_EVERY; "
+            "EVERY is a number of steps of 1 or more"
+        )
+    return method, float(parameter), int(every)
+
+
+class Averages:
+    """The averages that a recipe names, beginning at the weights `model` has now."""
+
+    def __init__(self, specs: Iterable[str], model: nn.Module) -> None:
+        self.model = model
+        self.rules = {spec: parse(spec) for spec in specs}
+        self.state: dict[str, dict[str, Tensor]] = {}
+        """Name of the average -> name of the parameter -> its average; loading a checkpoint fills these in place."""
+        self.restart(self.rules)
+
+    def restart(self, specs: Iterable[str]) -> None:
+        """Begin these averages at the weights that the model has now."""
+        for spec in specs:
+            self.state[spec] = {name: p.detach().float().clone() for name, p in _sharded_parameters(self.model)}
+
+    @torch.no_grad()
+    def update(self, steps_done: int) -> None:
+        """Take in the weights after `steps_done` steps, where an average is due.
+
+        The k-th update moves an average towards the weights by 1 - GAMMA (ema), or by (ETA + 1) / (ETA + k) (poly,
+        equation 10 of https://arxiv.org/abs/1212.1824).
+        """
+        for spec, (method, parameter, every) in self.rules.items():
+            if steps_done % every == 0:
+                weight = 1 - parameter if method == "ema" else (parameter + 1) / (parameter + steps_done // every)
+                averages = [_local(a) for a in self.state[spec].values()]
+                weights = [_local(p).to(a.dtype) for a, (_, p) in zip(averages, _sharded_parameters(self.model))]
+                torch._foreach_lerp_(averages, weights, weight)
+
+    @contextmanager
+    def applied(self, spec: str) -> Iterator[None]:
+        """The model has this average as its weights inside the `with` block, for an evaluation."""
+        parameters = [p for _, p in _sharded_parameters(self.model)]
+        own = [p.detach().clone() for p in parameters]
+        try:
+            self._set(self.state[spec].values())
+            yield
+        finally:
+            self._set(own)
+
+    @torch.no_grad()
+    def _set(self, values: Iterable[Tensor]) -> None:
+        for (_, parameter), value in zip(_sharded_parameters(self.model), values, strict=True):
+            _local(parameter).copy_(_local(value))
+
+
+def _sharded_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters by their own names; what a forward pass gathered is given back before, as it would be stale."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    for name, parameter in model.named_parameters():
+        yield parameter_name(name), parameter
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
 
 @HOOKS.register("averages")
 class WeightAverages(Hook):
-    """Running averages of the weights, each a state of its own in a checkpoint."""
+    """Running averages of the weights (`training.averages`), each a state of its own in a checkpoint."""
 
     def __init__(self, trainer: "Trainer") -> None:
         super().__init__(trainer)

@@ -1,18 +1,94 @@
-"""`training.max_skipped_steps` and `spike_factor`."""
+"""Steps that would harm the weights: left out by all ranks together, up to a number in a row.
 
+A step left out is a step: its samples are used up, its tokens count and the learning rate moves on; weights, optimizer
+state and averages stay as they were. Without this policy nothing waits for the device, and a loss that is not finite
+is found at the next log step.
+"""
+
+import math
 from typing import TYPE_CHECKING
 
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
 from openlm_pipeline.errors import TrainingError
+from openlm_pipeline.experiments.spec import Training
+from train.distributed import World
 from train.hooks import HOOKS, Hook, State, Step
-from train.stability import Stability
 
 if TYPE_CHECKING:
     from train.loop import Trainer
 
+_DECAY = 0.98
+"""Decay of the running mean of gradient norms: it looks back some fifty steps."""
+_STEPS_BEFORE_JUDGING = 20
+"""Accepted steps before a gradient norm can be a spike: those of the beginning are no measure."""
+
+
+class Stability:
+    """Judges each step between its backward pass and the optimizer; every rank comes to the same judgement."""
+
+    def __init__(self, training: Training, world: World) -> None:
+        self.max_skipped_steps, self.spike_factor = training.max_skipped_steps, training.spike_factor
+        self.world = world
+        self.reason: str | None = None
+        """Why the last step was left out; None where it was not."""
+        self._state = torch.zeros(3, dtype=torch.float64)  # mean gradient norm, accepted steps, left out in a row
+
+    @property
+    def is_on(self) -> bool:
+        return self.max_skipped_steps > 0 or self.spike_factor is not None
+
+    @property
+    def skipped_in_a_row(self) -> int:
+        return int(self._state[2])
+
+    @property
+    def must_stop(self) -> bool:
+        """Whether more steps in a row were left out than may be."""
+        return self.skipped_in_a_row > self.max_skipped_steps
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a resumed run needs to judge as this one does. Loading writes into these tensors."""
+        return {"state": self._state} if self.is_on else {}
+
+    def accepts(self, loss: Tensor, grad_norm: Tensor) -> bool:
+        """Whether the optimizer may take this step.
+
+        Args:
+            loss: this rank's share of the mean loss.
+            grad_norm: of all gradients, before clipping; the same on all ranks.
+        """
+        if not self.is_on:
+            return True
+        self.reason = self._reason(loss, float(grad_norm))
+        if self.reason is not None:
+            self._state[2] += 1
+            return False
+        decay = min(_DECAY, 1 - 1 / (float(self._state[1]) + 1))  # a plain mean until there are enough
+        self._state[0] = decay * self._state[0] + (1 - decay) * float(grad_norm)
+        self._state[1] += 1
+        self._state[2] = 0
+        return True
+
+    def _reason(self, loss: Tensor, grad_norm: float) -> str | None:
+        mean, accepted, _ = self._state.tolist()
+        factor = self.spike_factor
+        spike = factor is not None and accepted >= _STEPS_BEFORE_JUDGING and grad_norm > factor * mean
+        agreed = torch.tensor([float(loss), float(spike), float(not math.isfinite(grad_norm))], dtype=torch.float64)
+        dist.all_reduce(agreed, group=self.world.cpu_group)
+        total_loss, spikes, not_finite = agreed.tolist()
+        if not_finite or not math.isfinite(total_loss):
+            return f"loss {total_loss}, gradient norm {grad_norm}: not finite"
+        if spikes:
+            return f"gradient norm {grad_norm:.3g} is over {factor:g} times its mean of {mean:.3g}"
+        return None
+
 
 @HOOKS.register("stability")
 class SkippedSteps(Hook):
-    """Leaves out steps that would harm the weights, records them, and stops where they are too many in a row."""
+    """Leaves out, with `training.max_skipped_steps`, what would harm the weights; stops after too many in a row."""
 
     order = 30
 

@@ -1,4 +1,4 @@
-"""`execution.upload_to`."""
+"""Copies of a run's checkpoints and records in a store: `execution.upload_to`."""
 
 from collections.abc import Collection
 from typing import TYPE_CHECKING
