@@ -1,9 +1,11 @@
 """Where a run begins: at the weights of checkpoints of any kind, or at its parent's milestone."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from openlm_pipeline.checkpoints import load_checkpoint
@@ -14,8 +16,12 @@ from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.fingerprint import Tree, differences, fingerprint, settings_tree
 from openlm_pipeline.models import ModelConfig
 from openlm_pipeline.models.transformer import Transformer
+from openlm_pipeline.registry import SCHEDULES
 from openlm_pipeline.runs.folder import RunFolder
+from openlm_pipeline.runs.parent import parent_checkpoint
 from openlm_pipeline.storage.files import read_json, sha256_file
+from openlm_pipeline.storage.home import Home
+from openlm_pipeline.units import format_tokens
 from train import saver as checkpoints
 from train.distributed import World
 from train.optimizers import Optimizers
@@ -24,7 +30,55 @@ _OF_THE_STATE = ("optimizer", "optimizer_settings", "state_precision", "no_decay
 """Settings of `training` on which the form of the optimizer's state depends."""
 
 
-def begin_from(
+def learning_rates(experiment: Experiment, start_tokens: int) -> Callable[[int], float]:
+    """The learning rate of the step after so many of a run; a fork's own schedule starts where its parent ended.
+
+    Args:
+        start_tokens: of the parent's checkpoint, where the experiment is a fork.
+    """
+    start, horizon = 0, experiment.schedule_horizon()
+    if experiment.schedule_start():
+        start = start_tokens // experiment.training.global_batch
+        horizon = horizon and horizon - start_tokens
+    schedule = SCHEDULES[experiment.training.schedule](experiment.training, horizon)
+    return lambda steps: schedule.rate(steps - start)
+
+
+@dataclass
+class Beginning:
+    """The weights that a new run begins with: given ones, its parent's, or those that its model was made with."""
+
+    experiment: Experiment
+    home: Home
+    world: World
+    initial_weights: Mapping[Path, float] | None
+    """Checkpoints, of which the sum is taken, each times its coefficient."""
+    is_over: bool = False
+    """Whether the weights in memory are the run's."""
+
+    def load(
+        self, model: Transformer, optimizer: Optimizers, extra: checkpoints.Extra, console: Console
+    ) -> Collection[str] | None:
+        """Load them; once `is_over`, or where they are the model's own, nothing is done.
+
+        Returns:
+            Names of the states in `extra` that were loaded as well; None where nothing was done.
+        """
+        if self.is_over:
+            return None
+        if self.initial_weights:
+            config = self.experiment.model_config_resolved()
+            _load_initial_weights(model, config, self.initial_weights, self.world)
+            return ()
+        if self.experiment.parent:
+            parent = self.world.from_rank0(lambda: parent_checkpoint(self.experiment, self.home))
+            loaded = _begin_from(parent, self.experiment, self.world, model, optimizer, extra)
+            console.print(f"begins at {parent.path} ({format_tokens(parent.tokens)} tokens)")
+            return loaded
+        return None
+
+
+def _begin_from(
     checkpoint: Checkpoint,
     experiment: Experiment,
     world: World,
@@ -83,7 +137,7 @@ def _digest(path: Path) -> str:
     return fingerprint({p.name: sha256_file(p) for p in sorted(path.iterdir()) if p.is_file()})
 
 
-def load_initial_weights(
+def _load_initial_weights(
     model: torch.nn.Module, config: ModelConfig, weights: Mapping[Path, float], world: World
 ) -> None:
     """Put the sum of coefficient times weights into the sharded `model`; the first process alone reads.

@@ -16,16 +16,14 @@ from openlm_pipeline.errors import TrainingError
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.experiments.choices import unread_settings
 from openlm_pipeline.models.transformer import IGNORE_INDEX
-from openlm_pipeline.registry import SCHEDULES
 from openlm_pipeline.runs.dry_run import size_line
 from openlm_pipeline.runs.folder import RunFolder
-from openlm_pipeline.runs.parent import parent_checkpoint
 from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.opening import open_dataset
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.units import format_tokens
 from train import saver as checkpoints
-from train.beginning import begin_from, load_initial_weights
+from train.beginning import Beginning, learning_rates
 from train.data import Batches
 from train.distributed import World
 from train.hooks import Hooks, Step
@@ -68,7 +66,7 @@ class Trainer:
             allow: consents, as in `run_training`.
         """
         self.allow = allow
-        self.experiment, self.home, self.world = experiment, home, world
+        self.experiment, self.world = experiment, world
         self.run = run or RunFolder(home.run(experiment.name, experiment.version))
         held_out = experiment.validation_dataset()
         self.held_out = open_dataset(held_out, home) if held_out else None
@@ -80,16 +78,11 @@ class Trainer:
         opened = [*datasets, self.held_out] if self.held_out else datasets
         self.masking = Masking(experiment.training, {d.info["eot_id"] for d in opened})
         self.model = build_model(experiment, world)
-        self.initial_weights = initial_weights
         self.optimizer = make_optimizer(experiment.training, self.model)
         self.step = start_tokens // experiment.training.global_batch
-        self.has_begun = False
-        """Whether the weights in memory are the run's."""
-        self.schedule_start, horizon = 0, experiment.schedule_horizon()
-        if experiment.schedule_start():
-            self.schedule_start = self.step
-            horizon = horizon and horizon - start_tokens
-        self.schedule = SCHEDULES[experiment.training.schedule](experiment.training, horizon)
+        self.beginning = Beginning(experiment, home, world, initial_weights)
+        self.lr_after = learning_rates(experiment, start_tokens)
+        """The learning rate of the step after so many."""
         self.saver = checkpoints.Saver(
             self.run.checkpoints,
             world.from_rank0(lambda: self.run.fingerprint),
@@ -97,8 +90,6 @@ class Trainer:
             asynchronous=experiment.execution.async_save,
             on_saved=self._on_saved,
         )
-        self.paused_seconds = 0.0
-        """Time spent between steps by hooks; it is no part of the time of the steps around it."""
         self.target = self.step
         """The step that is trained to."""
         self.hooks = Hooks(self)
@@ -171,26 +162,13 @@ class Trainer:
             self.console.print(f"resumed from {newest.path.name} ({format_tokens(newest.tokens)} tokens)")
         elif here < 0:
             raise TrainingError(f"no intact checkpoint to go back to step {target} from; start the run again")
-        elif not self.has_begun:
-            self._begin()
-        self.has_begun = True
+        elif (loaded := self.beginning.load(self.model, self.optimizer, self.hooks.state(), self.console)) is not None:
+            for hook in self.hooks:
+                hook.at_beginning(loaded)
+        self.beginning.is_over = True
         for hook in self.hooks:
             hook.at_resume()
         return True
-
-    def _begin(self) -> None:
-        """Take the weights that the run is to begin with, where they are not its own."""
-        experiment, world, loaded = self.experiment, self.world, ()
-        if self.initial_weights:
-            load_initial_weights(self.model, experiment.model_config_resolved(), self.initial_weights, world)
-        elif experiment.parent:
-            parent = world.from_rank0(lambda: parent_checkpoint(experiment, self.home))
-            loaded = begin_from(parent, experiment, world, self.model, self.optimizer, self.hooks.state())
-            self.console.print(f"begins at {parent.path} ({format_tokens(parent.tokens)} tokens)")
-        else:
-            return
-        for hook in self.hooks:
-            hook.at_beginning(loaded)
 
     def _train_to(self, target: int) -> bool:
         """Step until `target`; False if a signal asked to stop before."""
@@ -208,7 +186,7 @@ class Trainer:
                 if self.step % self.experiment.execution.log_every == 0 or self.step == target:
                     self._log()
                 must_stop = self.world.any(self.stop.requested or self.saver.failed)
-                self._pause()
+                self.hooks.between_steps()
                 if must_stop:
                     self.saver.wait()  # raises what went wrong in a save
                     return False
@@ -216,17 +194,10 @@ class Trainer:
                     self._save(milestone=None)
         return True
 
-    def _pause(self) -> None:
-        """Let the hooks do what is no part of a step."""
-        began = time.perf_counter()
-        for hook in self.hooks:
-            hook.between_steps()
-        self.paused_seconds += time.perf_counter() - began
-
     def _optimizer_step(self, batch: torch.Tensor, waited: float) -> None:
         """One step on this rank's samples [local_sequences, seq_len + 1], for which it waited some seconds."""
         training = self.experiment.training
-        lr = self.schedule.rate(self.step - self.schedule_start)
+        lr = self.lr_after(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         inputs = [self.masking(samples) for samples in batch.split(self.batches.micro_batch)]

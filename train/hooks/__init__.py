@@ -4,6 +4,7 @@ All that are registered are part of every run; one that has nothing to do there 
 file in this package: a subclass of `Hook` under `@HOOKS.register("name")` whose `record` gives the metric.
 """
 
+import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -106,6 +107,8 @@ class Hooks:
     def __init__(self, trainer: "Trainer") -> None:
         classes = sorted(HOOKS, key=lambda named: (named[1].order, named[0]))
         self._hooks = [hook(trainer) for _, hook in classes]
+        self.paused_seconds = 0.0
+        """Time spent in `between_steps`; it is no part of the time of the steps around it."""
 
     def __iter__(self) -> Iterator[Hook]:
         return iter(self._hooks)
@@ -114,6 +117,12 @@ class Hooks:
         """Whether all do; each is asked, so that it knows of every step."""
         judgements = [hook.accepts(step) for hook in self]
         return all(judgements)
+
+    def between_steps(self) -> None:
+        began = time.perf_counter()
+        for hook in self:
+            hook.between_steps()
+        self.paused_seconds += time.perf_counter() - began
 
     def record(self) -> dict[str, Any]:
         return {key: value for hook in self for key, value in hook.record().items()}

@@ -28,14 +28,13 @@ class Metrics(Hook):
         self.global_batch = experiment.training.global_batch
         self.flops_per_token = flops_per_token(experiment.model_config_resolved(), experiment.seq_len)
         self.peak_flops = _peak_flops(self.world.device, experiment.training.precision, trainer.warn)
-        self.at_resume()
 
     def at_resume(self) -> None:
         self.loss_sum = torch.zeros((), device=self.world.device)
         self.grad_norm_sum = torch.zeros((), device=self.world.device)
         self.first_step, self.steps_taken, self.lr = self.trainer.step, 0, 0.0
         self.data_wait_seconds = 0.0
-        self.paused_before = self.trainer.paused_seconds
+        self.paused_before = self.trainer.hooks.paused_seconds
         self.started = time.perf_counter()
 
     def after_step(self, step: Step, taken: bool) -> None:
@@ -56,7 +55,7 @@ class Metrics(Hook):
         steps = self.trainer.step - self.first_step
         loss = (self.world.sum(self.loss_sum) / self.steps_taken).item()  # waits for the device: the time below is true
         grad_norm = (self.grad_norm_sum / self.steps_taken).item()
-        seconds = time.perf_counter() - self.started - (self.trainer.paused_seconds - self.paused_before)
+        seconds = time.perf_counter() - self.started - (self.trainer.hooks.paused_seconds - self.paused_before)
         worst = torch.tensor([self.data_wait_seconds, *memory_bytes(self.world.device)], dtype=torch.float64)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=self.world.cpu_group)
         data_wait_seconds, allocated, reserved = worst.tolist()
