@@ -1,4 +1,4 @@
-# `make demo` and `make test` set up what they need. PYTHON chooses the interpreter (3.10 to 3.13).
+# `make demo` and `make test` set up what they need. PYTHON chooses the interpreter (3.11 to 3.13).
 PYTHON ?= python3
 VENV := .venv
 # LLM Foundry's environment wants 3.11 to 3.13.

@@ -114,7 +114,7 @@ def _shards_code_version(dataset: Dataset) -> str:
 
 
 def partitions(dataset: Dataset) -> dg.DynamicPartitionsDefinition:
-    """One partition a raw file."""
+    """One partition per raw file."""
     return dg.DynamicPartitionsDefinition(name=f"{dataset.name}_files")
 
 
@@ -262,7 +262,7 @@ def dataset_assets(dataset: Dataset) -> list[dg.AssetsDefinition | dg.AssetCheck
                 group_name=GROUP,
                 kinds={"dask", "tokenized"},
                 code_version=_files_code_version(dataset),
-                description="Token streams and document indexes, one a raw file; a range of files is one run on Dask.",
+                description="Token streams and document indexes, one per raw file; several files are one run on Dask.",
             )
         ],
     )

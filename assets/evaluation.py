@@ -94,7 +94,7 @@ def _scorecard_asset(experiment: Experiment, label: str, suite: Suite, version: 
         automation_condition=when_ready(),
         pool=EVALUATION_POOL,
         check_specs=_specs(key),
-        description=f"Accuracy on the suite {suite.name} with 95% intervals, from one Parquet row an item.",
+        description=f"Accuracy on the suite {suite.name} with 95% intervals, from one Parquet row per item.",
     )
     def scorecard(context: dg.AssetExecutionContext):
         yield from _events(

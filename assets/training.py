@@ -1,4 +1,4 @@
-"""Checkpoints: one asset a milestone, made by one subsettable step a run, live while torchrun trains."""
+"""Checkpoints: one asset per milestone, made by one subsettable step per run, live while torchrun trains."""
 
 import math
 import time

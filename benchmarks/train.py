@@ -1,4 +1,4 @@
-"""Training speed: tokens a second, MFU and memory of models on the device that is here, each optimisation as a switch.
+"""Training speed: tokens per second, MFU and memory of models on this device, each optimisation as a switch.
 
     python benchmarks/train.py [--models open_lm_11m ...] [--switches base compile ...] [--shards FOLDER]
                                [--set key=value ...] [--runs 3] [--markdown OUT.md]
@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--micro-batch", type=int, help="sequences at a time; by default 1 on a CPU, a GPU's fill")
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches per step")
-    parser.add_argument("--processes", type=int, default=1, help="of torchrun, one a GPU")
+    parser.add_argument("--processes", type=int, default=1, help="of torchrun, one per GPU")
     parser.add_argument("--warmup", type=int, help="steps; by default 1, on a GPU 10")
     parser.add_argument("--steps", type=int, help="timed ones; by default 2, on a GPU 20")
     parser.add_argument("--runs", type=int, default=3, help="rounds")

@@ -18,10 +18,16 @@ from typer.testing import CliRunner
 from openlm_pipeline import registry
 from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.registry import Registry
+from openlm_pipeline.runs import programs
+from train.hooks import HOOKS
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "extending.md"
-EXAMPLES = dict(re.findall(r"```python\n# openlm_pipeline/(\S+\.py)\n(.*?)```", DOCUMENT.read_text(), re.DOTALL))
-REGISTRIES = {r.package: r for r in vars(registry).values() if isinstance(r, Registry)}
+EXAMPLES = dict(re.findall(r"```python\n# (\S+\.py)\n(.*?)```", DOCUMENT.read_text(), re.DOTALL))
+REGISTRIES = {r.package: r for r in (*vars(registry).values(), HOOKS) if isinstance(r, Registry)}
+
+
+def package_of(path: str) -> str:
+    return path.rpartition("/")[0].replace("/", ".")
 
 
 @pytest.fixture
@@ -29,11 +35,10 @@ def add(tmp_path: Path) -> Iterator[Callable[..., Registry]]:
     """Put a file into a package for the length of a test; gives the registry of the package."""
     undo: list[Callable[[], Any]] = []
 
-    def put(path: str, text: str) -> Registry:
-        package, _, file = f"openlm_pipeline/{path}".rpartition("/")
-        folder, name = tmp_path / "added" / package, package.replace("/", ".")
+    def put(path: str, text: str | None = None) -> Registry:
+        name, file, folder = package_of(path), Path(path).name, tmp_path / "added" / Path(path).parent
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / file).write_text(text)
+        (folder / file).write_text(EXAMPLES[path] if text is None else text)
         places, filled = importlib.import_module(name).__path__, REGISTRIES[name]
         assert filled.names
         module = f"{name}.{file.removesuffix('.py')}"
@@ -57,13 +62,12 @@ def add(tmp_path: Path) -> Iterator[Callable[..., Registry]]:
 
 
 def test_every_registry_has_an_example():
-    assert {f"openlm_pipeline.{path.rpartition('/')[0].replace('/', '.')}" for path in EXAMPLES} == set(REGISTRIES)
+    assert {package_of(path) for path in EXAMPLES} == set(REGISTRIES)
 
 
 @pytest.mark.parametrize("path", EXAMPLES)
 def test_a_forgotten_registration_and_an_unknown_name_are_errors(path: str, add):
-    package = f"openlm_pipeline.{path.rpartition('/')[0].replace('/', '.')}"
-    pytest.importorskip(package, reason="not a registry yet")
+    package = package_of(path)
     filled = REGISTRIES[package]
     name = filled.names[0]
     with pytest.raises(ConfigError, match=f"there is no {filled.kind} '{name}x'; did you mean '{name}'"):
@@ -77,7 +81,7 @@ def test_a_forgotten_registration_and_an_unknown_name_are_errors(path: str, add)
 def test_launcher(add, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from openlm_pipeline.cli.main import app
 
-    add("runs/launchers/ssh.py", EXAMPLES["runs/launchers/ssh.py"])
+    add("openlm_pipeline/runs/launchers/ssh.py")
     small = SmallRun(tmp_path, (2,))
     (tmp_path / "recipes").mkdir()
     text = RECIPE.format(batch=BATCH, milestones=[2 * BATCH]) + "launcher: {kind: ssh, ssh: {host: gpu1}}\n"
@@ -86,6 +90,8 @@ def test_launcher(add, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OPENLM_RECIPES", str(tmp_path / "recipes"))
     done = CliRunner().invoke(app, ["launch", "small", "--dry-run"], catch_exceptions=False)
     assert done.stdout.startswith("ssh -tt gpu1 'OPENLM_HOME=")
+    assert " -m openlm_pipeline.runs.programs train " in done.stdout  # no path of this machine's installation
+    assert programs.__file__ not in done.stdout
     with pytest.raises(ConfigError, match=r"launcher.ssh: unknown key 'hots'; did you mean 'host'\?"):
         small.experiment("launcher={kind: ssh, ssh: {hots: gpu1}}")
     with pytest.raises(ConfigError, match="kind 'ssh' needs 'ssh: {host: ...}'"):
@@ -98,7 +104,7 @@ def test_raw_format(add, tmp_path: Path):
     (tmp_path / "a.txt").write_bytes(b"one\n\ntwo\n\xff\nthree")
     with pytest.raises(ConfigError, match="no suffix that can be read"):
         RecordReader(str(tmp_path / "a.txt"), on_bad=print)
-    add("corpus/formats/text_lines.py", EXAMPLES["corpus/formats/text_lines.py"])
+    add("openlm_pipeline/corpus/formats/text_lines.py")
     bad = []
     reader = RecordReader(str(tmp_path / "a.txt"), on_bad=bad.append, max_bad_fraction=1)
     assert [(r.number, r.text, r.offset) for r in reader] == [(0, "one", 0), (1, "two", 5), (3, "three", 11)]
@@ -112,7 +118,7 @@ def test_sampling(add, tmp_path: Path):
 
     small = SmallRun(tmp_path, (2,))
     before = settings_identity(small.experiment())
-    add("ordering/samplings/in_order.py", EXAMPLES["ordering/samplings/in_order.py"])
+    add("openlm_pipeline/ordering/samplings/in_order.py")
     source, sample = make_order("in_order", [np.array([2, 1])], [1], 0).picks(0, 5)
     assert (source.tolist(), sample.tolist()) == ([0] * 5, [0, 1, 2, 0, 1])
     assert settings_identity(small.experiment()) == before
@@ -126,7 +132,7 @@ def test_tokenizer_engine(add, tmp_path: Path):
     tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    add("tokenizers/engines/remembering.py", EXAMPLES["tokenizers/engines/remembering.py"])
+    add("openlm_pipeline/tokenizers/engines/remembering.py")
     engine, line = make_engine(tmp_path / "tokenizer.json", "remembering", verify_every=1)
     assert [ids.tolist() for ids in engine.encode_batch(["ab", "ba", "ab"]).split()] == [[2], [1, 0], [2]]
     assert line.startswith("remembering tokenizers, 1 in 1 documents checked")
@@ -139,8 +145,8 @@ def test_task_type_and_rule(add, tmp_path: Path):
     from openlm_pipeline.evaluation.tasks import build_items
     from openlm_pipeline.storage.home import Home
 
-    add("evaluation/task_types/true_or_false.py", EXAMPLES["evaluation/task_types/true_or_false.py"])
-    add("evaluation/rules/sum.py", EXAMPLES["evaluation/rules/sum.py"])
+    add("openlm_pipeline/evaluation/task_types/true_or_false.py")
+    add("openlm_pipeline/evaluation/rules/sum.py")
     (tmp_path / "facts.jsonl").write_text(json.dumps({"statement": "Snow is white.", "is_true": True}) + "\n")
     task = {"label": "facts", "dataset_uri": "facts.jsonl", "num_fewshot": [0], "icl_task_type": "true_or_false"}
     suites = [{"icl_tasks": [task]}, {"icl_tasks": [{**task, "scored_by": "sum"}]}]
@@ -162,8 +168,7 @@ def test_task_type_and_rule(add, tmp_path: Path):
 
 
 def test_schedule(add, tmp_path: Path):
-    pytest.importorskip("openlm_pipeline.experiments.schedules", reason="not a registry yet")
-    schedules = add("experiments/schedules/inverse_root.py", EXAMPLES["experiments/schedules/inverse_root.py"])
+    schedules = add("openlm_pipeline/experiments/schedules/inverse_root.py")
     training = SmallRun(tmp_path, (2,)).experiment("training.schedule=inverse_root").training
     schedule = schedules["inverse_root"](training)
     rates = [schedule.rate(step) for step in range(20)]
@@ -173,13 +178,20 @@ def test_schedule(add, tmp_path: Path):
 
 
 def test_optimizer(add, tmp_path: Path):
-    pytest.importorskip("openlm_pipeline.experiments.optimizers", reason="not a registry yet")
     import torch
 
-    optimizers = add("experiments/optimizers/sgd.py", EXAMPLES["experiments/optimizers/sgd.py"])
+    optimizers = add("openlm_pipeline/experiments/optimizers/sgd.py")
     training = SmallRun(tmp_path, (2,)).experiment("training.optimizer=sgd", "training.weight_decay=0").training
     weight = torch.nn.Parameter(torch.ones(2, 2))
     (optimizer,) = optimizers["sgd"](training).build([("layers.0.weight", weight)])
     weight.sum().backward()
     optimizer.step()
     assert torch.allclose(weight, torch.full((2, 2), 1 - training.lr))
+
+
+def test_hook(add, tmp_path: Path):
+    add("train/hooks/largest_gradient.py")
+    small = SmallRun(tmp_path, (4,))
+    small.train("execution.log_every=2")
+    records = [r for r in small.run.read_metrics() if "loss" in r]
+    assert len(records) == 2 and all(r["largest_grad_norm"] > r["grad_norm"] for r in records)  # the latter is a mean

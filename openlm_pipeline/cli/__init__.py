@@ -1,1 +1,1 @@
-"""The `openlm` command: thin commands over `openlm_pipeline.pipeline.data`."""
+"""The `openlm` command: thin commands over `openlm_pipeline.pipeline`."""

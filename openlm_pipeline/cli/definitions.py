@@ -1,4 +1,4 @@
-"""What Dagster loads from any folder, as `-m openlm_pipeline.cli.definitions` or by DAGSTER_MODULE_NAME."""
+"""What Dagster loads from any folder, as `-m openlm_pipeline.cli.definitions`."""
 
 import importlib
 

@@ -45,7 +45,7 @@ def evaluate(
     ] = None,
     name: Annotated[
         str | None,
-        typer.Option(help="What to file the scores under; default: of the path.", rich_help_panel=_MODEL_OPTIONS),
+        typer.Option(help="What to file the scores under; default: made of the path.", rich_help_panel=_MODEL_OPTIONS),
     ] = None,
     output_dir: Annotated[
         Path | None,
@@ -81,7 +81,7 @@ def evaluate(
 
     Examples:
 
-    openlm evaluate demo --milestone 500K
+    openlm evaluate demo --milestone 400K
 
     openlm evaluate --checkpoint epoch_64.pt --model open_lm_1b --eval-yaml openlm
 

@@ -27,8 +27,8 @@ def export(
     openlm: OUTPUT_DIR/checkpoints/epoch_N.pt, with optimizer_N.pt and stats_N.pt from a run's checkpoint, for OpenLM's
     --resume or --pretrained. huggingface: a folder for transformers' AutoModelForCausalLM with trust_remote_code=True.
 
-    Example: openlm export openlm_home/runs/demo/v1/checkpoints/step-00000500 --format huggingface -o demo-hf
-    --tokenizer openlm_home/tokenizers/bytes
+    Example: openlm export openlm_home/runs/demo/v1/checkpoints/step-00000196 --format huggingface -o demo-hf
+    --tokenizer openlm_home/tokenizers/demo_bpe
     """
     from openlm_pipeline.checkpoints.model_export import export_huggingface, export_openlm
     from openlm_pipeline.errors import ConfigError

@@ -24,7 +24,7 @@ def gc(
     """Plan what can be removed from OPENLM_HOME: why, how much it is, and what it costs; --apply removes it.
 
     Milestones, raw files, shards that a run was trained on and everything a running process has locked always stay.
-    Of what lies behind symbolic links nothing is touched, nor of the copy in a store where OPENLM_HOME is a URL.
+    Nothing behind a symbolic link is touched, nor the copy in a store where OPENLM_HOME is a URL.
 
     Example: openlm gc --superseded-days 7
     """

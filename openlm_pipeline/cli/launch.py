@@ -61,9 +61,9 @@ def launch(
 ) -> None:
     """Show the plan of a recipe, launch its job, and say its run id and link; the run outlives this command.
 
-    With --budget a launch of more GPU-hours, or of unknown length, needs --yes. With
-    --dry-run it starts nothing and shows what the recipe's launcher would start: the torchrun command, Slurm's batch
-    script or Kubernetes' manifest, which is empty where nothing is left to train.
+    With --budget a launch of more GPU-hours, or of unknown length, needs --yes. With --dry-run it starts nothing and
+    prints what the recipe's launcher would start: the torchrun command, Slurm's batch script or Kubernetes' manifest;
+    nothing where nothing is left to train.
 
     Example: openlm launch pretrain_1b --gpu H100 --budget 500
     """
@@ -99,4 +99,4 @@ def launch(
         last = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         raise OpenLMError(f"Dagster did not launch {recipe}:\n{last}")
     console.print(f"launched {recipe}: run {run_id}", markup=False)
-    console.print(f"  {ui.rstrip('/')}/runs/{run_id} (`make ui`); log {log}", markup=False)
+    console.print(f"  {ui.rstrip('/')}/runs/{run_id} (`openlm ui`); log {log}", markup=False)

@@ -1,7 +1,8 @@
 """`openlm`: every stage as a plain command. A command prints what it does, and exits with the error's own code.
 
 Exit codes: 0 done, 1 failed, 2 wrong recipe or flag, 3 an input is missing, 4 data is damaged, 5 a folder belongs to
-another run, 6 training ended early, 7 another process is at it, 8 the Dask cluster failed, 130 interrupted.
+another run or a consent is missing, 6 training ended early, 7 another process is at it, 8 the cluster failed,
+130 interrupted.
 """
 
 import subprocess
@@ -85,7 +86,7 @@ def tokenize(
     upload_to_s3: Annotated[
         bool, typer.Option("--upload-to-s3", help="Move the shards to S3_BASE, such as s3://bucket/prefix/.")
     ] = False,
-    seqlen: Annotated[int, typer.Option(help="Tokens a sample predicts; it holds one more.", min=8)] = 2048,
+    seqlen: Annotated[int, typer.Option(help="Tokens that a sample predicts; it holds one more.", min=8)] = 2048,
     seed: Annotated[int, typer.Option(help="Seed of the document order.")] = 42,
     content_key: Annotated[str, typer.Option(help="Field of the text.")] = "text",
     pad_id: Annotated[
@@ -159,11 +160,12 @@ def train(
 ) -> None:
     """Train a recipe's model through its milestones with torchrun, from the newest checkpoint on.
 
-    Ctrl-C saves a checkpoint and stops. `torchrun -m train RECIPE` does the same without this command.
+    Ctrl-C saves a checkpoint and stops. The recipe's launcher says where it trains; `torchrun -m train RECIPE` is the
+    trainer alone.
 
     Examples:
 
-    openlm train demo training.lr=1e-3 --until 500K
+    openlm train demo --until 400K
 
     openlm train pretrain_1b --dry-run --gpu H100
     """

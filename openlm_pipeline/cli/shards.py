@@ -115,7 +115,7 @@ def verify(
 def stats(target: Target, dataset: DatasetName = None) -> None:
     """Count shards, samples, tokens and documents, in all and for each raw file.
 
-    Example: openlm shards stats demo --dataset python_text
+    Example: openlm shards stats demo --dataset embedded
     """
     from openlm_pipeline.shards.inspect import dataset_stats
 
@@ -136,8 +136,8 @@ def _print_stats(found: "DatasetStats") -> None:
         "  padding added": f"{totals.get('padding_tokens', 0):,}",
         "documents": f"{totals['documents']:,}",
         "quarantined": f"{totals['quarantined']:,}",
-        "text": f"{totals['text_bytes']:,} bytes, {totals['text_bytes'] / max(1, totals['tokens']):.2f} a token",
-        "on disk": f"{found.shard_bytes:,} bytes, {found.bytes_per_token:.2f} a token",
+        "text": f"{totals['text_bytes']:,} bytes, {totals['text_bytes'] / max(1, totals['tokens']):.2f} per token",
+        "on disk": f"{found.shard_bytes:,} bytes, {found.bytes_per_token:.2f} per token",
         "dtype": info["dtype"],
         "tokenizer": f"{tokenizer['name']}, {tokenizer['vocab_size']:,} ids, sha256 {tokenizer['sha256'][:12]}",
         "end-of-text id": info["eot_id"],
@@ -177,7 +177,7 @@ def inspect(
 
     Where a sample cuts a letter of several tokens, `\ufffd` stands for what is missing.
 
-    Example: openlm shards inspect demo 17 --dataset python_text
+    Example: openlm shards inspect demo 17 --dataset embedded
     """
     from openlm_pipeline.shards.inspect import sample_spans, tokenizer_of
 

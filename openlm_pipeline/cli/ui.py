@@ -34,8 +34,9 @@ def ui(
 ) -> None:
     """Start the Dagster UI and its daemon, until Ctrl-C.
 
-    `dagster job launch -m openlm_pipeline.cli.definitions -j demo` launches a job from any folder, with DAGSTER_HOME
-    set (here it is `dagster` in OPENLM_HOME, or `.dagster` in a checkout).
+    Dagster's own state is in DAGSTER_HOME, or else in `.dagster` of the working folder where there is one, or else in
+    `dagster` under OPENLM_HOME. With DAGSTER_HOME set to that folder, `dagster job launch -m
+    openlm_pipeline.cli.definitions -j demo` launches a job from any folder.
 
     Example: openlm ui --port 3001
     """

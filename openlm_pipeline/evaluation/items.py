@@ -1,4 +1,4 @@
-"""The per-item table: one row a question, in Parquet. It is the source of truth; every summary derives from it.
+"""The per-item table: one row per question, in Parquet. It is the source of truth; every summary derives from it.
 
 Its schema is `SCHEMA`; a file's metadata holds the JSON document given to `write_items`. Files appear whole or not
 at all.
@@ -52,7 +52,7 @@ _METADATA_KEY = b"openlm"
 
 
 def items_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """A table of `SCHEMA` from one mapping a row."""
+    """A table of `SCHEMA` from one mapping per row."""
     return pa.Table.from_pylist(list(rows), schema=SCHEMA)
 
 

@@ -1,6 +1,6 @@
 """The experiment: one frozen, typed description from raw text to scorecards.
 
-Fields either change results (they enter an identity, see `openlm_pipeline.lineage`) or say how and where to run
+Fields either change results (they enter an identity, see `openlm_pipeline/fingerprint.py`) or say how and where to run
 (`Execution`, `Launcher`), which never does.
 """
 
@@ -118,7 +118,7 @@ class Training(Strict):
     """Optimisation: everything here changes the weights."""
 
     global_batch: Tokens
-    """Tokens a step over all processes; a multiple of seq_len."""
+    """Tokens per step over all processes; a multiple of seq_len."""
     lr: float = Field(gt=0)
     lr_min: float = Field(default=0.0, ge=0)
     """Floor of the cosine and of the decay of WSD."""
@@ -365,7 +365,7 @@ class Experiment(Strict):
     description: str = ""
     tokenizer: TokenizerSpec
     seq_len: int = Field(ge=8)
-    """Tokens a sample predicts; a stored sample has one more."""
+    """Tokens that a sample predicts; a stored sample has one more."""
     sources: tuple[Source, ...] = Field(min_length=1)
     validation: Validation | None = None
     samples_per_shard: int = Field(default=8192, ge=1)

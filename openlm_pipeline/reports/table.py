@@ -169,7 +169,7 @@ class Table:
         return "\n".join(lines) + "\n"
 
     def to_arrow(self) -> pa.Table:
-        """The tidy form, one row a cell: the content of the CSV and of the Parquet file."""
+        """The tidy form, one row per cell: the content of the CSV and of the Parquet file."""
         records = [
             {
                 "run": self.run,

@@ -1,1 +1,1 @@
-"""Run folders: their identity, checkpoints, metrics and outcome, and the launcher that fills them."""
+"""Run folders: their identity, metrics and outcome, the launchers that fill them, and what training takes."""

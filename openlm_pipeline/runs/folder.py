@@ -70,7 +70,7 @@ class RunFolder:
         return self.metrics_file.exists() or any(self.checkpoints.glob("step-*"))
 
     def differences(self, identity: Tree) -> list[str]:
-        """How the run in the folder differs from `identity`, a line a field."""
+        """How the run in the folder differs from `identity`, a line per field."""
         return differences(self.identity, identity)
 
     def superseded_by(self, experiment: Experiment, identity: Tree) -> Finding | None:

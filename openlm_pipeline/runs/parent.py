@@ -36,7 +36,7 @@ def parent_checkpoint(experiment: Experiment, home: Home) -> Checkpoint:
 def parent_identity(experiment: Experiment, home: Home) -> Tree | None:
     """What a fork's identity holds of its parent: `checkpoint`, a digest, and `tokens`; None where there is no parent.
 
-    Of a parent that is gone it is what the fork recorded when it began.
+    For a parent that is gone it is what the fork recorded when it began.
 
     Raises:
         MissingInputError: the parent is not there, and the fork never began.

@@ -37,7 +37,7 @@ def export_shards(
 ) -> StageResult:
     """Write a dataset's samples to `out` as OpenLM's shards `00000000.tar`, ... and `manifest.jsonl`.
 
-    Samples keep their order and their number a shard. What the dataset left out (its tail) is not there either.
+    Samples keep their order and their number per shard. What the dataset left out (its tail) is not there either.
 
     Args:
         format: OpenLM's newest readers take all three; those of August 2023 take `json`, and else only `txt`.

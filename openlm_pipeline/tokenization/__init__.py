@@ -1,1 +1,1 @@
-"""Raw text to shards: tokenizers, the two stages, and the Dask cluster that runs them."""
+"""Raw text to shards: documents -> tokens -> samples, and the job that spreads both stages over a pool."""

@@ -229,7 +229,7 @@ def _written(text: str, ids: Sequence[int], stops: Sequence[str], tokenizer: Tok
 
 
 def _check_accuracies(t: PreparedTask, rows: Rows, metrics: Mapping[str, float]) -> None:
-    """Compare LLM Foundry's accuracies, one a category, with the means of the items."""
+    """Compare LLM Foundry's accuracies, one per category, with the means of the items."""
     groups: dict[str, list[bool]] = defaultdict(list)
     for row in rows:
         category = f"/{row['category']}" if row["category"] else ""
