@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
-from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecordStatus
 
 from assets.common import (
     CODE_VERSION_TAG,
@@ -51,6 +50,7 @@ _CHECKS = (  # name, whether it blocks, what it says
     ("quarantine_rate", False, "Share of bad records, against the source's max_bad_fraction."),
 )
 _EVENTS_PER_QUERY = 1000
+_LAST_CHECKS = 20
 _CLOCKS_APART = 60.0
 """Seconds by which the clock of a file server may differ from ours."""
 
@@ -334,10 +334,11 @@ def _checked_before(context: dg.AssetCheckExecutionContext, key: dg.AssetKey, ch
     """
     if key not in planned(context):
         return 0.0
-    passed = context.instance.event_log_storage.get_asset_check_execution_history(
-        dg.AssetCheckKey(key, check), limit=1, status={AssetCheckExecutionRecordStatus.SUCCEEDED}
-    )
-    facts = passed[0].event.dagster_event.asset_check_evaluation_data.metadata if passed else {}
+    storage = context.instance.event_log_storage
+    records = storage.get_asset_check_execution_history(dg.AssetCheckKey(key, check), limit=_LAST_CHECKS)
+    events = [record.event.dagster_event for record in records if record.event]  # those of this run are planned alone
+    made = [e.asset_check_evaluation_data for e in events if e.event_type == dg.DagsterEventType.ASSET_CHECK_EVALUATION]
+    facts = next((evaluation.metadata for evaluation in made if evaluation.passed), {})
     if "read_from" not in facts or facts["version"].value != version:
         return 0.0
     return facts["read_from"].value - _CLOCKS_APART
