@@ -8,21 +8,22 @@ import importlib
 import multiprocessing
 import multiprocessing.forkserver
 import os
-import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch._dynamo  # noqa: F401 - like torch it is here to be imported before forking
+import torch.distributed.run
 from small_run import SmallRun, train_here
 
 from openlm_pipeline.experiments import load_experiment
@@ -93,21 +94,31 @@ def train_in_processes(small: SmallRun, processes: int, *overrides: str) -> None
     run_in_processes(processes, _train, str(small.recipe), small.home, overrides)
 
 
-def _program(
-    module: str, arguments: list[str], variables: dict[str, str], log: str, ranks: tuple[int, int, int]
-) -> None:
-    """`python -m MODULE ARGUMENTS` as one of several ranks, with its output in a file."""
+def _become(variables: dict[str, str], log: str) -> None:
+    """Take on what a program is started with: its environment, and a file for its output."""
     os.environ.clear()
     os.environ |= variables
-    _join(*ranks)
     with Path(log).open("ab", buffering=0) as output:
         for stream in (1, 2):
             os.dup2(output.fileno(), stream)
-    sys.argv = [module, *arguments]
     atexit._clear()  # what the server would do at its end
+
+
+def _run_main(module: str, arguments: list[str]) -> int:
+    """`python -m MODULE ARGUMENTS` in this process; its exit code."""
+    sys.argv = [module, *arguments]
     code = importlib.import_module(f"{module}.__main__").main()
     atexit._run_exitfuncs()  # a forked process leaves them out, such as wandb's, which waits for its writers
-    sys.exit(code)
+    return code
+
+
+def _program(
+    module: str, arguments: list[str], variables: dict[str, str], log: str, ranks: tuple[int, int, int]
+) -> None:
+    """`python -m MODULE ARGUMENTS` as one of several ranks."""
+    _become(variables, log)
+    _join(*ranks)
+    sys.exit(_run_main(module, arguments))
 
 
 def run_program(
@@ -126,44 +137,112 @@ def run_program(
     return [worker.exitcode for worker in workers]
 
 
-class _ForkedTrainer:
-    """What `subprocess.Popen` gives for torchrun with one worker: that worker alone, forked from the server."""
+def _worker(*arguments: str) -> None:
+    """What torchrun starts: `python -m train ARGUMENTS`, here in a process that has torch already."""
+    torch.set_num_threads(1)
+    Path("/proc/self/comm").write_text(f"{RANK}{os.environ['RANK']}")  # /proc has not the environment of forked ones
+    if code := _run_main("train", list(arguments)):
+        sys.exit(code)
 
-    def __init__(self, command: list[str], *, env: Mapping[str, str], stdout: Any, **_: Any) -> None:
-        assert "--nproc-per-node=1" in command, command
-        arguments = command[command.index("train") + 1 :]
-        ranks = (0, 1, _free_port())
-        self._process = _server().Process(target=_program, args=("train", arguments, dict(env), stdout.name, ranks))
-        self._process.start()
-        self.pid = self._process.pid
+
+def _torchrun(arguments: list[str], variables: dict[str, str], log: str) -> None:
+    """`torchrun ARGUMENTS`: its own command line, agent and signals, but workers that are forked from it."""
+    from torch.distributed import run
+
+    _become(variables, log)
+    os.setsid()
+    read = run.config_from_args
+
+    def config_from_args(arguments: Any) -> tuple[Any, Callable[..., None], list[str]]:
+        config, _, words = read(arguments)
+        return config, _worker, words[words.index(arguments.training_script) + 1 :]
+
+    run.config_from_args = config_from_args
+    run.main(["--start-method=fork", *arguments])
+
+
+RANK = "rank-"
+"""Name of a forked worker's process, before its rank."""
+
+
+def ranks_of(launcher: psutil.Process) -> dict[int, psutil.Process]:
+    """Rank -> process of the workers below a forked torchrun."""
+    found = {}
+    for process in launcher.children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if (name := process.name()).startswith(RANK):
+                found[int(name.removeprefix(RANK))] = process
+    return found
+
+
+class Forked(psutil.Process):
+    """A program that was forked from the server, with what `psutil.Popen` has besides."""
+
+    def __init__(self, target: Callable[..., None], *arguments: Any) -> None:
+        self._forked = _server().Process(target=target, args=arguments)
+        self._forked.start()
+        super().__init__(self._forked.pid)
 
     @property
     def returncode(self) -> int | None:
-        return self._process.exitcode
+        return self._forked.exitcode
 
     def poll(self) -> int | None:
-        return self._process.exitcode
+        return self._forked.exitcode
 
     def wait(self, timeout: float | None = None) -> int:
-        self._process.join(timeout)
-        if self._process.exitcode is None:
-            raise subprocess.TimeoutExpired("train", timeout or 0)
-        return self._process.exitcode
+        self._forked.join(timeout)
+        if self._forked.exitcode is None:
+            raise subprocess.TimeoutExpired("forked", timeout or 0)
+        return self._forked.exitcode
 
     def terminate(self) -> None:
-        os.kill(self.pid, signal.SIGTERM)
+        with suppress(psutil.NoSuchProcess):
+            super().terminate()
 
     def kill(self) -> None:
-        self._process.kill()
+        with suppress(psutil.NoSuchProcess):
+            super().kill()
+
+
+def forked_torchrun(*arguments: str, variables: Mapping[str, str], log: Path) -> Forked:
+    """`torchrun ARGUMENTS` in a session of its own, whose processes find all imports done."""
+    return Forked(_torchrun, list(arguments), dict(variables), str(log))
+
+
+def torchrun(small: SmallRun, processes: int, *overrides: str, flags: tuple[str, ...] = ()) -> Forked:
+    """`torchrun FLAGS -m train` on a run; what it prints goes to the end of its log."""
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "OPENLM_HOME": str(small.home.root)}
+    line = ("--standalone", f"--nproc-per-node={processes}", *flags, "-m", "train", str(small.recipe), *overrides)
+    return forked_torchrun(*line, variables=variables, log=small.log_file)
+
+
+def _popen(command: list[str], *, env: Mapping[str, str], stdout: Any, **_: Any) -> Forked:
+    """What `subprocess.Popen` gives for the launcher's torchrun: a forked one."""
+    after = command[command.index("torch.distributed.run") + 1 :]
+    return forked_torchrun(*after, variables=env, log=Path(stdout.name))
+
+
+def _popen_trainer(command: list[str], *, env: Mapping[str, str], stdout: Any, **_: Any) -> Forked:
+    """What `subprocess.Popen` gives for the launcher's torchrun with one worker: that worker alone."""
+    assert "--nproc-per-node=1" in command, command
+    arguments = command[command.index("train") + 1 :]
+    return Forked(_program, "train", arguments, dict(env), stdout.name, (0, 1, _free_port()))
 
 
 @contextmanager
-def forked_trainers() -> Iterator[None]:
-    """The local launcher starts its trainer without torchrun, for tests of what is done before and after training."""
+def forked_trainers(*, torchrun: bool = False) -> Iterator[None]:
+    """The local launcher starts its trainer by forking, and without torchrun unless told.
+
+    The latter is for tests of what is done before and after training.
+    """
     from openlm_pipeline.runs.launchers import local
 
     forked = SimpleNamespace(
-        Popen=_ForkedTrainer, STDOUT=subprocess.STDOUT, PIPE=subprocess.PIPE, TimeoutExpired=subprocess.TimeoutExpired
+        Popen=_popen if torchrun else _popen_trainer,
+        STDOUT=subprocess.STDOUT,
+        PIPE=subprocess.PIPE,
+        TimeoutExpired=subprocess.TimeoutExpired,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(local, "subprocess", forked)

@@ -1,12 +1,9 @@
-"""A tiny run: shards written directly, a model of two layers, and the trainer in this process or under torchrun.
+"""A tiny run: shards written directly, a model of two layers, and the trainer in this process.
 
 What tests of the trainer and of run folders share.
 """
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -94,23 +91,13 @@ class SmallRun:
         """Train to the last milestone in this process."""
         train_here(self.experiment(*overrides), self.home, allow=allow)
 
-    def torchrun(self, processes: int, *overrides: str, flags: tuple[str, ...] = ()) -> psutil.Popen:
-        """`torchrun FLAGS -m train` on this run; what it prints goes to `torchrun.log`."""
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-            *flags, "-m", "train", str(self.recipe), *overrides,
-        ]  # fmt: skip
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENLM_HOME": str(self.home.root)}
-        environment["PYTHONPATH"] = str(REPOSITORY)
-        with (self.recipe.parent / "torchrun.log").open("ab") as log:
-            return psutil.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-
-    def finish(self, process: psutil.Popen) -> int:
-        """Wait for torchrun's end; its exit code."""
-        return process.wait(timeout=600)
+    @property
+    def log_file(self) -> Path:
+        """What is printed by a torchrun that trains this run."""
+        return self.recipe.parent / "torchrun.log"
 
     def log(self) -> str:
-        return (self.recipe.parent / "torchrun.log").read_text()
+        return self.log_file.read_text()
 
     def losses(self) -> dict[int, float]:
         return {r["step"]: r["loss"] for r in self.run.read_metrics() if "loss" in r}

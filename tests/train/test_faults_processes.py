@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from gloo_workers import SECONDS, ranks_of, torchrun
 from small_run import REPOSITORY, SmallRun, wait_until
 
 from openlm_pipeline.checkpoints.folders import list_checkpoints, verify
@@ -37,16 +38,16 @@ def assert_intact(small: SmallRun) -> None:
 def test_a_hang_is_written_down_and_ends_the_run(tmp_path: Path):
     """Rank 1 is stopped as by a debugger; rank 0 waits for it, and then no longer."""
     small = SmallRun(tmp_path, (10, 5000))
-    torchrun = small.torchrun(2, "execution.hang_seconds=3")
-    wait_until(lambda: last_step(small) > 15, torchrun)
-    ranks = workers(torchrun)
+    launcher = torchrun(small, 2, "execution.hang_seconds=3")
+    wait_until(lambda: last_step(small) > 15, launcher)
+    ranks = ranks_of(launcher)
     ranks[1].suspend()
     try:
-        wait_until(lambda: small.run.read_outcome() is not None, torchrun, seconds=300)
+        wait_until(lambda: small.run.read_outcome() is not None, launcher, seconds=300)
         wait_until(lambda: not ranks[0].is_running() or ranks[0].status() == psutil.STATUS_ZOMBIE, seconds=300)
     finally:
         ranks[1].resume()
-    assert small.finish(torchrun) != 0
+    assert launcher.wait(SECONDS) != 0
     outcome = small.run.read_outcome()
     assert outcome["status"] == "failed" and outcome["reason"].startswith("hang: a step took over 3 seconds")
     assert f"exitcode  : {EXIT_CODE}" in small.log()
