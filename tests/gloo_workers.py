@@ -4,19 +4,20 @@ For tests that want processes and not torchrun, whose agent and workers each tak
 """
 
 import atexit
-import importlib
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import runpy
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import psutil
@@ -28,6 +29,7 @@ from small_run import SmallRun, train_here
 
 from openlm_pipeline.experiments import load_experiment
 
+TORCHRUNS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SECONDS = 600
 """How long ranks may take, which a busy machine needs by far not all of."""
 
@@ -60,8 +62,8 @@ def _free_port() -> int:
 def _join(rank: int, processes: int, port: int) -> None:
     """What torchrun tells a worker."""
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank)}
-    os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    values = (rank, processes, rank, processes, "127.0.0.1", port)
+    os.environ |= dict(zip(TORCHRUNS, map(str, values)))
 
 
 def _rank(rank: int, processes: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
@@ -69,8 +71,8 @@ def _rank(rank: int, processes: int, port: int, function: Callable[..., None], a
     function(*arguments)
 
 
-def run_in_processes(processes: int, function: Callable[..., None], *arguments: Any) -> None:
-    """Call `function(*arguments)` in each of several processes that have torchrun's variables; fails where one does.
+def exit_codes(processes: int, function: Callable[..., None], *arguments: Any) -> list[int]:
+    """Call `function(*arguments)` in each of several processes that have torchrun's variables; how each ended.
 
     The function finds its rank in `RANK`. It is one that can be imported, and its arguments can be pickled.
     """
@@ -82,7 +84,12 @@ def run_in_processes(processes: int, function: Callable[..., None], *arguments: 
         worker.join(timeout=SECONDS)
         worker.kill()
         worker.join()
-    assert [worker.exitcode for worker in workers] == [0] * processes
+    return [worker.exitcode for worker in workers]
+
+
+def run_in_processes(processes: int, function: Callable[..., None], *arguments: Any) -> None:
+    """As `exit_codes`, and fails where one of the processes does."""
+    assert exit_codes(processes, function, *arguments) == [0] * processes
 
 
 def _train(recipe: str, home: Any, overrides: tuple[str, ...]) -> None:
@@ -107,17 +114,19 @@ def _become(variables: dict[str, str], log: str) -> None:
 def _run_main(module: str, arguments: list[str]) -> int:
     """`python -m MODULE ARGUMENTS` in this process; its exit code."""
     sys.argv = [module, *arguments]
-    code = importlib.import_module(f"{module}.__main__").main()
+    code = None
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as e:
+        code = e.code
     atexit._run_exitfuncs()  # a forked process leaves them out, such as wandb's, which waits for its writers
-    return code
+    return code or 0
 
 
-def _program(
-    module: str, arguments: list[str], variables: dict[str, str], log: str, ranks: tuple[int, int, int]
-) -> None:
-    """`python -m MODULE ARGUMENTS` as one of several ranks."""
-    _become(variables, log)
-    _join(*ranks)
+def _program(module: str, arguments: list[str], variables: dict[str, str], log: str) -> None:
+    """`python -m MODULE ARGUMENTS` with its output in a file, and torchrun's variables as they are."""
+    torchruns = {name: os.environ[name] for name in TORCHRUNS}
+    _become({**variables, **torchruns}, log)
     sys.exit(_run_main(module, arguments))
 
 
@@ -125,39 +134,37 @@ def run_program(
     module: str, arguments: Sequence[str], variables: Mapping[str, str], log: Path, processes: int
 ) -> list[int]:
     """`torchrun --nproc-per-node=PROCESSES -m MODULE ARGUMENTS` without torchrun; the ranks' exit codes."""
-    context, port = _server(), _free_port()
-    given = (module, list(arguments), dict(variables), str(log))
-    workers = [context.Process(target=_program, args=(*given, (r, processes, port))) for r in range(processes)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(timeout=SECONDS)
-        worker.kill()
-        worker.join()
-    return [worker.exitcode for worker in workers]
+    return exit_codes(processes, _program, module, list(arguments), dict(variables), str(log))
 
 
-def _worker(*arguments: str) -> None:
-    """What torchrun starts: `python -m train ARGUMENTS`, here in a process that has torch already."""
+def _worker(module: str, *arguments: str) -> None:
+    """What torchrun starts: `python -m MODULE ARGUMENTS`, here in a process that has torch already."""
+    os.setsid()  # as torchrun's own
     torch.set_num_threads(1)
     Path("/proc/self/comm").write_text(f"{RANK}{os.environ['RANK']}")  # /proc has not the environment of forked ones
-    if code := _run_main("train", list(arguments)):
+    if code := _run_main(module, list(arguments)):
         sys.exit(code)
 
 
 def _torchrun(arguments: list[str], variables: dict[str, str], log: str) -> None:
     """`torchrun ARGUMENTS`: its own command line, agent and signals, but workers that are forked from it."""
     from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import MultiprocessContext
 
     _become(variables, log)
     os.setsid()
-    read = run.config_from_args
+    read, close = run.config_from_args, MultiprocessContext._close
 
     def config_from_args(arguments: Any) -> tuple[Any, Callable[..., None], list[str]]:
-        config, _, words = read(arguments)
-        return config, _worker, words[words.index(arguments.training_script) + 1 :]
+        config, _, _ = read(arguments)
+        words = arguments.training_script_args
+        return config, _worker, [arguments.training_script, *words] if arguments.module else words
 
-    run.config_from_args = config_from_args
+    def close_and_let_go(context: MultiprocessContext, *arguments: Any, **options: Any) -> None:
+        context._worker_finished_event.set()  # a worker that ended well waits for this, and is no program that waits
+        close(context, *arguments, **options)
+
+    run.config_from_args, MultiprocessContext._close = config_from_args, close_and_let_go
     run.main(["--start-method=fork", *arguments])
 
 
@@ -223,27 +230,45 @@ def _popen(command: list[str], *, env: Mapping[str, str], stdout: Any, **_: Any)
     return forked_torchrun(*after, variables=env, log=Path(stdout.name))
 
 
+@contextmanager
+def _popen_and_wait(command: list[str], *, env: Mapping[str, str], **_: Any) -> Iterator[Forked]:
+    """What `subprocess.Popen` gives for a torchrun whose output is read: a forked one that has ended."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "output"
+        forked = _popen(command, env=env, stdout=SimpleNamespace(name=log))
+        forked.wait(SECONDS)
+        with log.open() as forked.stdout:
+            yield forked
+
+
 def _popen_trainer(command: list[str], *, env: Mapping[str, str], stdout: Any, **_: Any) -> Forked:
     """What `subprocess.Popen` gives for the launcher's torchrun with one worker: that worker alone."""
     assert "--nproc-per-node=1" in command, command
     arguments = command[command.index("train") + 1 :]
-    return Forked(_program, "train", arguments, dict(env), stdout.name, (0, 1, _free_port()))
+    return Forked(_rank, 0, 1, _free_port(), _program, ("train", arguments, dict(env), stdout.name))
 
 
 @contextmanager
-def forked_trainers(*, torchrun: bool = False) -> Iterator[None]:
+def _started_by(module: ModuleType, popen: Callable[..., Any]) -> Iterator[None]:
+    """Whatever a module starts through `subprocess.Popen` is started by another function."""
+    forked = SimpleNamespace(**{**vars(subprocess), "Popen": popen})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "subprocess", forked)
+        yield
+
+
+def forked_trainers(*, torchrun: bool = False) -> AbstractContextManager[None]:
     """The local launcher starts its trainer by forking, and without torchrun unless told.
 
     The latter is for tests of what is done before and after training.
     """
     from openlm_pipeline.runs.launchers import local
 
-    forked = SimpleNamespace(
-        Popen=_popen if torchrun else _popen_trainer,
-        STDOUT=subprocess.STDOUT,
-        PIPE=subprocess.PIPE,
-        TimeoutExpired=subprocess.TimeoutExpired,
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local, "subprocess", forked)
-        yield
+    return _started_by(local, _popen if torchrun else _popen_trainer)
+
+
+def forked_scorers() -> AbstractContextManager[None]:
+    """Evaluation by several processes forks its torchrun."""
+    from openlm_pipeline.pipeline import evaluation
+
+    return _started_by(evaluation, _popen_and_wait)

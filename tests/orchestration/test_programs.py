@@ -85,9 +85,9 @@ def test_an_unknown_job_is_refused_with_the_list(tmp_path):
 
 @pytest.mark.drill
 def test_a_run_killed_while_it_trains_leaves_no_trainer_and_the_next_one_finishes(
-    finished, tmp_path, wait_until, instance_of
+    long_finished, tmp_path, wait_until, instance_of
 ):
-    pipeline = finished.copy(tmp_path)
+    pipeline = long_finished.copy(tmp_path)
     pipeline.run_folder.rename(tmp_path / "old_run")
     metrics = pipeline.run_folder / "metrics.jsonl"
     command = [sys.executable, "-m", "orchestration", "tiny"]
