@@ -23,12 +23,11 @@ from typing import Any
 import psutil
 import pytest
 import torch
-import torch._dynamo  # noqa: F401 - like torch it is here to be imported before forking
-import torch.distributed.run
 from small_run import SmallRun, train_here
 
 from openlm_pipeline.experiments import load_experiment
 
+PRELOADED = ("torch._dynamo", "torch.distributed.run", "distributed", "openlm_pipeline.tokenization.job")
 TORCHRUNS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SECONDS = 600
 """How long ranks may take, which a busy machine needs by far not all of."""
@@ -38,7 +37,7 @@ SECONDS = 600
 def _server() -> ForkServerContext:
     """A server that has imported this module, computed nothing and so started no thread."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, *PRELOADED])
     with pytest.MonkeyPatch.context() as patch:
         # What it is to import it finds there; where it does not, it says nothing and each rank imports by itself.
         patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
@@ -246,6 +245,16 @@ def _popen_trainer(command: list[str], *, env: Mapping[str, str], stdout: Any, *
     assert "--nproc-per-node=1" in command, command
     arguments = command[command.index("train") + 1 :]
     return Forked(_rank, 0, 1, _free_port(), _program, ("train", arguments, dict(env), stdout.name))
+
+
+@contextmanager
+def forked_workers() -> Iterator[None]:
+    """Workers of a Dask LocalCluster are forked, too."""
+    import dask
+
+    _server()  # before Dask starts one that has not imported torch
+    with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
+        yield
 
 
 @contextmanager

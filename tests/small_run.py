@@ -4,12 +4,10 @@ What tests of the trainer and of run folders share.
 """
 
 import signal
-import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 
 from openlm_pipeline.checkpoints.folders import list_checkpoints
@@ -109,12 +107,3 @@ class SmallRun:
         """Step -> milestone label of each complete checkpoint."""
         found = list_checkpoints(self.run.checkpoints, self.run.fingerprint, warn=lambda message: None)
         return {c.step: c.milestone for c in found}
-
-
-def wait_until(condition: Callable[[], bool], process: psutil.Popen | None = None, seconds: float = 600) -> None:
-    """Poll until `condition()`; fails when the time is up or `process` ended before."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process is None or process.poll() is None, "the process ended before what was waited for"
-        assert time.monotonic() < end, "what was waited for did not come"
-        time.sleep(0.05)

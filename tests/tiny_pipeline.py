@@ -3,6 +3,8 @@
 The text is the standard library's; the experiment has two milestones, one training process and two tasks.
 """
 
+from __future__ import annotations
+
 import contextlib
 import itertools
 import json
@@ -13,12 +15,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import dagster as dg
 import pytest
-from gloo_workers import forked_trainers
 from once import made_once
+
+if TYPE_CHECKING:  # what distributes the tests loads this file as well, and needs neither Dagster nor torch
+    import dagster as dg
 
 REPOSITORY = Path(__file__).parents[1]
 LABELS = ("t0010K", "t0040K")
@@ -74,7 +77,7 @@ class TinyPipeline:
         }
 
     @classmethod
-    def create(cls, root: Path, global_batch: int = 256) -> "TinyPipeline":
+    def create(cls, root: Path, global_batch: int = 256) -> TinyPipeline:
         made = cls(root)
         for folder in ("recipes", "dagster", "openlm_home"):
             (root / folder).mkdir(parents=True)
@@ -100,7 +103,7 @@ class TinyPipeline:
         recipe = RECIPE.format(vocab_size=vocab_size, global_batch=global_batch)
         (self.root / "recipes" / "tiny.yaml").write_text(recipe)
 
-    def copy(self, to: Path) -> "TinyPipeline":
+    def copy(self, to: Path) -> TinyPipeline:
         """The same pipeline in another folder, with its state and history."""
         shutil.copytree(self.root, to)
         return TinyPipeline(to)
@@ -118,6 +121,8 @@ class TinyPipeline:
 
     def instance(self) -> dg.DagsterInstance:
         """Its Dagster instance, to be closed by the caller."""
+        import dagster as dg
+
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("DAGSTER_HOME", str(self.root / "dagster"))
             return dg.DagsterInstance.get()
@@ -126,6 +131,9 @@ class TinyPipeline:
         self, job: str, recipes: tuple[str, ...] = (), *, tags: dict[str, str] | None = None, torchrun: bool = False
     ) -> dg.ExecuteInProcessResult:
         """Run a job to its end in this process; its trainer is another one, started by torchrun only if told."""
+        import dagster as dg
+        from gloo_workers import forked_trainers
+
         trainers = contextlib.nullcontext() if torchrun else forked_trainers()
         with self.active(*recipes) as definitions, dg.DagsterInstance.get() as instance, trainers:
             return definitions.resolve_job_def(job).execute_in_process(

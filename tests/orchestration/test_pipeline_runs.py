@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import dagster as dg
 import pyarrow.parquet as pq
 import pytest
+from gloo_workers import forked_workers
 from tiny_pipeline import LABELS, FinishedPipeline, TinyPipeline
 
 from assets.common import run_links
@@ -168,7 +169,8 @@ def test_a_changed_raw_file_is_tokenized_again_alone(sharded, stale_status, part
     assert _execute(pipeline, "raw_files/tiny_text", "b.jsonl").success
     assert partition_status(pipeline, "tokenized/tiny_text") == {"a.jsonl": "FRESH", "b.jsonl": "STALE"}
 
-    result = _execute(pipeline, "tokenized/tiny_text", "b.jsonl", workers=2)
+    with forked_workers():
+        result = _execute(pipeline, "tokenized/tiny_text", "b.jsonl", workers=2)
     assert set(_materialized(result)) == {"tokenized/tiny_text[b.jsonl]"}
     assert partition_status(pipeline, "tokenized/tiny_text") == {"a.jsonl": "FRESH", "b.jsonl": "FRESH"}
     assert _tokenized(pipeline, "a.jsonl") == before["a.jsonl"]

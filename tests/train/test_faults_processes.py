@@ -2,18 +2,19 @@
 
 import json
 import os
+import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import psutil
 import pytest
-from gloo_workers import SECONDS, ranks_of, torchrun
-from small_run import REPOSITORY, SmallRun, wait_until
+from gloo_workers import SECONDS, exit_codes, ranks_of, torchrun
+from small_run import REPOSITORY, SmallRun
+from waiting import wait_until
 
 from openlm_pipeline.checkpoints.folders import list_checkpoints, verify
-from train.watchdog import EXIT_CODE
+from train.watchdog import EXIT_CODE, Watchdog
 
 
 def last_step(small: SmallRun) -> int:
@@ -58,24 +59,18 @@ def test_a_hang_is_written_down_and_ends_the_run(tmp_path: Path):
     assert_intact(small)
 
 
-HOLDS_THE_LOCK = """
-import re, sys
-from pathlib import Path
-from train.watchdog import Watchdog
-watchdog = Watchdog(0.5, Path(sys.argv[1]), 0, print)
-with watchdog.watching():
-    for _ in range(2):
+def hold_the_lock(hangs: Path) -> None:
+    watchdog = Watchdog(0.5, hangs, 0, print)
+    with watchdog.watching():
+        for _ in range(2):
+            watchdog.step()
+            watchdog.pause()
         watchdog.step()
-        watchdog.pause()
-    watchdog.step()
-    re.match(r"(a+)+$", "a" * 64 + "b")  # takes longer than anyone waits, and no other thread runs meanwhile
-"""
+        re.match(r"(a+)+$", "a" * 64 + "b")  # takes longer than anyone waits, and no other thread runs meanwhile
 
 
 def test_a_hang_in_which_no_thread_of_python_runs_ends_too(tmp_path: Path):
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run([sys.executable, "-c", HOLDS_THE_LOCK, str(tmp_path)], env=environment, timeout=300)
-    assert done.returncode == 1
+    assert exit_codes(1, hold_the_lock, tmp_path) == [1]
     assert "in match" in (tmp_path / "stacks-rank-0.txt").read_text()
 
 

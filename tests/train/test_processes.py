@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from gloo_workers import SECONDS, Forked, ranks_of, torchrun, train_in_processes
-from small_run import BATCH, SmallRun, wait_until
+from small_run import BATCH, SmallRun
+from waiting import wait_until
 
 from openlm_pipeline.checkpoints.folders import list_checkpoints, verify
 from openlm_pipeline.checkpoints.reading import load_model
 from openlm_pipeline.errors import BusyError
 
-STEPS = (20, 160)
-SAVE_EVERY = 40
+STEPS = (20, 120)
+SAVE_EVERY = 30
 EVERY = f"execution.checkpoint_every={SAVE_EVERY * BATCH}"
 
 
