@@ -27,7 +27,21 @@ from small_run import SmallRun, train_here
 
 from openlm_pipeline.experiments import load_experiment
 
-PRELOADED = ("torch._dynamo", "torch.distributed.run", "distributed", "openlm_pipeline.tokenization.job")
+PRELOADED = (
+    "distributed",
+    "numpy.ma",
+    "openlm_pipeline.runs.launchers.kubernetes",
+    "openlm_pipeline.runs.upload",
+    "openlm_pipeline.tokenization.job",
+    "torch._dynamo",
+    "torch.distributed.run",
+    "train.hooks.averages",
+    "train.profile",
+    "train.reporting",
+    "train.stability",
+    "train.validation",
+)
+"""What ranks, torchrun and Dask's workers import besides this module."""
 TORCHRUNS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SECONDS = 600
 """How long ranks may take, which a busy machine needs by far not all of."""

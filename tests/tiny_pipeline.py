@@ -130,11 +130,11 @@ class TinyPipeline:
     def execute(
         self, job: str, recipes: tuple[str, ...] = (), *, tags: dict[str, str] | None = None, torchrun: bool = False
     ) -> dg.ExecuteInProcessResult:
-        """Run a job to its end in this process; its trainer is another one, started by torchrun only if told."""
+        """Run a job to its end in this process; its trainer is a forked one, under torchrun only if told."""
         import dagster as dg
         from gloo_workers import forked_trainers
 
-        trainers = contextlib.nullcontext() if torchrun else forked_trainers()
+        trainers = forked_trainers(torchrun=torchrun)
         with self.active(*recipes) as definitions, dg.DagsterInstance.get() as instance, trainers:
             return definitions.resolve_job_def(job).execute_in_process(
                 instance=instance,

@@ -1,16 +1,13 @@
-"""Workers that hang under torchrun, and Ctrl-C in a terminal."""
+"""Workers that hang under torchrun."""
 
 import json
-import os
 import re
-import signal
-import sys
 from pathlib import Path
 
 import psutil
 import pytest
 from gloo_workers import SECONDS, exit_codes, ranks_of, torchrun
-from small_run import REPOSITORY, SmallRun
+from small_run import SmallRun
 from waiting import wait_until
 
 from openlm_pipeline.checkpoints.folders import list_checkpoints, verify
@@ -19,16 +16,6 @@ from train.watchdog import EXIT_CODE, Watchdog
 
 def last_step(small: SmallRun) -> int:
     return max(small.losses(), default=0)
-
-
-def workers(launcher: psutil.Popen) -> dict[int, psutil.Process]:
-    """Rank -> process of the trainers below torchrun, or below what started it."""
-    found = {}
-    for process in launcher.children(recursive=True):
-        environment = process.environ()
-        if "LOCAL_RANK" in environment:
-            found[int(environment["LOCAL_RANK"])] = process
-    return found
 
 
 def assert_intact(small: SmallRun) -> None:
@@ -72,21 +59,3 @@ def hold_the_lock(hangs: Path) -> None:
 def test_a_hang_in_which_no_thread_of_python_runs_ends_too(tmp_path: Path):
     assert exit_codes(1, hold_the_lock, tmp_path) == [1]
     assert "in match" in (tmp_path / "stacks-rank-0.txt").read_text()
-
-
-def test_ctrl_c_in_a_terminal_saves_a_checkpoint_and_stops(tmp_path: Path):
-    """A terminal sends SIGINT to `openlm train` and all that it started at once."""
-    small = SmallRun(tmp_path, (10, 5000))
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OPENLM_HOME": str(small.home.root)}
-    command = [sys.executable, "-m", "openlm_pipeline", "train", str(small.recipe), "--allow=repeat_data"]
-    with (tmp_path / "openlm.log").open("wb") as log:
-        terminal = psutil.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-    wait_until(lambda: last_step(small) > 12, terminal)
-    trainers = workers(terminal)
-    assert trainers
-    os.killpg(terminal.pid, signal.SIGINT)
-    assert terminal.wait(timeout=300) != 0
-    assert not any(w.is_running() and w.status() != psutil.STATUS_ZOMBIE for w in trainers.values())
-    outcome = small.run.read_outcome()
-    assert outcome["status"] == "preempted"
-    assert outcome["step"] in small.steps_on_disk()
