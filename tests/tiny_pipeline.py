@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import shutil
+import sqlite3
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -135,7 +136,7 @@ class TinyPipeline:
         from gloo_workers import forked_trainers
 
         trainers = forked_trainers(torchrun=torchrun)
-        with self.active(*recipes) as definitions, dg.DagsterInstance.get() as instance, trainers:
+        with self.active(*recipes) as definitions, _unsynced(), dg.DagsterInstance.get() as instance, trainers:
             return definitions.resolve_job_def(job).execute_in_process(
                 instance=instance,
                 raise_on_error=False,
@@ -148,6 +149,23 @@ class TinyPipeline:
         folder = self.home.joinpath(*parts)
         files = [p for p in folder.rglob("*") if p.is_file()]
         return {str(p.relative_to(folder)): (p.stat().st_size, p.stat().st_mtime_ns) for p in files}
+
+
+@contextlib.contextmanager
+def _unsynced() -> Iterator[None]:
+    """SQLite waits for no disk: Dagster commits some hundred times a run, and no test here loses power."""
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    def connected(connection: Any, record: Any) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute("PRAGMA synchronous=OFF")
+
+    event.listen(Engine, "connect", connected)
+    try:
+        yield
+    finally:
+        event.remove(Engine, "connect", connected)
 
 
 @dataclass(frozen=True)

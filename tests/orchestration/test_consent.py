@@ -59,6 +59,7 @@ def test_a_refusal_is_not_retried():
 
 
 def test_the_runs_tag_allows_it(edited):
+    edit(edited, "[10K, 40K]", "[10K]")
     result = edited.execute("tiny", tags={ALLOW_TAG: "supersede"})
     assert result.success
     assert (edited.run_folder.with_name("v1.superseded-1") / "run.json").exists()
