@@ -119,7 +119,7 @@ def _document(dataset: ShardedDataset, k: int, spans: Spans, head: int) -> list[
 
 def _texts(raw: RawFile, text_key: str, records: set[int]) -> dict[int, str]:
     """Texts of some records of a raw file, by their numbers."""
-    reader = RecordReader(raw.url, text_key=text_key, max_bad_fraction=1.0, on_bad=lambda _: None)
+    reader = RecordReader(raw.url, text_key=text_key, max_bad_fraction=1.0, on_bad=lambda _: None, format=raw.format)
     found = {}
     for record in reader:
         if record.number in records:

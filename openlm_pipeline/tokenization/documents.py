@@ -67,6 +67,10 @@ class FileTokens:
     """Which engine encoded it, and why that one."""
     seconds: float
     """Time that tokenizing took, summed over the parts."""
+    content_bytes: int = 0
+    """Decompressed bytes of the file; 0 in those of the first release."""
+    bad_bytes: int = 0
+    """Those of them in bad records."""
 
     @property
     def version(self) -> str:
@@ -91,6 +95,8 @@ class PartTokens:
     first_bad: dict[str, Any] | None
     engine: str
     seconds: float
+    content_bytes: int = 0
+    bad_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,7 @@ FIRST_MAX_BAD_FRACTION = 0.001
 """Stands in the version of each file: its identity once held the source's `max_bad_fraction`, of which this is the
 default. That changes no token, so it is judged when a file is accepted; a file of that time keeps what it recorded."""
 
-_NOT_TOKENS = {"name", "version", "files", "shards", "origin", "weight", "max_bad_fraction"}
+_NOT_TOKENS = {"name", "version", "files", "shards", "origin", "weight", "max_bad_fraction", "on_bad_file"}
 """Fields of a source that change no token stream; what the files hold has its own hash."""
 
 
@@ -177,7 +183,7 @@ def finished(dataset: Dataset, raw: RawFile, tokenizer: TokenizerInfo, folder: P
     with paths.quarantine.open("rb") as bad:
         first_bad = BadRecord(**orjson.loads(line)) if (line := bad.readline()) else None
     limit = dataset.source.max_bad_fraction
-    check_bad_fraction(raw.url, done.documents, done.quarantined, limit, first_bad)
+    check_bad_fraction(raw.url, done.documents, done.quarantined, limit, first_bad, done.bad_bytes, done.content_bytes)
     if done.stamp != raw.stamp:  # touched, but the same: remember it, or it is hashed again each time
         write_json(paths.done, {**fields, "stamp": raw.stamp})
     return done
@@ -253,6 +259,7 @@ def tokenize_part(
             max_bad_fraction=dataset.source.max_bad_fraction,
             on_bad=quarantine,
             part=part,
+            format=raw.format,
         )
         for numbers, texts in _batches(reader):
             try:
@@ -281,6 +288,8 @@ def tokenize_part(
         first_bad=asdict(reader.first_bad) if reader.first_bad else None,
         engine=engine_reason,
         seconds=time.monotonic() - started,
+        content_bytes=reader.bytes,
+        bad_bytes=reader.bad_bytes,
     )
     write_json(paths.done, asdict(result))
     return result
@@ -325,7 +334,9 @@ def join_parts(
         if p.first_bad and first_bad is None:
             first_bad = BadRecord(**{**p.first_bad, "line": p.first_bad["line"] + first_line})
         first_line += p.lines
-    check_bad_fraction(raw.url, documents, bad, dataset.source.max_bad_fraction, first_bad)
+    content_bytes, bad_bytes = sum(p.content_bytes for p in parts), sum(p.bad_bytes for p in parts)
+    limit = dataset.source.max_bad_fraction
+    check_bad_fraction(raw.url, documents, bad, limit, first_bad, bad_bytes, content_bytes)
     raw_sha256 = parts[-1].raw_sha256 or sha256_url(raw.url)
     if restat(raw).stamp != raw.stamp:
         raise DataError(f"raw file {raw.url} changed while it was read; run the command again")
@@ -360,6 +371,8 @@ def join_parts(
         tokens_sha256=tokens_sha256,
         engine=parts[0].engine,
         seconds=round(sum(p.seconds for p in parts), 3),
+        content_bytes=content_bytes,
+        bad_bytes=bad_bytes,
     )
     write_json(final.done, asdict(result))
     for paths in sources:
@@ -370,6 +383,6 @@ def join_parts(
 
 def remove_parts(folder: Path, names: set[str]) -> None:
     """Delete the parts of raw files that are finished."""
-    for path in folder.glob("*.part-*"):
-        if path.name.rpartition(".part-")[0] in names:
+    for path in folder.rglob("*.part-*"):
+        if path.relative_to(folder).as_posix().rpartition(".part-")[0] in names:
             path.unlink()

@@ -122,7 +122,7 @@ def tokenize_files(
             remove_leftovers(folder)
             with pools(report) as pool:
                 parts = {
-                    raw.name: cut(raw.url, raw.size_bytes, count)
+                    raw.name: cut(raw.url, raw.size_bytes, count, raw.format)
                     for raw, count in _part_counts(missing, pool.workers, min_part_bytes).items()
                 }
                 calls: dict[str, Call] = {}
@@ -172,7 +172,7 @@ def tokenize_whole(
     progress: TaskProgress,
 ) -> FileTokens:
     """Stage 1 of a raw file that is not cut."""
-    [part] = cut(raw.url, raw.size_bytes, 1)
+    [part] = cut(raw.url, raw.size_bytes, 1, raw.format)
     tokenize_part(dataset, raw, part, 0, tokenizer, tokenizer_folder, folder, progress=progress)
     return join_parts(dataset, raw, 1, tokenizer, folder, progress=progress)
 

@@ -63,8 +63,8 @@ def read_tokenizer_info(folder: Path) -> TokenizerInfo:
 
 def _texts(files: Iterable[RawFile], text_key: str) -> Iterator[str]:
     for raw in files:
-        reader = RecordReader(raw.url, text_key=text_key, max_bad_fraction=1.0, on_bad=lambda _: None)  # stage 1 judges
-        for record in reader:
+        every = {"max_bad_fraction": 1.0, "on_bad": lambda _: None}  # stage 1 judges
+        for record in RecordReader(raw.url, text_key=text_key, format=raw.format, **every):
             yield record.text
 
 
