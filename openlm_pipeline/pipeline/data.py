@@ -67,7 +67,11 @@ def tokenize(
     tokenized = home.tokenized(dataset.name, dataset.version)
     with home.artefact(tokenized):
         files, done = tokenize_files(dataset, raw_files, info, tokenizer_folder, tokenized, pools, report)
-    report(f"{dataset.name}: {len(done)} raw files tokenized, {len(files) - len(done)} reused")
+    skipped = len(raw_files) - len(files)
+    report(
+        f"{dataset.name}: {len(done)} raw files tokenized, {len(files) - len(done)} reused"
+        + (f", {skipped} left out (on_bad_file: skip)" if skipped else "")
+    )
     return files, done
 
 

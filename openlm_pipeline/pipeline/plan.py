@@ -24,7 +24,7 @@ from openlm_pipeline.shards.dataset import DATASET
 from openlm_pipeline.shards.opening import open_dataset
 from openlm_pipeline.storage.files import read_json
 from openlm_pipeline.storage.home import Home
-from openlm_pipeline.tokenization.documents import FileTokens, finished
+from openlm_pipeline.tokenization.documents import FileTokens, finished, left_out
 from openlm_pipeline.tokenization.job import shards_identity
 from openlm_pipeline.tokenizers.tokenizer import TRAINING_VERSION, TokenizerInfo, read_tokenizer_info
 from openlm_pipeline.units import format_bytes, format_seconds, format_tokens
@@ -235,6 +235,8 @@ def _dataset(dataset: Dataset, home: Home, tokenizer: TokenizerInfo | None, abov
     tokenized = home.tokenized(dataset.name, dataset.version)
     done: list[FileTokens] = []
     too_bad: list[str] = []
+    skipped = left_out(dataset, raw_files, tokenizer, tokenized)
+    raw_files = [raw for raw in raw_files if raw.name not in skipped]
     for raw in raw_files:
         try:
             if result := finished(dataset, raw, tokenizer, tokenized):

@@ -189,6 +189,45 @@ def finished(dataset: Dataset, raw: RawFile, tokenizer: TokenizerInfo, folder: P
     return done
 
 
+def _note(folder: Path, name: str) -> Path:
+    return folder / f"{name}.left_out.json"
+
+
+def leave_out(dataset: Dataset, raw: RawFile, tokenizer: TokenizerInfo, folder: Path, reason: str) -> None:
+    """Note that a raw file, as it is, is not used."""
+    write_json(
+        _note(folder, raw.name), {"stamp": raw.stamp, "reason": reason, "settings": _settings(dataset, tokenizer)}
+    )
+
+
+def leave_in(folder: Path, name: str) -> None:
+    """Forget that a raw file was left out."""
+    _note(folder, name).unlink(missing_ok=True)
+
+
+def notes_of_left_out(folder: Path, files: list[FileTokens]) -> dict[str, str]:
+    """Name -> reason of all raw files that were left out, beside the `files` that were not."""
+    suffix, used = _note(folder, "").name, {file.name for file in files}
+    names = (path.relative_to(folder).as_posix().removesuffix(suffix) for path in sorted(folder.rglob(f"*{suffix}")))
+    return {name: read_json(_note(folder, name))["reason"] for name in names if name not in used}
+
+
+def left_out(dataset: Dataset, raw_files: list[RawFile], tokenizer: TokenizerInfo, folder: Path) -> dict[str, str]:
+    """Name -> reason of the raw files that the source's `on_bad_file: skip` leaves out, as far as they were read.
+
+    A file that has changed since, or is read in another way, counts as not read.
+    """
+    if dataset.source.on_bad_file == "fail":
+        return {}
+    settings, found = _settings(dataset, tokenizer), {}
+    for raw in raw_files:
+        if (note := _note(folder, raw.name)).exists():
+            noted = read_json(note)
+            if noted["stamp"] == raw.stamp and noted["settings"] == settings:
+                found[raw.name] = noted["reason"]
+    return found
+
+
 def _with_end_of_text(encoded: Encoded, eot_id: int, dtype: np.dtype) -> np.ndarray:
     """The ids of all texts, each followed by the end-of-text."""
     ends = np.cumsum(encoded.lengths + 1) - 1
