@@ -185,7 +185,7 @@ def _nothing_found(source: str, places: list[str], *, embedded: bool) -> str:
         return message + "This corpus is made on this machine by the corpus stage, which `openlm demo` runs first."
     home = "set" if os.environ.get("OPENLM_HOME") else "not set"
     return message + (
-        "Put the files there, or name them with the recipe's key sources.files (a path, a glob or an fsspec URL such "
-        "as s3://bucket/*.jsonl.zst). A shipped recipe takes them from the environment variable OPENLM_RAW_DATA; "
-        f"relative paths start at OPENLM_HOME ({home})."
+        "Put the files there, or name them: a path, a glob, a folder or an fsspec URL such as s3://bucket/*.jsonl.zst, "
+        "as --input-files, or as a recipe's sources.files. A shipped recipe takes them from the environment variable "
+        f"OPENLM_RAW_DATA; a recipe's relative paths start at OPENLM_HOME ({home})."
     )
