@@ -337,7 +337,6 @@ def _pack(
             sample_format,
             dataset.pad_id,
             dataset.name,
-            [f.name for f in files],
             tokenized,
             building,
             folder,

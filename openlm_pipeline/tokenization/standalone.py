@@ -30,15 +30,17 @@ S3_BASE = "S3_BASE"
 
 
 def upload_url() -> str:
-    """The value of S3_BASE.
+    """The value of S3_BASE; one without a protocol, such as OpenLM's `preproc_data-v1/`, begins with a bucket of S3.
 
     Raises:
-        ConfigError: it is not set, or no URL.
+        ConfigError: it is not set, or no bucket's.
     """
-    url = os.environ.get(S3_BASE, "")
+    url = os.environ.get(S3_BASE, "").rstrip("/")
     if "://" not in url:
+        url = f"s3://{url}"
+    if not url.partition("://")[2].strip("/"):
         raise ConfigError(f"--upload-to-s3 needs the environment variable {S3_BASE}, such as s3://bucket/prefix/")
-    return url.rstrip("/")
+    return url
 
 
 def make_shards_of_files(

@@ -47,7 +47,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> ShardedDataset:
     total = tokens // FORMAT.sample_tokens
     numbers = range(-(-total // PER_SHARD))
     made = {
-        n: make_shard(n, PER_SHARD, FORMAT, None, "pile", ["a"], root, root / "order", folder)
+        n: make_shard(n, PER_SHARD, FORMAT, None, "pile", root, root / "order", folder)
         for n in (WANTED // PER_SHARD, numbers[-1])
     }
     size = FORMAT.shard_bytes(PER_SHARD)
