@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import gc
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,9 @@ from once import run_folder
 
 # A shell starts what it puts into the background with Ctrl-C ignored, and so would be all programs under test.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Tests kill processes, never the machine: what they write need not reach the disk, for which all of them would wait.
+os.fsync = lambda descriptor: None
 
 pytest_plugins = ["tiny_pipeline", "pretrained", "slurm_cluster"]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from small_run import wait_until
+from waiting import wait_until
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "scontrol", "srun")
 CLEAR_STATE = "-c"

@@ -1,18 +1,13 @@
-"""A tiny run: shards written directly, a model of two layers, and the trainer in this process or under torchrun.
+"""A tiny run: shards written directly, a model of two layers, and the trainer in this process.
 
 What tests of the trainer and of run folders share.
 """
 
-import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 
 from openlm_pipeline.checkpoints.folders import list_checkpoints
@@ -94,23 +89,13 @@ class SmallRun:
         """Train to the last milestone in this process."""
         train_here(self.experiment(*overrides), self.home, allow=allow)
 
-    def torchrun(self, processes: int, *overrides: str, flags: tuple[str, ...] = ()) -> psutil.Popen:
-        """`torchrun FLAGS -m train` on this run; what it prints goes to `torchrun.log`."""
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-            *flags, "-m", "train", str(self.recipe), *overrides,
-        ]  # fmt: skip
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENLM_HOME": str(self.home.root)}
-        environment["PYTHONPATH"] = str(REPOSITORY)
-        with (self.recipe.parent / "torchrun.log").open("ab") as log:
-            return psutil.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-
-    def finish(self, process: psutil.Popen) -> int:
-        """Wait for torchrun's end; its exit code."""
-        return process.wait(timeout=600)
+    @property
+    def log_file(self) -> Path:
+        """What is printed by a torchrun that trains this run."""
+        return self.recipe.parent / "torchrun.log"
 
     def log(self) -> str:
-        return (self.recipe.parent / "torchrun.log").read_text()
+        return self.log_file.read_text()
 
     def losses(self) -> dict[int, float]:
         return {r["step"]: r["loss"] for r in self.run.read_metrics() if "loss" in r}
@@ -122,12 +107,3 @@ class SmallRun:
         """Step -> milestone label of each complete checkpoint."""
         found = list_checkpoints(self.run.checkpoints, self.run.fingerprint, warn=lambda message: None)
         return {c.step: c.milestone for c in found}
-
-
-def wait_until(condition: Callable[[], bool], process: psutil.Popen | None = None, seconds: float = 600) -> None:
-    """Poll until `condition()`; fails when the time is up or `process` ended before."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process is None or process.poll() is None, "the process ended before what was waited for"
-        assert time.monotonic() < end, "what was waited for did not come"
-        time.sleep(0.05)

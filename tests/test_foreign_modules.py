@@ -1,13 +1,16 @@
 """No foreign module in our programs' place, nor ours in another's, whatever the working folder and the path hold."""
 
 import os
+import signal
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import psutil
 import pytest
 from small_run import SmallRun
+from waiting import wait_until
 
 from openlm_pipeline.runs.programs import dagster_home, programs_folder, starting
 
@@ -41,12 +44,28 @@ def test_programs_start_as_ours_in_a_folder_with_others(foreign: Path) -> None:
         assert (foreign / "dagster" / "dagster.yaml").exists()
 
 
-def test_training_is_ours_in_a_folder_with_others(foreign: Path, tmp_path: Path) -> None:
-    small = SmallRun(tmp_path, (2,))
-    openlm = [sys.executable, "-m", "openlm_pipeline", "train", str(small.recipe)]
-    trained = run(openlm, foreign, OPENLM_HOME=str(small.home.root), PYTHONSAFEPATH="1")
-    assert trained.returncode == 0, trained.stdout + trained.stderr
-    assert small.run.read_outcome()["status"] == "completed"
+def workers(launcher: psutil.Popen) -> list[psutil.Process]:
+    """The trainers below torchrun, or below what started it."""
+    return [process for process in launcher.children(recursive=True) if "LOCAL_RANK" in process.environ()]
+
+
+def test_training_is_ours_in_a_folder_with_others_and_ctrl_c_saves_and_stops_it(foreign: Path, tmp_path: Path) -> None:
+    """A terminal sends SIGINT to `openlm train` and all that it started at once."""
+    small = SmallRun(tmp_path, (10, 5000))
+    command = [sys.executable, "-m", "openlm_pipeline", "train", str(small.recipe), "--allow=repeat_data"]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment |= {"OPENLM_HOME": str(small.home.root), "PYTHONSAFEPATH": "1"}
+    with (tmp_path / "openlm.log").open("wb") as log:
+        terminal = psutil.Popen(command, cwd=foreign, stdout=log, stderr=log, env=environment, start_new_session=True)
+    wait_until(lambda: max(small.losses(), default=0) > 12, terminal)
+    trainers = workers(terminal)
+    assert trainers
+    os.killpg(terminal.pid, signal.SIGINT)
+    assert terminal.wait(timeout=300) != 0
+    assert not any(w.is_running() and w.status() != psutil.STATUS_ZOMBIE for w in trainers)
+    outcome = small.run.read_outcome()
+    assert outcome["status"] == "preempted"
+    assert outcome["step"] in small.steps_on_disk()
 
 
 def test_another_program_does_not_find_ours(tmp_path: Path) -> None:

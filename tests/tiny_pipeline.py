@@ -3,22 +3,26 @@
 The text is the standard library's; the experiment has two milestones, one training process and two tasks.
 """
 
+from __future__ import annotations
+
 import contextlib
 import itertools
 import json
 import os
 import shutil
+import sqlite3
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import dagster as dg
 import pytest
-from gloo_workers import forked_trainers
 from once import made_once
+
+if TYPE_CHECKING:  # what distributes the tests loads this file as well, and needs neither Dagster nor torch
+    import dagster as dg
 
 REPOSITORY = Path(__file__).parents[1]
 LABELS = ("t0010K", "t0040K")
@@ -30,7 +34,7 @@ seq_len: 32
 samples_per_shard: 1024
 sources: [{{name: tiny_text, files: ["raw/tiny_text/*.jsonl"], max_bad_fraction: 0.5}}]
 model: {{hidden_dim: 32, n_layers: 2, n_heads: 2}}
-training: {{global_batch: 64, lr: 1.0e-3, schedule: constant}}
+training: {{global_batch: {global_batch}, lr: 1.0e-3, schedule: constant}}
 milestones: [10K, 40K]
 evaluation: {{suite: "${{OPENLM_HOME}}/suite.yaml"}}
 execution: {{log_every: 20}}
@@ -74,13 +78,13 @@ class TinyPipeline:
         }
 
     @classmethod
-    def create(cls, root: Path) -> "TinyPipeline":
+    def create(cls, root: Path, global_batch: int = 256) -> TinyPipeline:
         made = cls(root)
         for folder in ("recipes", "dagster", "openlm_home"):
             (root / folder).mkdir(parents=True)
         shutil.copy(REPOSITORY / ".dagster" / "dagster.yaml", root / "dagster")
         (made.home / "suite.yaml").write_text(SUITE)
-        made.write_recipe(vocab_size=300)
+        made.write_recipe(vocab_size=300, global_batch=global_batch)
         sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
         texts = [t for t in (p.read_text(errors="replace")[:4000] for p in sources) if len(t) > 1000]
         rows = [{"text": text} for text in texts[:60]]
@@ -96,10 +100,11 @@ class TinyPipeline:
         _write_rows(made.home / "raw" / "tasks" / "choice.jsonl", choices)
         return made
 
-    def write_recipe(self, vocab_size: int) -> None:
-        (self.root / "recipes" / "tiny.yaml").write_text(RECIPE.format(vocab_size=vocab_size))
+    def write_recipe(self, vocab_size: int, global_batch: int = 256) -> None:
+        recipe = RECIPE.format(vocab_size=vocab_size, global_batch=global_batch)
+        (self.root / "recipes" / "tiny.yaml").write_text(recipe)
 
-    def copy(self, to: Path) -> "TinyPipeline":
+    def copy(self, to: Path) -> TinyPipeline:
         """The same pipeline in another folder, with its state and history."""
         shutil.copytree(self.root, to)
         return TinyPipeline(to)
@@ -117,6 +122,8 @@ class TinyPipeline:
 
     def instance(self) -> dg.DagsterInstance:
         """Its Dagster instance, to be closed by the caller."""
+        import dagster as dg
+
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("DAGSTER_HOME", str(self.root / "dagster"))
             return dg.DagsterInstance.get()
@@ -124,9 +131,12 @@ class TinyPipeline:
     def execute(
         self, job: str, recipes: tuple[str, ...] = (), *, tags: dict[str, str] | None = None, torchrun: bool = False
     ) -> dg.ExecuteInProcessResult:
-        """Run a job to its end in this process; its trainer is another one, started by torchrun only if told."""
-        trainers = contextlib.nullcontext() if torchrun else forked_trainers()
-        with self.active(*recipes) as definitions, dg.DagsterInstance.get() as instance, trainers:
+        """Run a job to its end in this process; its trainer is a forked one, under torchrun only if told."""
+        import dagster as dg
+        from gloo_workers import forked_trainers
+
+        trainers = forked_trainers(torchrun=torchrun)
+        with self.active(*recipes) as definitions, _unsynced(), dg.DagsterInstance.get() as instance, trainers:
             return definitions.resolve_job_def(job).execute_in_process(
                 instance=instance,
                 raise_on_error=False,
@@ -139,6 +149,23 @@ class TinyPipeline:
         folder = self.home.joinpath(*parts)
         files = [p for p in folder.rglob("*") if p.is_file()]
         return {str(p.relative_to(folder)): (p.stat().st_size, p.stat().st_mtime_ns) for p in files}
+
+
+@contextlib.contextmanager
+def _unsynced() -> Iterator[None]:
+    """SQLite waits for no disk: Dagster commits some hundred times a run, and no test here loses power."""
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    def connected(connection: Any, record: Any) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute("PRAGMA synchronous=OFF")
+
+    event.listen(Engine, "connect", connected)
+    try:
+        yield
+    finally:
+        event.remove(Engine, "connect", connected)
 
 
 @dataclass(frozen=True)
@@ -158,8 +185,12 @@ class FinishedPipeline:
             return [entry.dagster_event for entry in instance.all_logs(run.run_id) if entry.dagster_event]
 
 
-def _make_finished(folder: Path) -> None:
-    result = TinyPipeline.create(folder / "pipeline").execute("tiny", torchrun=True)
+LONG = 64
+"""The global batch that makes four times as many steps of a run, for drills that must interrupt it."""
+
+
+def _make_finished(folder: Path, **settings: int) -> None:
+    result = TinyPipeline.create(folder / "pipeline", **settings).execute("tiny", torchrun=True)
     failures = [
         event.step_failure_data.user_failure_data or event.step_failure_data.error
         for event in result.all_events
@@ -170,8 +201,18 @@ def _make_finished(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> FinishedPipeline:
-    """The tiny pipeline after its job ran once from raw files to report, its trainer under torchrun."""
+    """The tiny pipeline after its job ran once from raw files to report, its trainer under torchrun.
+
+    Its milestones are at steps 40 and 157.
+    """
     return FinishedPipeline(TinyPipeline(made_once(tmp_path_factory, "tiny", _make_finished) / "pipeline"))
+
+
+@pytest.fixture(scope="session")
+def long_finished(tmp_path_factory: pytest.TempPathFactory) -> FinishedPipeline:
+    """The same with milestones at steps 157 and 625."""
+    made = made_once(tmp_path_factory, "long", partial(_make_finished, global_batch=LONG))
+    return FinishedPipeline(TinyPipeline(made / "pipeline"))
 
 
 @pytest.fixture

@@ -186,8 +186,8 @@ def asked_by(ui: Ui, record: dg.EventLogRecord) -> str:
     return ui.instance.get_run_by_id(record.run_id).tags["dagster/sensor_name"]
 
 
-def test_automation_scores_each_milestone_once_while_training_goes_on(finished, tmp_path):
-    pipeline = finished.copy(tmp_path)
+def test_automation_scores_each_milestone_once_while_training_goes_on(long_finished, tmp_path):
+    pipeline = long_finished.copy(tmp_path)
     for path in (
         *(pipeline.home / name for name in ("runs", "scorecards", "reports")),
         *(pipeline.root / "dagster" / name for name in ("history", "storage")),

@@ -5,9 +5,6 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import Annotated, Any
 
 import pytest
 import zstandard
+from commands import openlm
 from pydantic import BaseModel
 
 from openlm_pipeline.evaluation.scorecard import Scorecard, load_scorecard
@@ -189,9 +187,9 @@ def test_a_home_of_the_first_release_is_fresh(old_home: Home, recipe: str) -> No
 
 def test_every_stage_reuses_a_home_of_the_first_release(old_home: Home) -> None:
     before = contents(old_home.root)
-    openlm = [sys.executable, "-m", "openlm_pipeline"]
     for command in (["tokenize", "old"], ["train", "old"], ["evaluate", "old"], ["train", "old_fork"]):
-        done = subprocess.run([*openlm, *command], capture_output=True, text=True, env=os.environ, check=True)
+        done = openlm(*command, variables={})
+        assert done.returncode == 0, done.stderr
         assert "superseded" not in done.stdout + done.stderr
         assert "reused" in done.stdout
     after = contents(old_home.root)

@@ -18,7 +18,7 @@ from openlm_pipeline.corpus.reader import WHOLE, BadRecord, Part, RecordReader, 
 def lines(seed: int) -> bytes:
     rng = random.Random(seed)
     made = []
-    for n in range(400):
+    for n in range(200):
         text = f"{n} " + "".join(rng.choice("abcdé\n ") for _ in range(rng.choice((0, 3, 40, 900))))
         made.append(json.dumps({"text": text}, ensure_ascii=False).encode())
         made += [b"{broken"] * (rng.random() < 0.05) + [b"  "] * (rng.random() < 0.05)

@@ -7,10 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gloo_workers import forked_workers
 from small_dataset import SmallDataset, documents
 
 from openlm_pipeline.pools import DaskSettings, Pool, PoolFactory
 from openlm_pipeline.result import Say
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked() -> Iterator[None]:
+    with forked_workers():
+        yield
 
 
 @pytest.fixture(scope="session")

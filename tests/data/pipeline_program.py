@@ -2,12 +2,14 @@
 
 pipeline_program.py run ROOT             all stages on a LocalCluster of two worker processes
 pipeline_program.py hold ROOT STAGE      all stages; in `tokenize` or `pack` it prints `held` and waits for a line
-pipeline_program.py kill ROOT ROOT ...   the pipeline below the n-th ROOT, n from 0, is killed by SIGKILL just before
-                                         its n-th change of the file system; prints the change, `done` if it ended
+pipeline_program.py kill ROOT FOLDER     the pipeline below FOLDER/n, a copy of ROOT, is killed by SIGKILL just before
+                                         its n-th change of the file system, for n from 0 until it ends before that;
+                                         prints each change, then `done`
 """
 
 import contextlib
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -66,15 +68,19 @@ def run_and_die(root: Path, at: int) -> None:
     print("done", flush=True)
 
 
-def kill(roots: list[Path]) -> None:
-    for at, root in enumerate(roots):
+def kill(root: Path, folder: Path) -> int:
+    """The exit code of the process whose pipeline was not killed."""
+    at, ended = 0, -signal.SIGKILL
+    while ended == -signal.SIGKILL:
+        shutil.copytree(root, folder / str(at))
         # No thread has been started in this process, so forking it is safe, and saves the imports.
         child = os.fork()
         if child == 0:
-            run_and_die(root, at)
+            run_and_die(folder / str(at), at)
             os._exit(0)
-        if os.waitpid(child, 0)[1] == 0:
-            break
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        at += 1
+    return ended
 
 
 if __name__ == "__main__":
@@ -85,4 +91,4 @@ if __name__ == "__main__":
     elif command == "hold":
         hold(Path(rest[0]), rest[1])
     else:
-        kill([Path(root) for root in rest])
+        sys.exit(kill(*map(Path, rest)))

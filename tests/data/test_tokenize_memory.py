@@ -25,7 +25,7 @@ def test_an_input_larger_than_memory_is_tokenized(small: Callable[..., SmallData
     raw.parent.mkdir()
     size = count = 0
     with raw.open("wb") as f, zstandard.ZstdCompressor(level=1).stream_writer(f) as out:
-        while size < 2 * LIMIT_MIB << 20:
+        while size < 3 * LIMIT_MIB << 19:
             line = orjson.dumps({"text": f"{count} {rng.random()} " + rng.choice(texts) * 8}) + b"\n"
             out.write(line)
             size, count = size + len(line), count + 1

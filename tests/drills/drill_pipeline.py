@@ -21,7 +21,7 @@ import dagster as dg
 import psutil
 import pyarrow.parquet as pq
 import requests
-from tiny_pipeline import REPOSITORY, TinyPipeline, environment
+from tiny_pipeline import LONG, REPOSITORY, TinyPipeline, environment
 
 from openlm_pipeline.checkpoints.folders import Checkpoint, list_checkpoints, verify
 from openlm_pipeline.runs.folder import RunFolder
@@ -63,7 +63,7 @@ class DrillPipeline(TinyPipeline):
 
     @classmethod
     def create(cls, root: Path) -> "DrillPipeline":
-        made = cls(TinyPipeline.create(root).root)
+        made = cls(TinyPipeline.create(root, LONG).root)
         made.write_recipe()
         (made.home / "suite.yaml").write_text(_SUITE)
         texts = [path.read_text(errors="replace") for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))]

@@ -20,14 +20,14 @@ TRAIN = ("-m", "openlm_pipeline", "train", "tiny")
 
 
 @pytest.fixture
-def untrained(finished, tmp_path) -> DrillPipeline:
+def untrained(long_finished, tmp_path) -> DrillPipeline:
     """The tiny pipeline with its shards, before training."""
-    pipeline = DrillPipeline(finished.copy(tmp_path).root)
+    pipeline = DrillPipeline(long_finished.copy(tmp_path).root)
     pipeline.untrain()
     return pipeline
 
 
-def test_a_killed_torchrun_is_told_and_the_same_command_goes_on(untrained, finished, programs_on):
+def test_a_killed_torchrun_is_told_and_the_same_command_goes_on(untrained, long_finished, programs_on):
     programs = programs_on(untrained)
     trainer = programs.start(*TRAIN)
     wait_until(lambda: untrained.last_step() >= FIRST_STEP + 20, "the first milestone to be passed", trainer)
@@ -42,11 +42,11 @@ def test_a_killed_torchrun_is_told_and_the_same_command_goes_on(untrained, finis
     assert any("/step-00000157/" in name for name in done)
     programs.finish(*TRAIN)
     assert {name: untrained.finished_work()[name] for name in done} == done
-    made, expected = untrained.results(), DrillPipeline(finished.pipeline.root).results()
+    made, expected = untrained.results(), DrillPipeline(long_finished.pipeline.root).results()
     assert made["weights and optimizer"] == expected["weights and optimizer"]
 
 
-def test_a_killed_rank_is_started_again_by_torchrun(untrained, finished, programs_on):
+def test_a_killed_rank_is_started_again_by_torchrun(untrained, long_finished, programs_on):
     recipe = untrained.root / "recipes" / "tiny.yaml"
     recipe.write_text(recipe.read_text().replace("{processes: 1}", "{processes: 1, max_restarts: 1}"))
     programs = programs_on(untrained)
@@ -57,7 +57,7 @@ def test_a_killed_rank_is_started_again_by_torchrun(untrained, finished, program
     assert trainer.wait(timeout=WAIT_SECONDS) == 0, programs.printed()
     assert not torchrun.is_running()
     assert (untrained.run_folder / "train.log").read_text().count("resumed from step-00000157") == 1
-    made, expected = untrained.results(), DrillPipeline(finished.pipeline.root).results()
+    made, expected = untrained.results(), DrillPipeline(long_finished.pipeline.root).results()
     assert made["weights and optimizer"] == expected["weights and optimizer"]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from gloo_workers import forked_scorers
 from typer.testing import CliRunner
 
 from openlm_pipeline.cli.main import app
@@ -144,7 +145,8 @@ def test_two_processes_and_a_baseline_for_a_recipe(exported, tmp_path):
         "quoted": ["opt_1_3b"],
     }
     (pipeline.root / "recipes" / "tiny.yaml").write_text(yaml.safe_dump(recipe))
-    made = openlm(pipeline, "evaluate", "tiny")
+    with forked_scorers():
+        made = openlm(pipeline, "evaluate", "tiny")
     assert made.returncode == 0, made.stderr + made.stdout
     alone = openlm(pipeline, "evaluate", "tiny", "evaluation.processes=1")
     assert alone.returncode == 0, alone.stderr

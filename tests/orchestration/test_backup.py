@@ -47,8 +47,10 @@ def _assert_nothing_to_do(pipeline: TinyPipeline) -> None:
     assert {part: pipeline.snapshot(part) for part in before} == before
 
 
-def test_a_copy_made_while_it_trains_goes_on_from_there(finished: FinishedPipeline, tmp_path, wait_until, instance_of):
-    pipeline = finished.copy(tmp_path)
+def test_a_copy_made_while_it_trains_goes_on_from_there(
+    long_finished: FinishedPipeline, tmp_path, wait_until, instance_of
+):
+    pipeline = long_finished.copy(tmp_path)
     pipeline.run_folder.rename(tmp_path / "old_run")
     first = pipeline.run_folder / "checkpoints" / "step-00000157"
     with (tmp_path / "output.txt").open("w") as output:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tiny_pipeline import LABELS, REPOSITORY, FinishedPipeline, environment
 
 from openlm_pipeline.runs.folder import RunFolder
@@ -30,6 +31,7 @@ dg.DagsterInstance.handle_new_event = handle_and_interrupt
 """
 
 
+@pytest.mark.drill
 def test_training_is_stopped_before_the_process_ends(finished: FinishedPipeline, tmp_path: Path):
     pipeline = finished.copy(tmp_path)
     recipe = pipeline.root / "recipes" / "tiny.yaml"

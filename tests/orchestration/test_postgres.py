@@ -17,9 +17,9 @@ CONFIG = REPOSITORY / "deploy" / "dagster-postgres.yaml"
 
 
 @pytest.fixture
-def pipeline(finished: FinishedPipeline, postgres: PostgresServer, tmp_path) -> TinyPipeline:
+def pipeline(long_finished: FinishedPipeline, postgres: PostgresServer, tmp_path) -> TinyPipeline:
     """A copy of the finished pipeline whose Dagster is a new one in PostgreSQL."""
-    copy = finished.copy(tmp_path)
+    copy = long_finished.copy(tmp_path)
     shutil.rmtree(copy.root / "dagster")
     (copy.root / "dagster").mkdir()
     shutil.copy(CONFIG, copy.root / "dagster" / "dagster.yaml")

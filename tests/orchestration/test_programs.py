@@ -7,6 +7,7 @@ from pathlib import Path
 import dagster as dg
 import psutil
 import pytest
+from commands import openlm
 from tiny_pipeline import LABELS, REPOSITORY, TinyPipeline, environment
 
 
@@ -63,14 +64,14 @@ def test_a_launch_says_its_run_and_outlives_the_command(finished, tmp_path, wait
 
 def test_a_launch_over_the_budget_needs_yes(tmp_path):
     pipeline = TinyPipeline.create(tmp_path / "pipeline")
-    refused = _launch(pipeline, "tiny", "--budget", "1")
+    refused = openlm("launch", "tiny", "--budget", "1", variables=pipeline.variables)
     assert refused.returncode == 2
     assert "of a length that is not known is over the budget of 1; add --yes" in refused.stderr
-    assumed = _launch(pipeline, "tiny", "--gpu", "H100", "--budget", "0")
+    assumed = openlm("launch", "tiny", "--gpu", "H100", "--budget", "0", variables=pipeline.variables)
     assert assumed.returncode == 2
     assert "GPU-hours is over the budget of 0" in assumed.stderr
     assert not (pipeline.root / "dagster" / "storage").exists()
-    assert _launch(pipeline, "nosuch").returncode == 2
+    assert openlm("launch", "nosuch", variables=pipeline.variables).returncode == 2
 
 
 def test_an_unknown_job_is_refused_with_the_list(tmp_path):
@@ -85,9 +86,9 @@ def test_an_unknown_job_is_refused_with_the_list(tmp_path):
 
 @pytest.mark.drill
 def test_a_run_killed_while_it_trains_leaves_no_trainer_and_the_next_one_finishes(
-    finished, tmp_path, wait_until, instance_of
+    long_finished, tmp_path, wait_until, instance_of
 ):
-    pipeline = finished.copy(tmp_path)
+    pipeline = long_finished.copy(tmp_path)
     pipeline.run_folder.rename(tmp_path / "old_run")
     metrics = pipeline.run_folder / "metrics.jsonl"
     command = [sys.executable, "-m", "orchestration", "tiny"]

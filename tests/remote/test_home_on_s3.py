@@ -218,7 +218,7 @@ def test_a_description_that_names_files_outside_is_refused(bucket: Bucket, tmp_p
 
 
 def _experiment(folder: Path) -> Experiment:
-    write(folder, **{"suite.yaml": SUITE, "tiny.yaml": RECIPE.format(vocab_size=300)})
+    write(folder, **{"suite.yaml": SUITE, "tiny.yaml": RECIPE.format(vocab_size=300, global_batch=256)})
     return load_experiment(str(folder / "tiny.yaml"), [f"evaluation.suite={folder / 'suite.yaml'}"])
 
 

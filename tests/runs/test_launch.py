@@ -2,16 +2,24 @@
 
 import signal
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from gloo_workers import forked_trainers, ranks_of
 from small_run import SmallRun
 
 from openlm_pipeline.errors import BusyError, ConfigError, ConsentError, TrainingError
 from openlm_pipeline.pipeline import training as training_stage
 from openlm_pipeline.runs.launch import Event, Measured, MilestoneReached, MilestoneReused, milestone_checkpoints
+
+
+@pytest.fixture(autouse=True)
+def forked() -> Iterator[None]:
+    """torchrun finds all imports done."""
+    with forked_trainers(torchrun=True):
+        yield
 
 
 def train(small: SmallRun, *overrides: str, allow: Collection[str] = ()) -> tuple[list[Event], list[str]]:
@@ -89,7 +97,7 @@ def test_a_cancelled_trainer_that_cannot_save_is_gone_within_five_seconds(tmp_pa
     )
     next(events)
     processes = set(psutil.Process().children(recursive=True)) - others
-    (worker,) = [p for p in processes if "LOCAL_RANK" in p.environ()]
+    (worker,) = ranks_of(psutil.Process()).values()
     worker.send_signal(signal.SIGSTOP)
     started = time.monotonic()
     events.close()

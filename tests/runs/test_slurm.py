@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from slurm_cluster import SlurmCluster, command, job_field, job_ids
-from small_run import BATCH, REPOSITORY, SmallRun, wait_until
+from small_run import BATCH, REPOSITORY, SmallRun
+from waiting import wait_until
 
 from openlm_pipeline.checkpoints.folders import list_checkpoints, verify
 from openlm_pipeline.errors import BusyError, ClusterError, MissingInputError, TrainingError

@@ -1,16 +1,10 @@
-"""A trainer that is killed while it saves, for a test: save_program.py RECIPE ROOT ROOT ...
-
-The run below the n-th ROOT, n from 0, is killed by SIGKILL just before its n-th change of the checkpoints folder. Each
-ROOT is a home with the same shards and a run that has more to train; prints the change, or `done` if the run ended.
-"""
+"""A trainer that is killed while it saves, for a test that calls this in a process of its own."""
 
 import os
 import signal
 import sys
 from pathlib import Path
 from typing import Any
-
-import torch._dynamo  # noqa: F401 - only to have it before forking
 
 from openlm_pipeline.experiments import load_experiment
 from openlm_pipeline.storage.home import Home
@@ -21,8 +15,11 @@ CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 WRITING = os.O_WRONLY | os.O_RDWR
 
 
-def run_and_die(recipe: str, root: Path, at: int) -> None:
-    """Train to the end in this process, and kill it just before change number `at` of the checkpoints folder."""
+def run_and_die(recipe: str, root: Path, at: int, said: Path) -> None:
+    """Train to the end in this process, and kill it just before change number `at` of the checkpoints folder.
+
+    The change is written to the file `said`.
+    """
     left = at
     experiment = load_experiment(recipe, [])
     folder = Home(root).run(experiment.name, experiment.version) / "checkpoints"
@@ -43,27 +40,10 @@ def run_and_die(recipe: str, root: Path, at: int) -> None:
         if folder not in path.parents or (event == "os.mkdir" and path.exists()):
             return
         if left == 0:
-            print(event, path.relative_to(folder), flush=True)
+            said.write_text(f"{event} {path.relative_to(folder)}")
             os.kill(os.getpid(), signal.SIGKILL)
         left -= 1
 
     sys.addaudithook(watch)
     run_training(experiment, Home(root), experiment.milestones[-1])
     leave_process_group()
-    print("done", flush=True)
-
-
-def main(recipe: str, roots: list[Path]) -> None:
-    for at, root in enumerate(roots):
-        # Nothing has been computed in this process, so it has no threads, and forking it saves the imports.
-        child = os.fork()
-        if child == 0:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            run_and_die(recipe, root, at)
-            os._exit(0)
-        if os.waitpid(child, 0)[1] == 0:
-            break
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], [Path(root) for root in sys.argv[2:]])

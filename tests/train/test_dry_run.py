@@ -137,7 +137,7 @@ def measured_peak(experiment: Experiment, trace: Path) -> int:
 
 
 ACTIVATIONS_RULE = [
-    'model={"hidden_dim": 256, "n_layers": 4, "n_heads": 4, "vocab_size": 1024}',
+    'model={"hidden_dim": 128, "n_layers": 4, "n_heads": 4, "vocab_size": 1024}',
     "seq_len=128", "training.global_batch=2048", "milestones=[4096]",
 ]  # fmt: skip
 LOGITS_RULE = [

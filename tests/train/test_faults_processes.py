@@ -1,32 +1,21 @@
-"""Workers that hang under torchrun, and Ctrl-C in a terminal."""
+"""Workers that hang under torchrun."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
+import re
 from pathlib import Path
 
 import psutil
 import pytest
-from small_run import REPOSITORY, SmallRun, wait_until
+from gloo_workers import SECONDS, exit_codes, ranks_of, torchrun
+from small_run import SmallRun
+from waiting import wait_until
 
 from openlm_pipeline.checkpoints.folders import list_checkpoints, verify
-from train.hooks.watchdog import EXIT_CODE
+from train.hooks.watchdog import EXIT_CODE, Watchdog
 
 
 def last_step(small: SmallRun) -> int:
     return max(small.losses(), default=0)
-
-
-def workers(launcher: psutil.Popen) -> dict[int, psutil.Process]:
-    """Rank -> process of the trainers below torchrun, or below what started it."""
-    found = {}
-    for process in launcher.children(recursive=True):
-        environment = process.environ()
-        if "LOCAL_RANK" in environment:
-            found[int(environment["LOCAL_RANK"])] = process
-    return found
 
 
 def assert_intact(small: SmallRun) -> None:
@@ -37,16 +26,16 @@ def assert_intact(small: SmallRun) -> None:
 def test_a_hang_is_written_down_and_ends_the_run(tmp_path: Path):
     """Rank 1 is stopped as by a debugger; rank 0 waits for it, and then no longer."""
     small = SmallRun(tmp_path, (10, 5000))
-    torchrun = small.torchrun(2, "execution.hang_seconds=3")
-    wait_until(lambda: last_step(small) > 15, torchrun)
-    ranks = workers(torchrun)
+    launcher = torchrun(small, 2, "execution.hang_seconds=3")
+    wait_until(lambda: last_step(small) > 15, launcher)
+    ranks = ranks_of(launcher)
     ranks[1].suspend()
     try:
-        wait_until(lambda: small.run.read_outcome() is not None, torchrun, seconds=300)
+        wait_until(lambda: small.run.read_outcome() is not None, launcher, seconds=300)
         wait_until(lambda: not ranks[0].is_running() or ranks[0].status() == psutil.STATUS_ZOMBIE, seconds=300)
     finally:
         ranks[1].resume()
-    assert small.finish(torchrun) != 0
+    assert launcher.wait(SECONDS) != 0
     outcome = small.run.read_outcome()
     assert outcome["status"] == "failed" and outcome["reason"].startswith("hang: a step took over 3 seconds")
     assert f"exitcode  : {EXIT_CODE}" in small.log()
@@ -57,40 +46,16 @@ def test_a_hang_is_written_down_and_ends_the_run(tmp_path: Path):
     assert_intact(small)
 
 
-HOLDS_THE_LOCK = """
-import re, sys
-from pathlib import Path
-from train.hooks.watchdog import Watchdog
-watchdog = Watchdog(0.5, Path(sys.argv[1]), 0, print)
-with watchdog.watching():
-    for _ in range(2):
+def hold_the_lock(hangs: Path) -> None:
+    watchdog = Watchdog(0.5, hangs, 0, print)
+    with watchdog.watching():
+        for _ in range(2):
+            watchdog.step()
+            watchdog.pause()
         watchdog.step()
-        watchdog.pause()
-    watchdog.step()
-    re.match(r"(a+)+$", "a" * 64 + "b")  # takes longer than anyone waits, and no other thread runs meanwhile
-"""
+        re.match(r"(a+)+$", "a" * 64 + "b")  # takes longer than anyone waits, and no other thread runs meanwhile
 
 
 def test_a_hang_in_which_no_thread_of_python_runs_ends_too(tmp_path: Path):
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run([sys.executable, "-c", HOLDS_THE_LOCK, str(tmp_path)], env=environment, timeout=300)
-    assert done.returncode == 1
+    assert exit_codes(1, hold_the_lock, tmp_path) == [1]
     assert "in match" in (tmp_path / "stacks-rank-0.txt").read_text()
-
-
-def test_ctrl_c_in_a_terminal_saves_a_checkpoint_and_stops(tmp_path: Path):
-    """A terminal sends SIGINT to `openlm train` and all that it started at once."""
-    small = SmallRun(tmp_path, (10, 5000))
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OPENLM_HOME": str(small.home.root)}
-    command = [sys.executable, "-m", "openlm_pipeline", "train", str(small.recipe), "--allow=repeat_data"]
-    with (tmp_path / "openlm.log").open("wb") as log:
-        terminal = psutil.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-    wait_until(lambda: last_step(small) > 12, terminal)
-    trainers = workers(terminal)
-    assert trainers
-    os.killpg(terminal.pid, signal.SIGINT)
-    assert terminal.wait(timeout=300) != 0
-    assert not any(w.is_running() and w.status() != psutil.STATUS_ZOMBIE for w in trainers.values())
-    outcome = small.run.read_outcome()
-    assert outcome["status"] == "preempted"
-    assert outcome["step"] in small.steps_on_disk()

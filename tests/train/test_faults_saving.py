@@ -1,24 +1,27 @@
 """Saves that are killed at any point, and disks that are full: what was complete before is still there, and used."""
 
 import contextlib
+import itertools
 import os
 import resource
 import shutil
+import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from small_run import REPOSITORY, SmallRun
+from gloo_workers import exit_codes
+from save_program import run_and_die
+from small_run import SmallRun
 
 from openlm_pipeline.checkpoints.folders import list_checkpoints, read_checkpoint, verify
 from openlm_pipeline.checkpoints.reading import load_model
 from openlm_pipeline.errors import TrainingError
+from openlm_pipeline.storage.home import Home
 
 FIRST_ONLY = "milestones=[512]"
-MAX_CHANGES = 40
 
 
 def intact(small: SmallRun) -> list[int]:
@@ -49,27 +52,24 @@ def test_a_save_that_is_killed_at_any_change_of_its_folder_loses_nothing(tmp_pat
     """Each run is killed at another point of its second save and trained again; all end with the same weights."""
     first = SmallRun(tmp_path / "first", (2, 4))
     first.train(FIRST_ONLY)
-    roots = [tmp_path / f"killed-{n}" for n in range(MAX_CHANGES)]
-    for root in roots:
-        shutil.copytree(first.home.root, root)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    program = [sys.executable, str(Path(__file__).with_name("save_program.py")), str(first.recipe)]
-    done = subprocess.run(
-        [*program, *map(str, roots)], capture_output=True, text=True, env=environment, timeout=600, check=True
-    )
-    changes = [line for line in done.stdout.splitlines() if line.startswith(("os.", "open ", "done"))]
-    assert changes[-1] == "done", done.stdout + done.stderr
-    killed = roots[: len(changes) - 1]
-    assert len(killed) >= 8  # the folder, each of its files, its new name and its mark
-    assert sum("COMPLETE" in change for change in changes) >= 1
-    for root, change in zip(killed, changes):
+    changes: list[str] = []
+    for at in itertools.count():
         hurt = SmallRun.__new__(SmallRun)
-        hurt.home, hurt.recipe = type(first.home)(root), first.recipe
-        assert 2 in intact(hurt), change
+        hurt.home, hurt.recipe = Home(tmp_path / f"killed-{at}"), first.recipe
+        shutil.copytree(first.home.root, hurt.home.root)
+        said = tmp_path / f"change-{at}"
+        (code,) = exit_codes(1, run_and_die, str(first.recipe), hurt.home.root, at, said)
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        changes.append(said.read_text())
+        assert 2 in intact(hurt), changes
         hurt.train()
-        assert intact(hurt) == [2, 4], change
-        assert not list(hurt.run.checkpoints.glob(".tmp-*")), change
+        assert intact(hurt) == [2, 4], changes
+        assert not list(hurt.run.checkpoints.glob(".tmp-*")), changes
         assert_same(weights(hurt, 4), weights(whole, 4))
+    assert len(changes) >= 8  # the folder, each of its files, its new name and its mark
+    assert sum("COMPLETE" in change for change in changes) >= 1
 
 
 @contextlib.contextmanager

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import openlm
 from gloo_workers import run_program
 from small_run import REPOSITORY, write_dataset
+from torch.distributed.run import parse_args
 
 from openlm_pipeline.checkpoints.folders import list_checkpoints, read_checkpoint
 from openlm_pipeline.checkpoints.reading import load_model
@@ -52,8 +54,7 @@ class Flags:
         self.root, self.home = root, Home(root / "home")
         write_dataset(self.home, "text", 64, seed=0)
         shards = str(self.home.shards("text", "v1"))
-        export = ["openlm_pipeline", "shards", "export", shards, "-o", str(root / "exported")]
-        assert self.run(sys.executable, "-m", *export).returncode == 0
+        assert openlm("shards", "export", shards, "-o", root / "exported", variables={}).returncode == 0
         (root / "tiny.json").write_text(
             '{"hidden_dim": 32, "n_layers": 2, "n_heads": 2, "seq_len": 32, "vocab_size": 260}'
         )
@@ -69,10 +70,6 @@ class Flags:
         usual = {"OMP_NUM_THREADS": "1", "OPENLM_HOME": str(self.home.root), "WANDB_MODE": "offline"}
         return {**os.environ, **usual, "PYTHONPATH": f"{self.root / 'site'}:{REPOSITORY}"}
 
-    def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess:
-        variables = {**self.variables, **environment}
-        return subprocess.run(command, env=variables, text=True, capture_output=True, cwd=self.root, timeout=300)
-
     def forked(self, processes: int, *line: str) -> tuple[list[int], str]:
         """Exit codes and output of `python -m train LINE` as several ranks without torchrun."""
         log = self.root / "forked.log"
@@ -84,7 +81,8 @@ class Flags:
         return README.format(model=self.root / "tiny.json", tar=tars, logs=self.root / "logs").split()
 
     def torchrun(self, *more: str) -> subprocess.CompletedProcess:
-        return self.run(str(TORCHRUN), "--standalone", "--nproc-per-node", "2", "-m", "train", *self.line(), *more)
+        command = [str(TORCHRUN), "--standalone", "--nproc-per-node", "2", "-m", "train", *self.line(), *more]
+        return subprocess.run(command, env=self.variables, text=True, capture_output=True, cwd=self.root, timeout=300)
 
     @property
     def folder(self) -> RunFolder:
@@ -160,10 +158,14 @@ def test_pretrained_weights_are_summed_and_part_of_the_run(trained: Flags):
     assert any(not torch.equal(states[0][n], states[1][n]) for n in states[0])
 
 
-def test_torchrun_refuses_its_own_ambiguities_without_the_hook(trained: Flags):
+def test_torchrun_refuses_its_own_ambiguities_without_the_hook(trained: Flags, capsys: pytest.CaptureFixture[str]):
     """Why the hook is there, without which the README line does not start; `--` before the flags does without it."""
-    line = [str(TORCHRUN), "--standalone", "-m", "train"]
+    line = ["--standalone", "-m", "train"]
     flags = ["--logs", "x", "--log-local"]
-    without = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    assert "ambiguous option: --logs" in trained.run(*line, *flags, **without).stderr
-    assert "--log-local: the first process alone" in trained.run(*line, "--", *flags, **without).stderr
+    with pytest.raises(SystemExit):
+        parse_args([*line, *flags])
+    assert "ambiguous option: --logs" in capsys.readouterr().err
+    given = parse_args([*line, "--", *flags]).training_script_args
+    codes, printed = trained.forked(1, *given)
+    assert codes == [ConfigError.exit_code]
+    assert "--log-local: the first process alone" in printed

@@ -4,38 +4,27 @@ One run of two processes is hurt four times, and compared with one that nobody t
 is in tests/drills/test_killed_trainers.py.
 """
 
-import contextlib
 import signal
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
-from gloo_workers import train_in_processes
-from small_run import BATCH, SmallRun, wait_until
+from gloo_workers import SECONDS, Forked, ranks_of, torchrun, train_in_processes
+from small_run import BATCH, SmallRun
+from waiting import wait_until
 
 from openlm_pipeline.checkpoints.folders import list_checkpoints, verify
 from openlm_pipeline.checkpoints.reading import load_model
 from openlm_pipeline.errors import BusyError
 
-STEPS = (20, 160)
-SAVE_EVERY = 40
+STEPS = (20, 120)
+SAVE_EVERY = 30
 EVERY = f"execution.checkpoint_every={SAVE_EVERY * BATCH}"
 
 
 def last_step(small: SmallRun) -> int:
     return max(small.losses(), default=0)
-
-
-def ranks(launcher: psutil.Popen) -> dict[int, psutil.Process]:
-    """Rank -> process of the trainers below torchrun."""
-    found = {}
-    for process in launcher.children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if "LOCAL_RANK" in (environment := process.environ()):
-                found[int(environment["LOCAL_RANK"])] = process
-    return found
 
 
 def assert_intact(small: SmallRun) -> None:
@@ -95,10 +84,10 @@ def test_a_run_survives_stops_kills_and_a_second_trainer_bitwise(
 ):
     hurt = SmallRun(tmp_path, STEPS)
 
-    def started(after: int, *flags: str) -> psutil.Popen:
-        torchrun = hurt.torchrun(2, EVERY, flags=flags)
-        wait_until(lambda: last_step(hurt) > after + 5, torchrun)
-        return torchrun
+    def started(after: int, *flags: str) -> Forked:
+        launcher = torchrun(hurt, 2, EVERY, flags=flags)
+        wait_until(lambda: last_step(hurt) > after + 5, launcher)
+        return launcher
 
     def stopped() -> int:
         """The step of the checkpoint that a run saved when it was told to stop."""
@@ -109,17 +98,17 @@ def test_a_run_survives_stops_kills_and_a_second_trainer_bitwise(
         return outcome["step"]
 
     # SIGTERM to torchrun: a checkpoint of the step at which it stopped, and an outcome that says so.
-    torchrun = started(SAVE_EVERY)
-    assert len(ranks(torchrun)) == 2
-    torchrun.send_signal(signal.SIGTERM)
-    assert hurt.finish(torchrun) != 0
+    launcher = started(SAVE_EVERY)
+    assert len(ranks_of(launcher)) == 2
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(SECONDS) != 0
     at = stopped()
     assert hurt.steps_on_disk()[20] == f"t{20 * BATCH}"
 
     # While the run is trained again, a second trainer is refused and leaves it unharmed. Then SIGUSR1, as by Slurm.
-    torchrun = started(at, "--signals-to-handle=SIGTERM,SIGUSR1")
+    launcher = started(at, "--signals-to-handle=SIGTERM,SIGUSR1")
     assert f"resumed from step-{at:08d}" in hurt.log()
-    family = [torchrun, *torchrun.children(recursive=True)]
+    family = [launcher, *launcher.children(recursive=True)]
     for process in family:
         process.suspend()  # so that it can't end before the second one has tried
     before = {p: p.stat().st_mtime_ns for p in hurt.run.path.rglob("*") if p.is_file()}
@@ -137,26 +126,26 @@ def test_a_run_survives_stops_kills_and_a_second_trainer_bitwise(
             process.resume()
     assert "already training" in capsys.readouterr().err
     assert after == before
-    torchrun.send_signal(signal.SIGUSR1)
-    assert hurt.finish(torchrun) != 0
+    launcher.send_signal(signal.SIGUSR1)
+    assert launcher.wait(SECONDS) != 0
     again_at = stopped()
     assert again_at > at
 
     # kill -9 of a rank: torchrun starts both again, which resume; and of another, when it may not start any more.
     log_before = hurt.log()
-    torchrun = started(again_at, "--max-restarts=1")
-    killed = ranks(torchrun)
+    launcher = started(again_at, "--max-restarts=1")
+    killed = ranks_of(launcher)
     killed[0].kill()
-    wait_until(lambda: hurt.log().removeprefix(log_before).count("resumed from step-") == 2, torchrun)
-    wait_until(lambda: ranks(torchrun).keys() == {0, 1}, torchrun)
-    assert not set(killed.values()) & set(ranks(torchrun).values())
-    ranks(torchrun)[1].kill()
-    assert hurt.finish(torchrun) != 0
+    wait_until(lambda: hurt.log().removeprefix(log_before).count("resumed from step-") == 2, launcher)
+    wait_until(lambda: ranks_of(launcher).keys() == {0, 1}, launcher)
+    assert not set(killed.values()) & set(ranks_of(launcher).values())
+    ranks_of(launcher)[1].kill()
+    assert launcher.wait(SECONDS) != 0
     assert hurt.run.read_outcome()["status"] == "failed"
     assert hurt.steps_on_disk()[20] == f"t{20 * BATCH}"
     assert_intact(hurt)
 
-    assert hurt.finish(hurt.torchrun(2, EVERY)) == 0, hurt.log()
+    assert torchrun(hurt, 2, EVERY).wait(SECONDS) == 0, hurt.log()
     assert hurt.run.read_outcome() == {"status": "completed", "step": STEPS[-1], "tokens": STEPS[-1] * BATCH}
     assert_intact(hurt)
     assert hurt.losses() == untouched.losses()

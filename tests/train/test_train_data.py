@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from gloo_workers import run_in_processes
-from small_run import SmallRun, wait_until
+from small_run import SmallRun
+from waiting import wait_until
 
 from openlm_pipeline.errors import ConfigError, DataError
 from openlm_pipeline.models import create_model
