@@ -38,15 +38,26 @@ def _say(line: str) -> None:
     console.print(line, markup=False)
 
 
-def _folders(target: str, dataset: str | None) -> list[Path]:
-    """The folders of datasets that a path or recipe stands for."""
+def _is_foreign(folder: Path) -> bool:
+    """Whether a folder holds OpenLM's shards."""
     from openlm_pipeline.shards.dataset import DATASET, MANIFEST
+
+    return (folder / MANIFEST).exists() and not (folder / DATASET).exists()
+
+
+def _folders(target: str, dataset: str | None, *, foreign: bool = False) -> list[Path]:
+    """The folders of datasets that a path or recipe stands for.
+
+    Args:
+        foreign: take OpenLM's too.
+    """
+    from openlm_pipeline.shards.dataset import DATASET
 
     path = Path(target)
     if path.is_dir():
         if dataset is not None:
             raise ConfigError("--dataset chooses among the datasets of a recipe, but a folder was given")
-        if (path / MANIFEST).exists() and not (path / DATASET).exists():
+        if _is_foreign(path) and not foreign:
             raise DataError(f"{path} has no {DATASET}: it holds OpenLM's shards, or an export, and no dataset of ours")
         return [path]
     if path.suffix not in (".yaml", ".yml") and os.sep in target:
@@ -79,21 +90,26 @@ def verify(
 ) -> None:
     """Compare every shard with its sha256 in the manifest, and its provenance with its tokens.
 
-    Names each damaged shard, and ends with exit code 4 if there is one.
+    OpenLM's own shards, which have no hashes, are read as training would read them. Names each damaged shard, and ends
+    with exit code 4 if there is one.
 
     Example: openlm shards verify pretrain_1b --quick
     """
-    from openlm_pipeline.shards.dataset import read_manifest
+    from openlm_pipeline.shards.dataset import MANIFEST
+    from openlm_pipeline.shards.foreign import check_foreign
     from openlm_pipeline.shards.inspect import check_shards
 
     progress = Console(stderr=True)
     damaged = 0
-    for folder in _folders(target, dataset):
-        count = len(read_manifest(folder))
+    for folder in _folders(target, dataset, foreign=True):
+        foreign = _is_foreign(folder)
+        if not (folder / MANIFEST).exists():
+            raise MissingInputError(f"there are no finished shards in {folder}; `openlm tokenize RECIPE` makes them")
+        count = sum(1 for _ in (folder / MANIFEST).open("rb"))
         checks = track(
-            check_shards(folder, quick=quick),
+            check_foreign(folder, quick=quick) if foreign else check_shards(folder, quick=quick),
             "verifying",
-            count + 1,
+            count + (not foreign),
             console=progress,
             transient=True,
             disable=not progress.is_terminal,
@@ -102,8 +118,10 @@ def verify(
         for problem in problems:
             _say(problem)
         damaged += len(problems)
-        what = "size" if quick else "sha256"
-        _say(f"{folder}: {count} shards, {f'{len(problems)} problems' if problems else f'all of the right {what}'}")
+        good = "all there" if quick else "all whole"
+        if not foreign:
+            good = f"all of the right {'size' if quick else 'sha256'}"
+        _say(f"{folder}: {count} shards, {f'{len(problems)} problems' if problems else good}")
     if damaged:
         raise DataError(
             f"{damaged} problems found, listed above. Restore these files from a copy, or delete the dataset's folder "
