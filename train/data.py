@@ -46,10 +46,12 @@ class Batches:
             )
         vocab_size = experiment.model_config_resolved().vocab_size
         for d in datasets:
-            if d.info["tokenizer"]["vocab_size"] > vocab_size:
+            used = d.info["tokenizer"]
+            largest = used.get("largest_id", used["vocab_size"] - 1)
+            if largest >= vocab_size:
                 raise ConfigError(
-                    f"the tokenizer of {d.folder} has {d.info['tokenizer']['vocab_size']} ids, "
-                    f"more than the model's vocab_size {vocab_size}"
+                    f"{d.folder} may hold the id {largest}, and the model's embedding has {vocab_size} rows: set "
+                    f"model.vocab_size to {largest + 1} or more, or tokenize with the model's own tokenizer"
                 )
         self.datasets = datasets
         training = experiment.training

@@ -184,9 +184,9 @@ def inspect(
     folder = _folder(target, dataset)
     spans = sample_spans(folder, sample)
     path = tokenizer_of(folder, tokenizer)
-    from tokenizers import Tokenizer
+    from openlm_pipeline.tokenizers.engine import load_any
 
-    decoder = Tokenizer.from_file(str(path))
+    decoder = load_any(path)
     _say(f"sample {sample} of {folder}, {sum(len(s.ids) for s in spans):,} tokens, {len(spans)} parts")
     for span in spans:
         place = f"tokens {span.start} to {span.start + len(span.ids) - 1}: "

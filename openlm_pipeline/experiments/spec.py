@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, StringConstraints, create_model, field_validator, model_validator
 
+from openlm_pipeline.fingerprint import Neutral
 from openlm_pipeline.models.config import ModelConfig, resolve_model
 from openlm_pipeline.registry import (
     LAUNCHERS,
@@ -68,6 +69,9 @@ class Source(Strict):
     text_key: str = "text"
     max_bad_fraction: float = Field(default=0.001, ge=0, le=1)
     """Share of bad records above which a file fails instead of being quarantined record by record."""
+    special_tokens: Annotated[Literal["ids", "text"], Neutral("ids")] = "ids"
+    """What the string of a special token, such as `<|endoftext|>`, becomes where it stands in a document: that token's
+    id, or with `text` the ids of its letters."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Source":
