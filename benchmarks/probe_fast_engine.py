@@ -8,7 +8,7 @@ decomposition ends in one, is taken as well (`marks` after `ends_in_mark`). Each
 short contexts that exercise normalization and each pre-tokenizer that the fast engine is trusted with; those that
 differ join `always`. The tokenizers of the probe merge every pair of bytes, in an order drawn at random, so a word that
 ends elsewhere shows in the ids. Documents that hold what was found are encoded by Hugging Face `tokenizers`. Run it
-again when either library changes its version, or a pre-tokenizer is added; it takes some four minutes, and needs Python
+again when either library changes its version, or a pre-tokenizer is added; it takes seven CPU-minutes, and needs Python
 3.11, whose `unicodedata` is Unicode 14.
 """
 

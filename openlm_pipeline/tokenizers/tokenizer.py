@@ -158,7 +158,7 @@ def make_tokenizer(
         if info.identity == identity and same_file:
             if info.stamps != stamps:  # touched, but the same: remember it, or it is hashed again each time
                 info = replace(info, stamps=stamps)
-                write_json(folder / _INFO, asdict(info))
+                write_json(folder / _INFO, {**read_json(folder / _INFO), "stamps": stamps})
             return info, True, []
         changed = differences(info.identity, identity) or ["the content of tokenizer.json"]
         what = "\n  ".join([f"{folder} holds another tokenizer. What differs:", *changed])

@@ -16,7 +16,7 @@ import numpy as np
 import orjson
 
 from openlm_pipeline.registry import ENGINES
-from openlm_pipeline.tokenizers.engine import load_reference
+from openlm_pipeline.tokenizers.engine import largest_id, load_reference
 from openlm_pipeline.tokenizers.engines import Encoded, Engine
 from openlm_pipeline.tokenizers.strings import Strings
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _RESET_BYTES = 256 << 20
 """gigatoken 0.10 caches every distinct word it sees; a new tokenizer starts with an empty cache."""
 _MAX_ID = 1 << 21
-"""gigatoken makes a table of as many rows as the largest id says."""
+"""gigatoken makes a table of as many rows as the largest id says, and `tokenizers` counts up to it when it is saved."""
 _ALWAYS, _MARK, _ENDS_IN_MARK = 1, 2, 4
 
 _REST = r"[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -93,6 +93,8 @@ def exact_form(tokenizer_json: Path, special_as_text: bool) -> ExactForm:
 @lru_cache(maxsize=2)
 def _exact_form(tokenizer_json: Path, special_as_text: bool, *stamp: int) -> ExactForm:
     reference = load_reference(tokenizer_json)
+    if largest_id(reference) >= _MAX_ID:
+        raise Unfit(f"it has ids from {_MAX_ID:,} on")
     config = orjson.loads(reference.to_str())  # all defaults filled in, of equal merges the one that counts
     nfc = _check_parts(config)
     vocab, merges = _check_model(config["model"], reference.get_vocab_size(with_added_tokens=False))
@@ -137,8 +139,6 @@ def _check_model(model: dict[str, Any], size: int) -> tuple[dict[str, int], list
             raise Unfit(f"its model has {option}")
     if len(model["vocab"]) != size:
         raise Unfit("two of its tokens have one id")
-    if max(model["vocab"].values(), default=0) >= _MAX_ID:
-        raise Unfit(f"it has ids from {_MAX_ID:,} on")
     # Other strings can't come out of bytes; gigatoken would take them for the bytes of their UTF-8.
     alphabet = set(ByteLevel.alphabet())
     vocab = {token: i for token, i in model["vocab"].items() if alphabet.issuperset(token)}
@@ -164,8 +164,6 @@ def _sort_added_tokens(
             raise Unfit(f"NFC may change its added token {token.content!r}")
         if len(token.content.encode()) == 1:
             raise Unfit(f"its added token {token.content!r} is one byte")
-        if i >= _MAX_ID:
-            raise Unfit(f"it has ids from {_MAX_ID:,} on")
         if (
             (token.special and special_as_text)
             or token.lstrip
