@@ -143,6 +143,8 @@ def _print_stats(found: "DatasetStats") -> None:
         "end-of-text id": info["eot_id"],
         "padding id": "none" if info["pad_id"] is None else info["pad_id"],
     }
+    if (special := totals.get("special_strings")) is not None:
+        rows["special tokens' strings in documents"] = f"{special:,}"
     if lengths := found.document_tokens:
         rows["tokens per document"] = ", ".join(f"{_quantile(q)} {tokens:,}" for q, tokens in lengths.items())
     _print_table(Table(show_header=False, box=None), ([name, str(value)] for name, value in rows.items()))
