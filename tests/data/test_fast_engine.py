@@ -105,6 +105,7 @@ SERVED: dict[str, tuple[Change, int]] = {
     "lstrip": (lambda c: c["added_tokens"][0].update(lstrip=True), 150),
     "rstrip": (lambda c: c["added_tokens"][0].update(rstrip=True), 150),
     "single_word": (lambda c: added(c, "the", single_word=True), 150),
+    "NFC makes it": (lambda c: added(c, "``"), 240),
     "NFC changes it": (lambda c: added(c, "the =", normalized=True), 150),
     "two kinds that overlap": (lambda c: (added(c, "th", normalized=True), added(c, "he")), 120),
     "ids that are not consecutive": (lambda c: added(c, "the"), 240),
@@ -137,7 +138,7 @@ def test_a_tokenizer_that_it_may_take_otherwise_is_left_to_the_reference(kind, t
 @pytest.mark.parametrize("kind", SERVED)
 def test_a_tokenizer_that_it_takes_gets_the_ids_of_the_reference(kind, tmp_path):
     change, at_least = SERVED[kind]
-    assert check_equal(made(tmp_path, change), texts(2)) >= at_least
+    assert check_equal(made(tmp_path, change), [*texts(2), "\u1fef\u1fef", "the =\u0338"]) >= at_least
 
 
 def test_generated_tokenizers_get_the_ids_of_the_reference(tmp_path):

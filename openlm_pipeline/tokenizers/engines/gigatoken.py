@@ -142,13 +142,9 @@ def _check_model(model: dict[str, Any], size: int) -> tuple[dict[str, int], list
     # Other strings can't come out of bytes; gigatoken would take them for the bytes of their UTF-8.
     alphabet = set(ByteLevel.alphabet())
     vocab = {token: i for token, i in model["vocab"].items() if alphabet.issuperset(token)}
-    merges = [pair for pair in model["merges"] if pair[0] in vocab and pair[1] in vocab]
-    made = [vocab[a + b] for a, b in merges]
-    if len(set(made)) != len(made):
-        # gigatoken takes ids for ranks while they rise, and so has one rank for all merges that make one token. The
-        # first said once more, which changes nothing else, makes it go by the order of the list.
-        merges = [*merges, merges[0]]
-    return vocab, merges
+    # gigatoken takes ids for ranks while they rise, so all merges that make one token have one rank. That is exact:
+    # what becomes a token merges as it does when it stands alone, so only one of them ever meets its two parts.
+    return vocab, [pair for pair in model["merges"] if pair[0] in vocab and pair[1] in vocab]
 
 
 def _sort_added_tokens(
