@@ -194,6 +194,7 @@ def _report_files(
             "quarantined": file.quarantined,
             "tokens": file.tokens,
             "text_bytes": file.text_bytes,
+            **({} if file.special_strings is None else {"special_strings": file.special_strings}),
             "engine": file.engine,
             "seconds": file.seconds,
             "tokens_per_second": file.tokens / max(file.seconds, 1e-3),

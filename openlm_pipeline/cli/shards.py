@@ -161,6 +161,8 @@ def _print_stats(found: "DatasetStats") -> None:
         "end-of-text id": info["eot_id"],
         "padding id": "none" if info["pad_id"] is None else info["pad_id"],
     }
+    if (special := totals.get("special_strings")) is not None:
+        rows["special tokens' strings in documents"] = f"{special:,}"
     if lengths := found.document_tokens:
         rows["tokens per document"] = ", ".join(f"{_quantile(q)} {tokens:,}" for q, tokens in lengths.items())
     _print_table(Table(show_header=False, box=None), ([name, str(value)] for name, value in rows.items()))
@@ -202,9 +204,9 @@ def inspect(
     folder = _folder(target, dataset)
     spans = sample_spans(folder, sample)
     path = tokenizer_of(folder, tokenizer)
-    from tokenizers import Tokenizer
+    from openlm_pipeline.tokenizers.engine import load_any
 
-    decoder = Tokenizer.from_file(str(path))
+    decoder = load_any(path)
     _say(f"sample {sample} of {folder}, {sum(len(s.ids) for s in spans):,} tokens, {len(spans)} parts")
     for span in spans:
         place = f"tokens {span.start} to {span.start + len(span.ids) - 1}: "

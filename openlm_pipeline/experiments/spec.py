@@ -76,6 +76,9 @@ class Source(Strict):
     max_bad_fraction: float = Field(default=0.001, ge=0, le=1)
     """Share of bad records above which a file fails instead of being quarantined record by record; so does one of whose
     bytes ten times that share are in bad records."""
+    special_tokens: Annotated[Literal["ids", "text"], Neutral("ids")] = "ids"
+    """What the string of a special token, such as `<|endoftext|>`, becomes where it stands in a document: that token's
+    id, or with `text` the ids of its letters."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Source":

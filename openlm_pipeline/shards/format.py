@@ -34,6 +34,7 @@ class SampleFormat:
 
     @classmethod
     def for_vocabulary(cls, sample_tokens: int, vocab_size: int) -> "SampleFormat":
+        """The format for ids below `vocab_size`."""
         return cls(sample_tokens, "uint16" if vocab_size <= 1 << 16 else "uint32")
 
     @cached_property

@@ -48,7 +48,8 @@ def round_trip(
         IdentityError: a raw file is no longer the one that the dataset was made from.
         DataError: a shard, its provenance or a raw file is damaged.
     """
-    tokenizer = load_reference(tokenizer_of(dataset.folder))
+    as_text = any(identity.get("special_tokens") == "text" for identity in dataset.info["inputs"].values())
+    tokenizer = load_reference(tokenizer_of(dataset.folder), special_as_text=as_text)
     by_name = {raw.name: raw for raw in raw_files}
     exact, lossy, damaged = 0, 0, []
     for name, drawn in _draw(dataset, documents, np.random.default_rng(seed)).items():

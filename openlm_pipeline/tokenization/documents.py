@@ -13,7 +13,7 @@ never less than some 250 MiB for the engines.
 import hashlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -36,7 +36,7 @@ from openlm_pipeline.pools import TaskProgress
 from openlm_pipeline.shards.format import SampleFormat
 from openlm_pipeline.storage.files import atomic_writer, read_json, write_json
 from openlm_pipeline.storage.remote import sha256_url
-from openlm_pipeline.tokenizers.engine import EngineMismatch, make_engine
+from openlm_pipeline.tokenizers.engine import EngineMismatch, load_reference, make_engine, special_strings
 from openlm_pipeline.tokenizers.engines import Encoded
 from openlm_pipeline.tokenizers.tokenizer import TokenizerInfo, tokenizer_file
 
@@ -71,6 +71,9 @@ class FileTokens:
     """Decompressed bytes of the file; 0 in those of the first release."""
     bad_bytes: int = 0
     """Those of them in bad records."""
+    special_strings: int | None = None
+    """How often the string of a special token, such as `<|endoftext|>`, stands in a document; None in what a release
+    before this field wrote."""
 
     @property
     def version(self) -> str:
@@ -97,6 +100,7 @@ class PartTokens:
     seconds: float
     content_bytes: int = 0
     bad_bytes: int = 0
+    special_strings: int | None = None
 
 
 @dataclass(frozen=True)
@@ -132,12 +136,15 @@ def files_tree(dataset: Dataset) -> Tree:
 
 
 def _settings(dataset: Dataset, tokenizer: TokenizerInfo) -> dict[str, Any]:
-    return {
+    tree = {
         **files_tree(dataset),
         "tokenizer_sha256": tokenizer.sha256,
         "eot_id": tokenizer.eot_id,
         "code": STAGE_VERSION,
     }
+    if tokenizer.switched_off:  # the first release cut or padded documents by them
+        tree["switched_off"] = tokenizer.switched_off
+    return tree
 
 
 def _identity(dataset: Dataset, tokenizer: TokenizerInfo, raw_sha256: str) -> dict[str, Any]:
@@ -159,7 +166,7 @@ def _part_identity(dataset: Dataset, tokenizer: TokenizerInfo, raw: RawFile, par
 
 
 def _token_bytes(tokenizer: TokenizerInfo) -> int:
-    return SampleFormat.for_vocabulary(1, tokenizer.vocab_size).numpy_dtype.itemsize
+    return SampleFormat.for_vocabulary(1, tokenizer.num_rows).numpy_dtype.itemsize
 
 
 def finished(dataset: Dataset, raw: RawFile, tokenizer: TokenizerInfo, folder: Path) -> FileTokens | None:
@@ -283,10 +290,13 @@ def tokenize_part(
         if done.identity == identity and paths.sizes_fit(done, _token_bytes(tokenizer)):
             return done
         paths.done.unlink()
-    engine, engine_reason = make_engine(tokenizer_file(tokenizer_folder), dataset.engine, dataset.verify_every)
-    dtype = SampleFormat.for_vocabulary(1, tokenizer.vocab_size).numpy_dtype
+    path = tokenizer_file(tokenizer_folder)
+    as_text = dataset.source.special_tokens == "text"
+    engine, engine_reason = make_engine(path, dataset.engine, dataset.verify_every, special_as_text=as_text)
+    special = special_strings(load_reference(path))
+    dtype = SampleFormat.for_vocabulary(1, tokenizer.num_rows).numpy_dtype
     digest = hashlib.sha256()
-    text_bytes = tokens = 0
+    text_bytes = tokens = found = 0
     with (
         QuarantineWriter(paths.quarantine) as quarantine,
         atomic_writer(paths.tokens, shared=True) as out,
@@ -314,6 +324,7 @@ def tokenize_part(
             index.write(np.stack([numbers, encoded.lengths + 1], axis=1).astype(INDEX_DTYPE).tobytes())
             text_bytes += sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
             tokens += len(ids) // dtype.itemsize
+            found += sum(special.count(text) for text in texts)
             progress({"raw_bytes": reader.raw_bytes, "tokens": tokens})
     result = PartTokens(
         identity=identity,
@@ -329,6 +340,7 @@ def tokenize_part(
         seconds=time.monotonic() - started,
         content_bytes=reader.bytes,
         bad_bytes=reader.bad_bytes,
+        special_strings=found,
     )
     write_json(paths.done, asdict(result))
     return result
@@ -412,12 +424,19 @@ def join_parts(
         seconds=round(sum(p.seconds for p in parts), 3),
         content_bytes=content_bytes,
         bad_bytes=bad_bytes,
+        special_strings=added_up(p.special_strings for p in parts),
     )
     write_json(final.done, asdict(result))
     for paths in sources:
         for path in (paths.tokens, paths.documents, paths.quarantine, paths.done):
             path.unlink(missing_ok=True)
     return result
+
+
+def added_up(counts: Iterable[int | None]) -> int | None:
+    """The sum; None where one is not known."""
+    known = list(counts)
+    return None if None in known else sum(known)
 
 
 def remove_parts(folder: Path, names: set[str]) -> None:

@@ -28,6 +28,7 @@ from openlm_pipeline.storage.files import (
 )
 from openlm_pipeline.tokenization.documents import (
     FileTokens,
+    added_up,
     finished,
     join_parts,
     leave_in,
@@ -310,7 +311,7 @@ def _pack(
     pools: PoolFactory,
     report: Say,
 ) -> None:
-    sample_format = SampleFormat.for_vocabulary(dataset.seq_len + 1, tokenizer.vocab_size)
+    sample_format = SampleFormat.for_vocabulary(dataset.seq_len + 1, tokenizer.num_rows)
     order = write_order(files, tokenized, dataset.shuffle_seed, building)
     num_samples, tail = divmod(order.num_tokens, sample_format.sample_tokens)
     padding = 0
@@ -367,7 +368,12 @@ def _pack(
         "name": dataset.name,
         "version": dataset.version,
         "fingerprint": fingerprint(identity),
-        "tokenizer": {"name": tokenizer.name, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
+        "tokenizer": {
+            "name": tokenizer.name,
+            "sha256": tokenizer.sha256,
+            "vocab_size": tokenizer.vocab_size,
+            "largest_id": tokenizer.num_rows - 1,
+        },
         "eot_id": tokenizer.eot_id,
         "pad_id": dataset.pad_id,
         "seq_len": dataset.seq_len,
@@ -378,6 +384,7 @@ def _pack(
             "documents": sum(f.documents for f in files),
             "quarantined": sum(f.quarantined for f in files),
             "text_bytes": sum(f.text_bytes for f in files),
+            "special_strings": added_up(f.special_strings for f in files),
             "tokens": tokens,
             "samples": num_samples,
             "tail_tokens": tail,

@@ -16,9 +16,9 @@ class HuggingFaceEngine(Engine):
 
     title = "Hugging Face tokenizers"
 
-    def __init__(self, tokenizer_json: Path) -> None:
+    def __init__(self, tokenizer_json: Path, *, special_as_text: bool = False) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a Dask worker is one core; more threads cost CPU and give none
-        self._tokenizer = load_reference(tokenizer_json)
+        self._tokenizer = load_reference(tokenizer_json, special_as_text=special_as_text)
 
     def encode_batch(self, texts: list[str]) -> Encoded:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
