@@ -1,11 +1,13 @@
 """A document's ids in the shards are all of those that `tokenizers` gives, whatever else the tokenizer.json says."""
 
 import json
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import random_tokenizers
 from small_dataset import EOT, SmallDataset, documents
 from tokenizers import Tokenizer
 
@@ -16,6 +18,7 @@ from openlm_pipeline.pools import PoolFactory
 from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.round_trip import round_trip
 from openlm_pipeline.storage.files import read_json, write_json
+from openlm_pipeline.tokenizers.engines.huggingface import can_cut, pieces
 from openlm_pipeline.tokenizers.tokenizer import read_tokenizer_info
 
 Small = Callable[..., SmallDataset]
@@ -213,3 +216,21 @@ def test_a_tokenizer_file_that_cannot_be_read_is_named(small: Small, inline: Poo
     (made.root / "small_bpe.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"small_bpe\.json is not a tokenizer\.json"):
         made.run(inline)
+
+
+def test_a_long_text_in_pieces_has_the_ids_of_the_whole() -> None:
+    cuts = 0
+    for seed in range(120):
+        rng = random.Random(seed)
+        made = Tokenizer.from_str(json.dumps(random_tokenizers.tokenizer(rng)))
+        made.no_truncation()
+        made.no_padding()
+        if made.model.dropout or not can_cut(made):
+            continue
+        for _ in range(4):
+            whole = "".join(rng.choices([*random_tokenizers.BITS, *random_tokenizers.CONTENTS, "a ", "s  "], k=40))
+            cut = list(pieces(whole, rng.randint(1, 9)))
+            ids = [made.encode(piece, add_special_tokens=False).ids for piece in cut]
+            assert sum(ids, []) == made.encode(whole, add_special_tokens=False).ids, f"seed {seed}: {cut}"
+            cuts += len(cut) - 1
+    assert cuts > 500
