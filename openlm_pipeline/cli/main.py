@@ -95,6 +95,10 @@ def tokenize(
     seed: Annotated[int, typer.Option(help="Seed of the document order.")] = 42,
     content_key: Annotated[str, typer.Option(help="Field of the text; `meta.text` is in the field meta.")] = "text",
     eot: Annotated[str, typer.Option(help="Token that ends each document.")] = "<|endoftext|>",
+    bos: Annotated[str | None, typer.Option(help="Token that begins each document; by default none.")] = None,
+    special_tokens: Annotated[
+        str, typer.Option(help="What `<|endoftext|>` and the like become inside documents: ids, or text.")
+    ] = "ids",
     engine: Annotated[str, typer.Option(help="Tokenizer engine: auto, or one by name.")] = "auto",
     format: Annotated[str | None, typer.Option(help="Suffix as which all files are read, such as .jsonl.")] = None,
     max_bad_fraction: Annotated[
@@ -141,12 +145,13 @@ def tokenize(
             seq_len=seqlen,
             seed=seed,
             pad_id=pad_id,
-            spec={"eot": eot},
+            spec={"eot": eot, "bos": bos},
             source={
                 "text_key": content_key,
                 "format": format,
                 "max_bad_fraction": max_bad_fraction,
                 "on_bad_file": on_bad_file,
+                "special_tokens": special_tokens,
             },
             engine=engine,
             upload=target,

@@ -44,6 +44,12 @@ class TokenizerSpec(Strict):
     train: TrainedTokenizer | None = None
     eot: str = "<|endoftext|>"
     """The token that ends each document."""
+    bos: Annotated[str | None, Neutral(None)] = None
+    """A token that begins each document, such as `<s>`; by default there is none."""
+
+    def ends(self) -> dict[str, str]:
+        """The tokens at a document's ends, as identities hold them."""
+        return {"eot": self.eot, **({"bos": self.bos} if self.bos is not None else {})}
 
     @model_validator(mode="after")
     def _one_origin(self) -> "TokenizerSpec":

@@ -225,7 +225,7 @@ def _tokenizer(experiment: Experiment, home: Home) -> tuple[TokenizerInfo | None
     made_from = (
         {"train": settings_tree(spec.train), "code": TRAINING_VERSION} if spec.train else {"source": spec.source}
     )
-    changed = differences(recorded, {**made_from, "eot": spec.eot})
+    changed = differences(recorded, {**made_from, **spec.ends()})
     if changed:
         return info, Artefact(name, "stale", tuple(changed), "supersede")
     return info, Artefact(name, "fresh")

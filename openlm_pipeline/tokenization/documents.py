@@ -140,6 +140,7 @@ def _settings(dataset: Dataset, tokenizer: TokenizerInfo) -> dict[str, Any]:
         **files_tree(dataset),
         "tokenizer_sha256": tokenizer.sha256,
         "eot_id": tokenizer.eot_id,
+        **({"bos_id": tokenizer.bos_id} if tokenizer.bos_id is not None else {}),
         "code": STAGE_VERSION,
     }
     if tokenizer.switched_off:  # the first release cut or padded documents by them
@@ -235,15 +236,20 @@ def left_out(dataset: Dataset, raw_files: list[RawFile], tokenizer: TokenizerInf
     return found
 
 
-def _with_end_of_text(encoded: Encoded, eot_id: int, dtype: np.dtype) -> np.ndarray:
-    """The ids of all texts, each followed by the end-of-text."""
-    ends = np.cumsum(encoded.lengths + 1) - 1
-    out = np.empty(len(encoded.ids) + len(ends), dtype)
+def _with_ends(encoded: Encoded, tokenizer: TokenizerInfo, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of all texts, each followed by the end-of-text, and after what begins a document; and their lengths."""
+    begins = tokenizer.bos_id is not None
+    lengths = encoded.lengths + 1 + begins
+    ends = np.cumsum(lengths)
+    out = np.empty(len(encoded.ids) + (1 + begins) * len(ends), dtype)
     is_id = np.ones(len(out), bool)
-    is_id[ends] = False
+    is_id[ends - 1] = False
+    out[ends - 1] = tokenizer.eot_id
+    if begins:
+        is_id[ends - lengths] = False
+        out[ends - lengths] = tokenizer.bos_id
     out[is_id] = encoded.ids
-    out[ends] = eot_id
-    return out
+    return out, lengths
 
 
 def _batches(reader: RecordReader) -> Iterator[tuple[list[int], list[str]]]:
@@ -318,10 +324,11 @@ def tokenize_part(
                     f"{raw.url}, record {numbers[e.position]} from byte {part.begin} on: {e}. Set "
                     "execution.tokenizer_engine=huggingface to use the slower one alone, and please report the document"
                 ) from e
-            ids = _with_end_of_text(encoded, tokenizer.eot_id, dtype).tobytes()
+            stream, lengths = _with_ends(encoded, tokenizer, dtype)
+            ids = stream.tobytes()
             out.write(ids)
             digest.update(ids)
-            index.write(np.stack([numbers, encoded.lengths + 1], axis=1).astype(INDEX_DTYPE).tobytes())
+            index.write(np.stack([numbers, lengths], axis=1).astype(INDEX_DTYPE).tobytes())
             text_bytes += sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
             tokens += len(ids) // dtype.itemsize
             found += sum(special.count(text) for text in texts)

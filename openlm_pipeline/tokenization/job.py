@@ -375,6 +375,7 @@ def _pack(
             "largest_id": tokenizer.num_rows - 1,
         },
         "eot_id": tokenizer.eot_id,
+        **({"bos_id": tokenizer.bos_id} if tokenizer.bos_id is not None else {}),
         "pad_id": dataset.pad_id,
         "seq_len": dataset.seq_len,
         "dtype": sample_format.dtype,

@@ -41,6 +41,8 @@ class TokenizerInfo:
     """Stamp of each raw file when it was hashed: an equal one means that its content need not be hashed again."""
     largest_id: int | None = None
     """None only in what a release before this field wrote; `read_tokenizer_info` fills it in."""
+    bos_id: int | None = None
+    """What begins each document, if anything does."""
     switched_off: list[str] | None = None
     """Which of `truncation` and `padding` the file has, that do nothing here; None as for `largest_id`."""
 
@@ -147,9 +149,9 @@ def make_tokenizer(
     stamps = {raw.name: raw.stamp for raw in files} if spec.train else {}
     if spec.train:
         corpus = {raw.name: _recorded_hash(info, raw) or sha256_url(raw.url) for raw in files}
-        identity = {"train": settings_tree(spec.train), "eot": spec.eot, "corpus": corpus, "code": TRAINING_VERSION}
+        identity = {"train": settings_tree(spec.train), **spec.ends(), "corpus": corpus, "code": TRAINING_VERSION}
     else:
-        identity = {"source": spec.source, "eot": spec.eot}
+        identity = {"source": spec.source, **spec.ends()}
     changed: list[str] = []
     if info:
         local = spec.source is not None and Path(spec.source).exists()
@@ -191,11 +193,17 @@ def _describe(spec: TokenizerSpec, path: Path, identity: dict[str, Any]) -> Toke
     except Exception as e:  # noqa: BLE001 - `tokenizers` raises bare Exception for a file it cannot read
         raise ConfigError(f"{spec.source or path} is not a tokenizer.json: {e}") from e
     eot_id = tokenizer.token_to_id(spec.eot)
+    if spec.bos is not None and tokenizer.token_to_id(spec.bos) is None:
+        raise ConfigError(
+            f"tokenizer {spec.name} has no token {spec.bos!r}; set `tokenizer.bos`, or --bos, to one of its"
+        )
     if eot_id is None:
         raise ConfigError(
-            f"tokenizer {spec.name} has no token {spec.eot!r}; set `tokenizer.eot` to its end-of-text token"
+            f"tokenizer {spec.name} has no token {spec.eot!r}; set `tokenizer.eot`, or --eot, to its end-of-text token"
         )
-    return TokenizerInfo(spec.name, sha256_file(path), tokenizer.get_vocab_size(), eot_id, identity, **_facts(path))
+    bos_id = None if spec.bos is None else tokenizer.token_to_id(spec.bos)
+    sha256, size = sha256_file(path), tokenizer.get_vocab_size()
+    return TokenizerInfo(spec.name, sha256, size, eot_id, identity, bos_id=bos_id, **_facts(path))
 
 
 def _facts(path: Path) -> dict[str, Any]:

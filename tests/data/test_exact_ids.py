@@ -234,3 +234,24 @@ def test_a_long_text_in_pieces_has_the_ids_of_the_whole() -> None:
             assert sum(ids, []) == made.encode(whole, add_special_tokens=False).ids, f"seed {seed}: {cut}"
             cuts += len(cut) - 1
     assert cuts > 500
+
+
+def test_a_token_that_begins_each_document(small: Small, inline: PoolFactory) -> None:
+    plain = small("plain")
+    plain.write({"a.jsonl": documents(30)})
+    plain.run(inline)
+    source = {"name": "small_bpe", "source": str(plain.root / "small_bpe.json")}
+    made = small("bos", {"tokenizer": {**source, "bos": "<|padding|>"}})
+    made.write({"a.jsonl": documents(30)})
+    made.run(inline)
+    bos = Tokenizer.from_file(source["source"]).token_to_id("<|padding|>")
+    with_bos, without = made.recovered(), plain.recovered()
+    assert {key: ids[0] for key, ids in with_bos.items()} == dict.fromkeys(with_bos, bos)
+    whole = [key for key in with_bos if len(with_bos[key]) == len(without.get(key, [])) + 1]
+    assert len(whole) > 20 and all(with_bos[key][1:] == without[key] for key in whole)
+    found = round_trip(ShardedDataset(made.shards), discover(made.dataset, made.home), "text")
+    assert found.exact > 5 and not found.damaged
+    other = small("other", {"tokenizer": {**source, "bos": "<s>"}})
+    other.write({"a.jsonl": documents(3)})
+    with pytest.raises(ConfigError, match=r"no token '<s>'; `tokenizer\.bos`, or --bos"):
+        other.run(inline)
