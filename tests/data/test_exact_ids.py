@@ -253,5 +253,5 @@ def test_a_token_that_begins_each_document(small: Small, inline: PoolFactory) ->
     assert found.exact > 5 and not found.damaged
     other = small("other", {"tokenizer": {**source, "bos": "<s>"}})
     other.write({"a.jsonl": documents(3)})
-    with pytest.raises(ConfigError, match=r"no token '<s>'; `tokenizer\.bos`, or --bos"):
+    with pytest.raises(ConfigError, match=r"no token '<s>'; set `tokenizer\.bos`, or --bos"):
         other.run(inline)
