@@ -48,6 +48,7 @@ _CHECKS = (  # name, whether it blocks, what it says
     ("shard_checksums", True, "Shards have the sha256 of the manifest; those read before or in a store, its size."),
     ("round_trip", True, "Documents drawn from the shards are, token by token, the text of their raw records."),
     ("quarantine_rate", False, "Share of bad records, against the source's max_bad_fraction."),
+    ("no_file_left_out", False, "No raw file was left out because it is damaged (the source's on_bad_file: skip)."),
 )
 _EVENTS_PER_QUERY = 1000
 _LAST_CHECKS = 20
@@ -193,6 +194,7 @@ def _report_files(
             "quarantined": file.quarantined,
             "tokens": file.tokens,
             "text_bytes": file.text_bytes,
+            **({} if file.special_strings is None else {"special_strings": file.special_strings}),
             "engine": file.engine,
             "seconds": file.seconds,
             "tokens_per_second": file.tokens / max(file.seconds, 1e-3),
@@ -381,6 +383,8 @@ def _check_shards(context: dg.AssetCheckExecutionContext, dataset: Dataset) -> I
         rate = totals["quarantined"] / max(1, totals["documents"] + totals["quarantined"])
         limit = dataset.source.max_bad_fraction
         yield result("quarantine_rate", rate <= limit, rate=rate, limit=limit, quarantined=totals["quarantined"])
+        skipped = made.info.get("skipped", {})
+        yield result("no_file_left_out", not skipped, "\n".join(skipped.values()) or None, files=len(skipped))
         try:
             facts = _verified(context, made, shards_key(dataset), "shard_checksums")
         except DataError as e:

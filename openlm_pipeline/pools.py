@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import Field, ValidationError, model_validator
 
-from openlm_pipeline.errors import ClusterError, ConfigError, MissingInputError
+from openlm_pipeline.errors import ClusterError, ConfigError, DataError, MissingInputError
 from openlm_pipeline.result import ProgressLine, Say
 from openlm_pipeline.strict import Strict, expand_variables, explain, read_mapping
 
@@ -52,6 +52,8 @@ class Pool(Protocol):
     def run(self, calls: dict[str, Call], on_progress: Callable[[str, Facts], None]) -> Iterator[tuple[str, Any]]:
         """Run each named call; yield (name, result) as they end, and raise the first error.
 
+        The result of a call that found damaged data is the `DataError`, so that one run finds all that is damaged.
+
         Args:
             on_progress: gets a task's name and its numbers so far, about once per second.
         """
@@ -73,7 +75,11 @@ class InProcess:
             def progress(facts: Facts, name: str = name) -> None:
                 on_progress(name, facts)
 
-            yield name, function(*arguments, progress=progress)
+            try:
+                result = function(*arguments, progress=progress)
+            except DataError as e:
+                result = e
+            yield name, result
 
 
 def _on_worker(topic: str, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -88,7 +94,10 @@ def _on_worker(topic: str, name: str, function: Callable[..., Any], *arguments: 
             sent = time.monotonic()
             worker.log_event(topic, {"name": name, "facts": facts})
 
-    return function(*arguments, progress=progress)
+    try:
+        return function(*arguments, progress=progress)
+    except DataError as e:
+        return e
 
 
 class DaskPool:

@@ -25,6 +25,20 @@ Picks = tuple[np.ndarray, np.ndarray]
 """(source, sample in the source) of each sequence of a batch."""
 
 
+def check_ids(dataset: ShardedDataset, rows: int) -> None:
+    """
+    Raises:
+        ConfigError: its tokenizer may give an id for which an embedding of `rows` rows has none.
+    """
+    tokenizer = dataset.info["tokenizer"]
+    largest = tokenizer.get("largest_id", tokenizer["vocab_size"] - 1)
+    if largest >= rows:
+        raise ConfigError(
+            f"{dataset.folder} may hold the id {largest}, and the model's embedding has {rows} rows: set "
+            f"model.vocab_size to {largest + 1} or more, or tokenize with the model's own tokenizer"
+        )
+
+
 class Batches:
     """This rank's part of each global batch."""
 
@@ -44,13 +58,8 @@ class Batches:
                 f"the {self.local_sequences} sequences of a process do not divide into micro-batches of "
                 f"{self.micro_batch}"
             )
-        vocab_size = experiment.model_config_resolved().vocab_size
         for d in datasets:
-            if d.info["tokenizer"]["vocab_size"] > vocab_size:
-                raise ConfigError(
-                    f"the tokenizer of {d.folder} has {d.info['tokenizer']['vocab_size']} ids, "
-                    f"more than the model's vocab_size {vocab_size}"
-                )
+            check_ids(d, experiment.model_config_resolved().vocab_size)
         self.datasets = datasets
         training = experiment.training
         self.order = make_order(

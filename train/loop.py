@@ -24,7 +24,7 @@ from openlm_pipeline.storage.home import Home
 from openlm_pipeline.units import format_tokens
 from train import saver as checkpoints
 from train.beginning import Beginning, learning_rates
-from train.data import Batches
+from train.data import Batches, check_ids
 from train.distributed import World
 from train.hooks import Hooks, Step
 from train.hooks.metrics import console_text
@@ -70,6 +70,8 @@ class Trainer:
         self.run = run or RunFolder(home.run(experiment.name, experiment.version))
         held_out = experiment.validation_dataset()
         self.held_out = open_dataset(held_out, home) if held_out else None
+        if self.held_out:
+            check_ids(self.held_out, experiment.model_config_resolved().vocab_size)
         self.stop = StopRequest()
         self.console = Console(quiet=world.rank != 0, highlight=False, width=200, soft_wrap=True)
         self.batches = Batches(experiment, datasets, world.rank, world.size)

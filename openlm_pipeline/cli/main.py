@@ -7,6 +7,7 @@ another run or a consent is missing, 6 training ended early, 7 another process i
 
 import subprocess
 import sys
+import time
 from gc import freeze
 from pathlib import Path
 from typing import Annotated
@@ -79,16 +80,31 @@ def tokenize(
         typer.Option("--workers", "--num-workers", help="Worker processes; default: CPUs. 1 works without Dask."),
     ] = None,
     dask_address: Annotated[str | None, typer.Option(help="Join this Dask scheduler, such as tcp://host:8786.")] = None,
-    input_files: Annotated[list[str] | None, typer.Option(help="Raw files, globs or URLs, one or more.")] = None,
+    input_files: Annotated[
+        list[str] | None, typer.Option(help="Raw files, globs, folders or URLs, one or more; @FILE lists them.")
+    ] = None,
     output_dir: Annotated[Path | None, typer.Option(help="Shards go to OUTPUT_DIR/<seqlen>-v1.")] = None,
     tokenizer: Annotated[str, typer.Option(help="A tokenizer.json, its folder, or a hub name.")] = NEOX,
     num_consumers: Annotated[int | None, typer.Option(help="Processes that pack; default: the workers.")] = None,
     upload_to_s3: Annotated[
         bool, typer.Option("--upload-to-s3", help="Move the shards to S3_BASE, such as s3://bucket/prefix/.")
     ] = False,
-    seqlen: Annotated[int, typer.Option(help="Tokens that a sample predicts; it holds one more.", min=8)] = 2048,
+    seqlen: Annotated[
+        int, typer.Option("--seqlen", "--seq-len", help="Tokens that a sample predicts; it holds one more.", min=8)
+    ] = 2048,
     seed: Annotated[int, typer.Option(help="Seed of the document order.")] = 42,
-    content_key: Annotated[str, typer.Option(help="Field of the text.")] = "text",
+    content_key: Annotated[str, typer.Option(help="Field of the text; `meta.text` is in the field meta.")] = "text",
+    eot: Annotated[str, typer.Option(help="Token that ends each document.")] = "<|endoftext|>",
+    bos: Annotated[str | None, typer.Option(help="Token that begins each document; by default none.")] = None,
+    special_tokens: Annotated[
+        str, typer.Option(help="What `<|endoftext|>` and the like become inside documents: ids, or text.")
+    ] = "ids",
+    engine: Annotated[str, typer.Option(help="Tokenizer engine: auto, or one by name.")] = "auto",
+    format: Annotated[str | None, typer.Option(help="Suffix as which all files are read, such as .jsonl.")] = None,
+    max_bad_fraction: Annotated[
+        float, typer.Option(help="Share of bad records above which a file fails.", min=0, max=1)
+    ] = 0.001,
+    on_bad_file: Annotated[str, typer.Option(help="`skip` leaves damaged files out, counted; else: fail.")] = "fail",
     pad_id: Annotated[
         int | None,
         typer.Option(help="Fill the last sample up with this token instead of leaving it out; OpenLM's is 50256."),
@@ -108,7 +124,9 @@ def tokenize(
     """
     from openlm_pipeline.pipeline import data as data_stages
     from openlm_pipeline.pools import DaskSettings
+    from openlm_pipeline.shards.inspect import summary
 
+    began = time.monotonic()
     if (recipe is None) == (not input_files):
         raise ConfigError("give a recipe, or --input-files and --output-dir")
     if input_files:
@@ -127,19 +145,31 @@ def tokenize(
             seq_len=seqlen,
             seed=seed,
             pad_id=pad_id,
-            text_key=content_key,
+            spec={"eot": eot, "bos": bos},
+            source={
+                "text_key": content_key,
+                "format": format,
+                "max_bad_fraction": max_bad_fraction,
+                "on_bad_file": on_bad_file,
+                "special_tokens": special_tokens,
+            },
+            engine=engine,
             upload=target,
             allow=parse_allow(allow),
         )
         say(f"shards: {target or made.path} ({made.facts['samples']} samples, {made.facts['tokens']} tokens)")
+        say(summary(made.path, None if made.reused else time.monotonic() - began))
         return
     experiment, home = _load(recipe, overrides)
     pools = DaskSettings.from_env(workers=workers, address=dask_address).pool
     data_stages.make_corpus(experiment, home, say)
     data_stages.ensure_tokenizer(experiment, home, say, parse_allow(allow))
     for dataset in experiment.datasets():
+        began = time.monotonic()
         files, _ = data_stages.tokenize(dataset, home, pools, say)
         made = data_stages.make_shards(dataset, files, home, pools, say, parse_allow(allow))
+        if not dataset.source.shards:
+            say(summary(made.path, None if made.reused else time.monotonic() - began))
         say(f"shards: {made.path}")
 
 

@@ -38,15 +38,26 @@ def _say(line: str) -> None:
     console.print(line, markup=False)
 
 
-def _folders(target: str, dataset: str | None) -> list[Path]:
-    """The folders of datasets that a path or recipe stands for."""
+def _is_foreign(folder: Path) -> bool:
+    """Whether a folder holds OpenLM's shards."""
     from openlm_pipeline.shards.dataset import DATASET, MANIFEST
+
+    return (folder / MANIFEST).exists() and not (folder / DATASET).exists()
+
+
+def _folders(target: str, dataset: str | None, *, foreign: bool = False) -> list[Path]:
+    """The folders of datasets that a path or recipe stands for.
+
+    Args:
+        foreign: take OpenLM's too.
+    """
+    from openlm_pipeline.shards.dataset import DATASET
 
     path = Path(target)
     if path.is_dir():
         if dataset is not None:
             raise ConfigError("--dataset chooses among the datasets of a recipe, but a folder was given")
-        if (path / MANIFEST).exists() and not (path / DATASET).exists():
+        if _is_foreign(path) and not foreign:
             raise DataError(f"{path} has no {DATASET}: it holds OpenLM's shards, or an export, and no dataset of ours")
         return [path]
     if path.suffix not in (".yaml", ".yml") and os.sep in target:
@@ -79,21 +90,26 @@ def verify(
 ) -> None:
     """Compare every shard with its sha256 in the manifest, and its provenance with its tokens.
 
-    Names each damaged shard, and ends with exit code 4 if there is one.
+    OpenLM's own shards, which have no hashes, are read as training would read them. Names each damaged shard, and ends
+    with exit code 4 if there is one.
 
     Example: openlm shards verify pretrain_1b --quick
     """
-    from openlm_pipeline.shards.dataset import read_manifest
+    from openlm_pipeline.shards.dataset import MANIFEST
+    from openlm_pipeline.shards.foreign import check_foreign
     from openlm_pipeline.shards.inspect import check_shards
 
     progress = Console(stderr=True)
     damaged = 0
-    for folder in _folders(target, dataset):
-        count = len(read_manifest(folder))
+    for folder in _folders(target, dataset, foreign=True):
+        foreign = _is_foreign(folder)
+        if not (folder / MANIFEST).exists():
+            raise MissingInputError(f"there are no finished shards in {folder}; `openlm tokenize RECIPE` makes them")
+        count = sum(1 for _ in (folder / MANIFEST).open("rb"))
         checks = track(
-            check_shards(folder, quick=quick),
+            check_foreign(folder, quick=quick) if foreign else check_shards(folder, quick=quick),
             "verifying",
-            count + 1,
+            count + (not foreign),
             console=progress,
             transient=True,
             disable=not progress.is_terminal,
@@ -102,8 +118,10 @@ def verify(
         for problem in problems:
             _say(problem)
         damaged += len(problems)
-        what = "size" if quick else "sha256"
-        _say(f"{folder}: {count} shards, {f'{len(problems)} problems' if problems else f'all of the right {what}'}")
+        good = "all there" if quick else "all whole"
+        if not foreign:
+            good = f"all of the right {'size' if quick else 'sha256'}"
+        _say(f"{folder}: {count} shards, {f'{len(problems)} problems' if problems else good}")
     if damaged:
         raise DataError(
             f"{damaged} problems found, listed above. Restore these files from a copy, or delete the dataset's folder "
@@ -143,6 +161,8 @@ def _print_stats(found: "DatasetStats") -> None:
         "end-of-text id": info["eot_id"],
         "padding id": "none" if info["pad_id"] is None else info["pad_id"],
     }
+    if (special := totals.get("special_strings")) is not None:
+        rows["special tokens' strings in documents"] = f"{special:,}"
     if lengths := found.document_tokens:
         rows["tokens per document"] = ", ".join(f"{_quantile(q)} {tokens:,}" for q, tokens in lengths.items())
     _print_table(Table(show_header=False, box=None), ([name, str(value)] for name, value in rows.items()))
@@ -184,9 +204,9 @@ def inspect(
     folder = _folder(target, dataset)
     spans = sample_spans(folder, sample)
     path = tokenizer_of(folder, tokenizer)
-    from tokenizers import Tokenizer
+    from openlm_pipeline.tokenizers.engine import load_any
 
-    decoder = Tokenizer.from_file(str(path))
+    decoder = load_any(path)
     _say(f"sample {sample} of {folder}, {sum(len(s.ids) for s in spans):,} tokens, {len(spans)} parts")
     for span in spans:
         place = f"tokens {span.start} to {span.start + len(span.ids) - 1}: "

@@ -1,14 +1,17 @@
 """Bytes of a raw file, decompressed block by block in bounded memory; a file that is not whole is an error.
 
-The decompressors are driven frame by frame because the convenience readers of `zstandard` end silently at a cut.
+Decompressors are driven stream by stream, because readers of whole files end silently at a cut. What one call gives is
+bounded: a few bytes may stand for gigabytes.
 """
 
+import bz2
 import contextlib
+import lzma
 import zlib
 from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
-import zstandard
+from backports import zstd
 
 from openlm_pipeline.errors import DataError
 from openlm_pipeline.storage.remote import open_remote
@@ -18,9 +21,13 @@ BLOCK_BYTES = 1 << 17
 MAX_RECORD_BYTES = 256 << 20
 """A longer record of JSON is bad."""
 _MAX_OUTPUT_BYTES = 1 << 20
-# A zstd block of 128 KiB can come from 4 bytes, so small inputs bound what one call may return.
-_ZSTD_BLOCK = 1 << 15
-_MAX_ZSTD_WINDOW = 1 << 31
+_MAX_ZSTD_WINDOW_LOG = 31
+_MAX_XZ_BYTES = 1 << 28
+_HEAD_BYTES = 64
+_ZSTD_SKIPPABLE = b"\x2a\x4d\x18"
+COMPRESSIONS = {".zst": "zstd", ".zstd": "zstd", ".gz": "gzip", ".bz2": "bzip2", ".xz": "xz"}
+"""Suffix -> compression."""
+_MAGIC = {b"\x28\xb5\x2f\xfd": "zstd", b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz"}
 
 
 @contextlib.contextmanager
@@ -45,8 +52,8 @@ ByteBlock = tuple[int, bytes]
 """Position among the raw file's bytes, and content that comes from what is there."""
 
 
-def _plain(file: BinaryIO, url: str, size: int, begin: int = 0) -> Iterator[ByteBlock]:
-    position = begin
+def _plain(file: BinaryIO, url: str, begin: int) -> Iterator[ByteBlock]:
+    position, size = begin, BLOCK_BYTES
     while True:
         try:
             block = file.read(size)
@@ -55,8 +62,6 @@ def _plain(file: BinaryIO, url: str, size: int, begin: int = 0) -> Iterator[Byte
         except OSError as e:
             raise DataError(f"raw file {url} can't be read past byte {position}: {e}") from e
         if not block:
-            if not position:
-                raise empty(url)
             return
         yield position, block
         position += len(block)
@@ -73,24 +78,53 @@ def _corrupt(url: str, position: int, error: Exception) -> DataError:
     return DataError(f"raw file {url} is corrupt near compressed byte {position}: {error}. Fetch it again.")
 
 
-def _zstd(raw: Iterator[ByteBlock], url: str) -> Iterator[ByteBlock]:
-    decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_ZSTD_WINDOW)
-    frame = None
+class _Decompressor(Protocol):
+    """What those of the standard library and of `backports.zstd` have in common."""
+
+    eof: bool
+    needs_input: bool
+    unused_data: bytes
+
+    def decompress(self, data: bytes, max_length: int = -1, /) -> bytes: ...
+
+
+def _zstd_frame() -> _Decompressor:
+    return zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: _MAX_ZSTD_WINDOW_LOG})
+
+
+_STREAMS: dict[str, tuple[str, Callable[[], _Decompressor], type[Exception]]] = {
+    "zstd": ("zstd frame", _zstd_frame, zstd.ZstdError),
+    "bzip2": ("bzip2 stream", bz2.BZ2Decompressor, OSError),
+    "xz": ("xz stream", lambda: lzma.LZMADecompressor(memlimit=_MAX_XZ_BYTES), lzma.LZMAError),
+}
+"""What a compressed file is a sequence of, what reads one, and how that fails."""
+
+
+def _streams(raw: Iterator[ByteBlock], url: str, kind: str) -> Iterator[ByteBlock]:
+    """The content of streams one after the other; what one call gives is bounded, whatever it comes from."""
+    called, make, error = _STREAMS[kind]
+    stream = None
     for position, block in raw:
         rest = block
-        while rest:
-            frame = frame or decompressor.decompressobj()
+        while True:
+            if stream is None:
+                rest = rest.lstrip(b"\0") if kind == "xz" else rest  # padding between streams
+                if not rest:
+                    break
+                stream = make()
             try:
-                data = frame.decompress(rest)
-            except zstandard.ZstdError as e:
+                data = stream.decompress(rest, _MAX_OUTPUT_BYTES)
+            except error as e:
                 raise _corrupt(url, position, e) from e
             if data:
                 yield position, data
-            rest = frame.unused_data if frame.eof else b""
-            if frame.eof:
-                frame = None
-    if frame is not None:
-        raise _truncated(url, position + len(block), "zstd frame")
+            rest = b""
+            if stream.eof:
+                rest, stream = stream.unused_data, None
+            elif stream.needs_input:
+                break
+    if stream is not None:
+        raise _truncated(url, position + len(block), called)
 
 
 def _gzip(raw: Iterator[ByteBlock], url: str) -> Iterator[ByteBlock]:
@@ -120,33 +154,63 @@ def _gzip(raw: Iterator[ByteBlock], url: str) -> Iterator[ByteBlock]:
         raise _truncated(url, position + len(block), "gzip member")
 
 
-def is_compressed(url: str) -> bool:
-    return url.endswith((".zst", ".gz"))
+def compression_of(url: str) -> str | None:
+    """The compression that a name says; None for a plain file."""
+    lower = url.lower()
+    return next((kind for suffix, kind in COMPRESSIONS.items() if lower.endswith(suffix)), None)
+
+
+def actual_compression(file: BinaryIO, url: str) -> str | None:
+    """The compression that a file has, whatever its name says; None for a plain one. Goes back to the file's start.
+
+    Raises:
+        DataError: it can't be read.
+    """
+    try:
+        file.seek(0)
+        head = file.read(_HEAD_BYTES)
+        file.seek(0)
+    except OSError as e:
+        raise DataError(f"raw file {url} can't be read past byte 0: {e}") from e
+    for magic, kind in _MAGIC.items():
+        if head.startswith(magic):
+            return kind
+    if head[1:4] == _ZSTD_SKIPPABLE and head[0] >> 4 == 5:
+        return "zstd"
+    is_json = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[")
+    return None if is_json else compression_of(url)
 
 
 def decompressed_blocks(
-    file: BinaryIO, url: str, begin: int = 0, on_raw: Callable[[bytes], object] = lambda block: None
+    file: BinaryIO,
+    url: str,
+    compression: str | None,
+    begin: int = 0,
+    on_raw: Callable[[bytes], object] = lambda block: None,
 ) -> Iterator[ByteBlock]:
-    """The file's content in blocks of about 1 MiB, decompressed as the name's suffix says (`.zst`, `.gz`, else plain).
+    """The file's content in blocks of at most about 1 MiB.
 
-    Several zstd frames or gzip members after one another are one content.
+    Several zstd frames, gzip members or other streams after one another are one content.
 
     Args:
+        compression: as `actual_compression` found it.
         begin: byte at which reading begins, only where nothing is compressed.
         on_raw: gets the raw file's bytes as they are read.
 
     Raises:
-        DataError: empty, truncated, corrupt or unreadable; names the file and the compressed byte.
+        DataError: truncated, corrupt or unreadable; names the file and the compressed byte. What a compressed file
+            holds, and a plain one, may be empty.
     """
 
-    def raw(size: int) -> Iterator[ByteBlock]:
-        for position, block in _plain(file, url, size, begin):
+    def raw() -> Iterator[ByteBlock]:
+        position = -1
+        for position, block in _plain(file, url, begin):
             on_raw(block)
             yield position, block
+        if compression and position < 0:
+            raise empty(url)
 
-    if url.endswith(".zst"):
-        return _zstd(raw(_ZSTD_BLOCK), url)
-    if url.endswith(".gz"):
-        return _gzip(raw(BLOCK_BYTES), url)
-    file.seek(begin)
-    return raw(BLOCK_BYTES)
+    if compression is None:
+        file.seek(begin)
+        return raw()
+    return _gzip(raw(), url) if compression == "gzip" else _streams(raw(), url, compression)

@@ -6,9 +6,8 @@ from itertools import chain
 from typing import BinaryIO
 
 from openlm_pipeline.corpus import blocks as limits
-from openlm_pipeline.corpus.blocks import decompressed_blocks, is_compressed
+from openlm_pipeline.corpus.blocks import decompressed_blocks
 from openlm_pipeline.corpus.formats import Reading
-from openlm_pipeline.errors import DataError
 
 _BOM = b"\xef\xbb\xbf"
 
@@ -20,6 +19,10 @@ class Raw:
     line: int
     offset: int
     data: bytes | None
+    size: int
+    """Bytes of it."""
+    ended: bool = True
+    """Whether a line break follows, or whatever ends such a record."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,12 @@ def line_content(file: BinaryIO, reading: Reading) -> LineContent | None:
     """The content of `reading.part`; None where no line begins in it.
 
     Raises:
-        DataError: the file is empty, truncated or corrupt.
+        DataError: the file is truncated or corrupt.
     """
     part, url = reading.part, reading.url
     # A plain file is read from the byte before the part, which says whether a line begins with the part.
-    plain_begin = None if is_compressed(url) else max(0, part.begin - 1)
-    blocks = decompressed_blocks(file, url, plain_begin or 0, reading.digest)
+    plain_begin = None if reading.compression else max(0, part.begin - 1)
+    blocks = decompressed_blocks(file, url, reading.compression, plain_begin or 0, reading.digest)
     offset, last, pending = 0, b"\n", b""
     for position, block in blocks:
         if plain_begin is not None:
@@ -60,8 +63,6 @@ def line_content(file: BinaryIO, reading: Reading) -> LineContent | None:
             break
         last, offset = block[-1:], offset + len(block)
     else:
-        if not offset and not plain_begin:
-            raise DataError(f"raw file {url} is empty: it decompresses to nothing. Fetch it again.")
         reading.at_end = True
         return None
     first, own = offset, (position, pending)
@@ -106,15 +107,16 @@ def lines_of(blocks: Iterator[bytes], first_offset: int, past_end: Callable[[int
     parts: list[bytes] = []
     size = 0
 
-    def joined(last: bytes) -> bytes | None:
-        return None if size + len(last) > limits.MAX_RECORD_BYTES else b"".join([*parts, last])
+    def whole(last: bytes, ended: bool = True) -> Raw:
+        length = size + len(last)
+        return Raw(line, offset, None if length > limits.MAX_RECORD_BYTES else b"".join([*parts, last]), length, ended)
 
     for block in blocks:
         *ended, rest = block.split(b"\n")
         for piece in ended:
             if past_end(offset):
                 return
-            yield Raw(line, offset, joined(piece))
+            yield whole(piece)
             line, offset = line + 1, offset + size + len(piece) + 1
             parts, size = [], 0
         if past_end(offset):
@@ -125,4 +127,4 @@ def lines_of(blocks: Iterator[bytes], first_offset: int, past_end: Callable[[int
         else:
             parts = []
     if size:
-        yield Raw(line, offset, joined(b""))
+        yield whole(b"", ended=False)

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import orjson
 
-from openlm_pipeline.corpus.blocks import is_compressed, open_raw
+from openlm_pipeline.corpus.blocks import actual_compression, open_raw
 from openlm_pipeline.corpus.formats import WHOLE, Found, Part, format_of
 from openlm_pipeline.errors import DataError
 from openlm_pipeline.storage.files import atomic_writer
 
 _BAD_BEFORE_EARLY_STOP = 1000
+_BYTES_PER_RECORD_SHARE = 10
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,9 @@ class BadRecord:
     reason: str
 
 
-def cut(url: str, size_bytes: int, count: int) -> list[Part]:
+def cut(url: str, size_bytes: int, count: int, format: str | None = None) -> list[Part]:
     """At most `count` parts of about the same size, in order; one where the format can't be read in parts."""
-    return format_of(url).cut(size_bytes, count)
+    return format_of(url, format).cut(size_bytes, count)
 
 
 class RecordReader(Iterator[Record]):
@@ -71,13 +72,21 @@ class RecordReader(Iterator[Record]):
         max_bad_fraction: float = 0.001,
         on_bad: Callable[[BadRecord], None],
         part: Part = WHOLE,
+        format: str | None = None,
     ) -> None:
-        self._format = format_of(url)
+        """
+        Args:
+            text_key: field or column of the text; dots lead into fields of fields.
+            format: as for `format_of`.
+        """
+        self._format = format_of(url, format)
         self.url = url
         self.records = 0
         """Good records so far."""
         self.bad = 0
         """Bad records so far."""
+        self.bad_bytes = 0
+        """Bytes of the bad records so far, as `bytes` counts them."""
         self.lines = 0
         """Lines so far, blank ones too; in Parquet rows, in an array elements."""
         self.bytes = 0
@@ -87,6 +96,7 @@ class RecordReader(Iterator[Record]):
         self.first_bad: BadRecord | None = None
         self.text_key = text_key
         self.part = part
+        self.compression: str | None = None
         self.at_end = False
         """Whether all bytes of the part were read in order."""
         self._max_bad_fraction = max_bad_fraction
@@ -105,11 +115,13 @@ class RecordReader(Iterator[Record]):
     @property
     def raw_sha256(self) -> str | None:
         """Hash of the file's own bytes, if all of them were read."""
-        all_read = self.at_end and (self.part.begin == 0 or is_compressed(self.url))
+        all_read = self.at_end and (self.part.begin == 0 or self.compression is not None)
         return self._sha256.hexdigest() if all_read else None
 
     def _read(self) -> Generator[Record, None, None]:
         with open_raw(self.url) as file:
+            if self._format.compressible:
+                self.compression = actual_compression(file, self.url)
             for found in self._format.records(file, self):
                 if found.text is None:
                     self._reject(found)
@@ -117,28 +129,50 @@ class RecordReader(Iterator[Record]):
                     self.records += 1
                     yield Record(self.records + self.bad - 1, found.text, found.offset)
         if self.part == WHOLE:
-            check_bad_fraction(self.url, self.records, self.bad, self._max_bad_fraction, self.first_bad)
+            self._judge()
+
+    def _judge(self) -> None:
+        check_bad_fraction(
+            self.url, self.records, self.bad, self._max_bad_fraction, self.first_bad, self.bad_bytes, self.bytes
+        )
 
     def _reject(self, found: Found) -> None:
         bad = BadRecord(self.url, found.line, found.offset, found.problem)
         self.bad += 1
+        self.bad_bytes += found.size
         self.first_bad = self.first_bad or bad
         self._on_bad(bad)
         if self.bad > _BAD_BEFORE_EARLY_STOP and self.bad > self.records:
-            check_bad_fraction(self.url, self.records, self.bad, self._max_bad_fraction, self.first_bad)
+            self._judge()
 
 
-def check_bad_fraction(url: str, records: int, bad: int, max_bad_fraction: float, first_bad: BadRecord | None) -> None:
+def check_bad_fraction(
+    url: str,
+    records: int,
+    bad: int,
+    max_bad_fraction: float,
+    first_bad: BadRecord | None,
+    bad_bytes: int = 0,
+    content_bytes: int = 0,
+) -> None:
     """Raises:
-    DataError: more than `max_bad_fraction` of all records are bad.
+    DataError: more than `max_bad_fraction` of all records are bad, or more than ten times that share of all bytes.
     """
     total = records + bad
-    if first_bad and bad > max_bad_fraction * total:
-        raise DataError(
-            f"raw file {url}: {bad} of {total} records are bad ({bad / total:.2%}, more than "
-            f"max_bad_fraction {max_bad_fraction:.2%}). The first is line {first_bad.line}: "
-            f"{first_bad.reason}. Repair the file, or raise max_bad_fraction of its source."
-        )
+    if first_bad is None:
+        return
+    shares = [(bad, total, "records are bad", max_bad_fraction, "max_bad_fraction")]
+    if content_bytes:
+        limit = _BYTES_PER_RECORD_SHARE * max_bad_fraction
+        called = f"{_BYTES_PER_RECORD_SHARE} times max_bad_fraction"
+        shares.append((bad_bytes, content_bytes, "bytes are in bad records", limit, called))
+    for count, of, what, limit, called in shares:
+        if count > limit * of:
+            raise DataError(
+                f"raw file {url}: {count} of {of} {what} ({count / of:.2%}, more than {called} "
+                f"{max_bad_fraction:.2%}). The first is line {first_bad.line}: {first_bad.reason}. Repair the file, or "
+                "raise max_bad_fraction of its source."
+            )
 
 
 class QuarantineWriter:

@@ -23,6 +23,7 @@ from openlm_pipeline.models.config import ModelConfig
 from openlm_pipeline.models.transformer import Transformer
 from openlm_pipeline.result import Say
 from openlm_pipeline.storage.files import read_json, sha256_file
+from openlm_pipeline.tokenizers.engine import largest_id, refuse_dropout
 from openlm_pipeline.tokenizers.tokenizer import fetch_tokenizer_json
 
 NEOX = "EleutherAI/gpt-neox-20b"
@@ -54,9 +55,17 @@ def default_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int, where: str) -> None:
-    if (ids := tokenizer.get_vocab_size()) > vocab_size:
-        raise ConfigError(f"the tokenizer has {ids} ids and {where} has {vocab_size}: it is not this model's tokenizer")
+def _check_tokenizer(tokenizer: Tokenizer, vocab_size: int, where: str) -> None:
+    """
+    Raises:
+        ConfigError: it may give an id for which the model has no embedding, or other ids each time.
+    """
+    refuse_dropout(tokenizer, f"the tokenizer of {where}")
+    if (largest := largest_id(tokenizer)) >= vocab_size:
+        raise ConfigError(
+            f"the tokenizer may give the id {largest}, and the embedding of {where} has {vocab_size} rows: it is not "
+            "this model's tokenizer; name the right one by --tokenizer"
+        )
 
 
 def _native(
@@ -69,7 +78,7 @@ def _native(
     precision: Precision,
     eot: str = EOT,
 ) -> Subject:
-    _check_vocabulary(tokenizer, config.vocab_size, name)
+    _check_tokenizer(tokenizer, config.vocab_size, name)
 
     def folder(out: Path) -> Path:
         out.mkdir(parents=True, exist_ok=True)
@@ -161,7 +170,7 @@ def _huggingface(folder: Path, name: str, tokenizer: str | None, device: str, pr
         )
     digest = fingerprint({"config": config, "weights": {p.name: sha256_file(p) for p in weights}})
     found = _named_tokenizer(tokenizer) if tokenizer else _huggingface_tokenizer(folder)
-    _check_vocabulary(found, text["vocab_size"], name)
+    _check_tokenizer(found, text["vocab_size"], name)
     lengths = [text[k] for k in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length") if text.get(k)]
     model = huggingface_model(str(folder), device=device, precision=precision)
     return Subject(

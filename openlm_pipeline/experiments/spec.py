@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, StringConstraints, create_model, field_validator, model_validator
 
+from openlm_pipeline.fingerprint import Neutral
 from openlm_pipeline.models.config import ModelConfig, resolve_model
 from openlm_pipeline.registry import (
     LAUNCHERS,
@@ -43,6 +44,12 @@ class TokenizerSpec(Strict):
     train: TrainedTokenizer | None = None
     eot: str = "<|endoftext|>"
     """The token that ends each document."""
+    bos: Annotated[str | None, Neutral(None)] = None
+    """A token that begins each document, such as `<s>`; by default there is none."""
+
+    def ends(self) -> dict[str, str]:
+        """The tokens at a document's ends, as identities hold them."""
+        return {"eot": self.eot, **({"bos": self.bos} if self.bos is not None else {})}
 
     @model_validator(mode="after")
     def _one_origin(self) -> "TokenizerSpec":
@@ -57,7 +64,8 @@ class Source(Strict):
     name: Name
     version: str = "v1"
     files: tuple[str, ...] = ()
-    """Globs: local paths (relative ones start at `OPENLM_HOME`) or any fsspec URL."""
+    """Paths, globs and folders, here (relative ones start at `OPENLM_HOME`) or at any fsspec URL; `@PATH` is a file
+    that lists such, one per line."""
     shards: str | None = None
     """Folder or fsspec URL of ready-made shards: this project's, or OpenLM's with a `manifest.jsonl`; also a manifest
     file, a list of tars (`shard-{0000..0099}.tar`, `a.tar::b.tar`), or `synthetic://SAMPLES/SEED`."""
@@ -66,8 +74,17 @@ class Source(Strict):
     weight: float = Field(default=1.0, gt=0)
     """Share of this source in the mixture, relative to the other sources."""
     text_key: str = "text"
+    """Field or column of the text; `meta.text` is the field `text` in the field `meta`."""
+    format: Annotated[str | None, Neutral(None)] = None
+    """Suffix as which all files are read, such as `.jsonl`, where their names say nothing or something else."""
+    on_bad_file: Annotated[Literal["fail", "skip"], Neutral("fail")] = "fail"
+    """`skip`: leave out a file that is damaged or has too many bad records; such files are counted and named."""
     max_bad_fraction: float = Field(default=0.001, ge=0, le=1)
-    """Share of bad records above which a file fails instead of being quarantined record by record."""
+    """Share of bad records above which a file fails instead of being quarantined record by record; so does one of whose
+    bytes ten times that share are in bad records."""
+    special_tokens: Annotated[Literal["ids", "text"], Neutral("ids")] = "ids"
+    """What the string of a special token, such as `<|endoftext|>`, becomes where it stands in a document: that token's
+    id, or with `text` the ids of its letters."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Source":

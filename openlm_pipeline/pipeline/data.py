@@ -46,7 +46,9 @@ def ensure_tokenizer(experiment: Experiment, home: Home, report: Say, allow: Col
         info, reused, changed = make_tokenizer(spec, files, first.source.text_key, folder, allow)
     if changed:
         report(f"tokenizer {spec.name} was made again: {'; '.join(changed)}")
-    facts = {"vocab_size": info.vocab_size, "eot_id": info.eot_id, "changed": changed}
+    facts = {"vocab_size": info.vocab_size, "largest_id": info.largest_id, "eot_id": info.eot_id, "changed": changed}
+    if info.switched_off:
+        report(f"tokenizer {spec.name}: {' and '.join(info.switched_off)} of its tokenizer.json are switched off")
     return StageResult(tokenizer_file(folder), info.sha256, reused, facts)
 
 
@@ -67,7 +69,14 @@ def tokenize(
     tokenized = home.tokenized(dataset.name, dataset.version)
     with home.artefact(tokenized):
         files, done = tokenize_files(dataset, raw_files, info, tokenizer_folder, tokenized, pools, report)
-    report(f"{dataset.name}: {len(done)} raw files tokenized, {len(files) - len(done)} reused")
+    skipped = len(raw_files) - len(files)
+    report(
+        f"{dataset.name}: {len(done)} raw files tokenized, {len(files) - len(done)} reused"
+        + (f", {skipped} left out (on_bad_file: skip)" if skipped else "")
+    )
+    if found := sum(file.special_strings or 0 for file in files):
+        became = "their tokens" if dataset.source.special_tokens == "ids" else "ordinary text"
+        report(f"{dataset.name}: strings of special tokens stand in documents {found} times and became {became}")
     return files, done
 
 

@@ -27,6 +27,7 @@ from openlm_pipeline.runs.launch import milestone_checkpoints
 from openlm_pipeline.shards.opening import open_dataset
 from openlm_pipeline.storage.files import folder_lock, write_json
 from openlm_pipeline.storage.home import Home
+from openlm_pipeline.tokenizers.engine import load_reference
 from openlm_pipeline.tokenizers.tokenizer import read_tokenizer_info, tokenizer_file
 from openlm_pipeline.units import milestone_label
 
@@ -133,8 +134,6 @@ def score(experiment: Experiment, home: Home, label: str, report: Say) -> StageR
         ConfigError: the experiment has no evaluation, or no such milestone.
         MissingInputError: the milestone is not trained, or a task's file is missing.
     """
-    from tokenizers import Tokenizer
-
     from openlm_pipeline.evaluation.scorecard import Provenance
     from openlm_pipeline.evaluation.subject import default_device, milestone_subject, scored_digest
     from openlm_pipeline.evaluation.suite import load_suite
@@ -168,7 +167,7 @@ def score(experiment: Experiment, home: Home, label: str, report: Say) -> StageR
     subject = milestone_subject(
         experiment.name,
         checkpoint,
-        Tokenizer.from_file(str(tokenizer_file(home.tokenizer(info.name)))),
+        load_reference(tokenizer_file(home.tokenizer(info.name))),
         scored_digest(checkpoint.digest, evaluation.precision, evaluation.average),
         eot=experiment.tokenizer.eot,
         average=evaluation.average,

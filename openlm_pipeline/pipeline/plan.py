@@ -8,11 +8,15 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from openlm_pipeline.checkpoints.folders import KEEP_DAMAGED, Checkpoint, list_checkpoints, verify
 from openlm_pipeline.corpus.discovery import discover
-from openlm_pipeline.errors import DataError, MissingInputError, OpenLMError
+from openlm_pipeline.errors import ConfigError, DataError, MissingInputError, OpenLMError
 from openlm_pipeline.experiments import Dataset, Experiment
 from openlm_pipeline.fingerprint import differences, settings_tree
+from openlm_pipeline.ordering import make_order
+from openlm_pipeline.registry import SAMPLINGS
 from openlm_pipeline.result import Finding, refusal
 from openlm_pipeline.runs.dry_run import describe
 from openlm_pipeline.runs.folder import RunFolder
@@ -24,7 +28,7 @@ from openlm_pipeline.shards.dataset import DATASET
 from openlm_pipeline.shards.opening import open_dataset
 from openlm_pipeline.storage.files import read_json
 from openlm_pipeline.storage.home import Home
-from openlm_pipeline.tokenization.documents import FileTokens, finished
+from openlm_pipeline.tokenization.documents import FileTokens, finished, left_out
 from openlm_pipeline.tokenization.job import shards_identity
 from openlm_pipeline.tokenizers.tokenizer import TRAINING_VERSION, TokenizerInfo, read_tokenizer_info
 from openlm_pipeline.units import format_bytes, format_seconds, format_tokens
@@ -187,7 +191,25 @@ def _findings(experiment: Experiment, home: Home, artefacts: list[Artefact]) -> 
     untrained = {a.name for a in artefacts if a.kind == "checkpoint" and a.state != "fresh"}
     until = [t for label, t in experiment.labelled_milestones() if f"checkpoint/{experiment.name}/{label}" in untrained]
     if until:
+        yield from _order_refusals(experiment, home)
         yield from spending(experiment, home, until[-1])
+
+
+def _order_refusals(experiment: Experiment, home: Home) -> Iterator[Finding]:
+    """Why the data can't be brought into an order, such as a source with too small a share."""
+    sizes = []
+    for dataset in experiment.training_datasets():
+        try:
+            sizes.append(open_dataset(dataset, home).shard_sizes)
+        except OpenLMError:  # it is not made yet; its size matters to no limit
+            sizes.append(np.ones(1, np.int64))
+    training = experiment.training
+    settings = {name: getattr(training, name) for name in SAMPLINGS[training.sampling].settings}
+    weights = [d.source.weight for d in experiment.training_datasets()]
+    try:
+        make_order(training.sampling, sizes, weights, experiment.seed, **settings)
+    except ConfigError as e:
+        yield Finding("refusal", str(e))
 
 
 def _tokenizer(experiment: Experiment, home: Home) -> tuple[TokenizerInfo | None, Artefact]:
@@ -203,7 +225,7 @@ def _tokenizer(experiment: Experiment, home: Home) -> tuple[TokenizerInfo | None
     made_from = (
         {"train": settings_tree(spec.train), "code": TRAINING_VERSION} if spec.train else {"source": spec.source}
     )
-    changed = differences(recorded, {**made_from, "eot": spec.eot})
+    changed = differences(recorded, {**made_from, **spec.ends()})
     if changed:
         return info, Artefact(name, "stale", tuple(changed), "supersede")
     return info, Artefact(name, "fresh")
@@ -235,6 +257,8 @@ def _dataset(dataset: Dataset, home: Home, tokenizer: TokenizerInfo | None, abov
     tokenized = home.tokenized(dataset.name, dataset.version)
     done: list[FileTokens] = []
     too_bad: list[str] = []
+    skipped = left_out(dataset, raw_files, tokenizer, tokenized)
+    raw_files = [raw for raw in raw_files if raw.name not in skipped]
     for raw in raw_files:
         try:
             if result := finished(dataset, raw, tokenizer, tokenized):

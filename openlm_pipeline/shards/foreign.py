@@ -6,7 +6,7 @@ or text members; it may be local or any fsspec URL.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from openlm_pipeline.errors import DataError, IdentityError, MissingInputError
 from openlm_pipeline.fingerprint import differences
 from openlm_pipeline.shards.dataset import DATASET, MANIFEST, ShardedDataset, ShardEntry
 from openlm_pipeline.shards.format import SampleFormat, write_shard
-from openlm_pipeline.shards.openlm_formats import read_shard
+from openlm_pipeline.shards.openlm_formats import first_length, read_shard
 from openlm_pipeline.shards.store import FETCHED, ShardStore, only_one
 from openlm_pipeline.storage.files import read_json, write_json
 from openlm_pipeline.storage.remote import download, is_remote, join, open_remote, public, storage_errors
@@ -56,6 +56,35 @@ def open_foreign(
         eot_id=eot_id,
         pad_id=pad_id,
     )
+
+
+def check_foreign(folder: Path, *, quick: bool = False) -> Iterator[tuple[str, str | None]]:
+    """Check OpenLM's shards in a folder; yields (a tar's file name, what is wrong with it or None) in their order.
+
+    OpenLM's manifest holds no hashes: each tar must be whole, hold as many samples as it says, and each sample must be
+    a list of ids, as many as the first sample of the folder has.
+
+    Args:
+        quick: only that each tar is there.
+
+    Raises:
+        MissingInputError: there is no manifest.
+        DataError: a line of it is no manifest entry.
+    """
+    counts = _parse_counts(_read_manifest(str(folder)), str(folder / MANIFEST))
+    paths = {shard: folder / f"{shard}.tar" for shard in counts}
+    lengths = (length for path in paths.values() if path.exists() and (length := first_length(path)))
+    seq_len = next(lengths, 2) - 1
+    for shard, path in paths.items():
+        problem = None
+        try:
+            if not path.exists():
+                raise DataError(f"shard {path} is missing though the manifest lists it")
+            if not quick:
+                read_shard(path, seq_len=seq_len, vocab_size=1 << 31, eot_id=0, pad_id=0, num_samples=counts[shard])
+        except DataError as e:
+            problem = str(e)
+        yield path.name, problem
 
 
 def foreign_dataset(

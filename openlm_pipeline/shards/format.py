@@ -1,8 +1,9 @@
 """The shard: an uncompressed tar of equal-sized `.npy` members, which is also one array.
 
 Member `{index:08d}.npy` holds one sample, a 1-D array of `seq_len + 1` token ids, and `index` counts through the
-dataset. Each member takes the same number of bytes (512 of tar header, the npy file, zeros up to a multiple of 512),
-so webdataset reads the file as a tar and `open_shard` maps it as an array of records with O(1) access.
+dataset, with more digits from sample 100,000,000 on; readers take a name of any width. Each member takes the same
+number of bytes (512 of tar header, the npy file, zeros up to a multiple of 512), so webdataset reads the file as a tar
+and `open_shard` maps it as an array of records with O(1) access.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ from openlm_pipeline.storage.files import atomic_writer
 _BLOCK = 512
 _END = bytes(2 * _BLOCK)  # two zero blocks end a tar archive
 _NAME_DIGITS = 8
+"""At least."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class SampleFormat:
 
     @classmethod
     def for_vocabulary(cls, sample_tokens: int, vocab_size: int) -> "SampleFormat":
+        """The format for ids below `vocab_size`."""
         return cls(sample_tokens, "uint16" if vocab_size <= 1 << 16 else "uint32")
 
     @cached_property
@@ -57,10 +60,10 @@ class SampleFormat:
         return num_samples * self.record_bytes + len(_END)
 
 
-def _tar_header(size: int) -> np.ndarray:
-    """A ustar header block with the name and checksum still to be filled: uint8[512]."""
+def _tar_header(size: int, digits: int) -> np.ndarray:
+    """A ustar header block with the number in the name and the checksum still to be filled: uint8[512]."""
     header = bytearray(_BLOCK)
-    header[_NAME_DIGITS : _NAME_DIGITS + 4] = b".npy"
+    header[digits : digits + 4] = b".npy"
     header[100:108] = b"0000644\0"
     header[108:124] = b"0000000\0" * 2  # uid, gid
     header[124:136] = b"%011o\0" % size
@@ -74,13 +77,17 @@ def _tar_header(size: int) -> np.ndarray:
 def encode_records(samples: np.ndarray, first_index: int, sample_format: SampleFormat) -> np.ndarray:
     """samples[n, sample_tokens] -> the members of a shard, which count from `first_index`: uint8[n, record_bytes]."""
     n = len(samples)
-    if first_index + n > 10**_NAME_DIGITS:
-        raise DataError(f"a dataset holds at most {10**_NAME_DIGITS} samples; split it into several sources")
     records = np.zeros((n, sample_format.record_bytes), np.uint8)
     headers = records[:, :_BLOCK]
-    headers[:] = _tar_header(sample_format.member_bytes)
-    powers = 10 ** np.arange(_NAME_DIGITS - 1, -1, -1, dtype=np.int64)
-    headers[:, :_NAME_DIGITS] = np.arange(first_index, first_index + n)[:, None] // powers % 10 + ord("0")
+    end, begin = first_index + n, first_index
+    while begin < end:  # names of the same width at a time
+        digits = max(_NAME_DIGITS, len(str(begin)))
+        stop = min(end, 10**digits)
+        named = headers[begin - first_index : stop - first_index]
+        named[:] = _tar_header(sample_format.member_bytes, digits)
+        powers = 10 ** np.arange(digits - 1, -1, -1, dtype=np.int64)
+        named[:, :digits] = np.arange(begin, stop)[:, None] // powers % 10 + ord("0")
+        begin = stop
     checksums = headers.sum(axis=1, dtype=np.int64)
     headers[:, 148:154] = (checksums[:, None] >> np.arange(15, -1, -3)) % 8 + ord("0")
     headers[:, 154] = 0

@@ -1,21 +1,25 @@
 """Looking at a finished dataset: is it whole, what is in it, and which documents is a sample made of."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import orjson
 
 from openlm_pipeline.errors import ConfigError, DataError, IdentityError, MissingInputError
-from openlm_pipeline.shards.dataset import DATASET, ShardedDataset
+from openlm_pipeline.shards.dataset import DATASET, QUARANTINE, ShardedDataset
 from openlm_pipeline.shards.format import open_shard
 from openlm_pipeline.shards.provenance import provenance_path, read_spans
-from openlm_pipeline.storage.files import sha256_file
+from openlm_pipeline.storage.files import read_json, sha256_file
 from openlm_pipeline.storage.home import Home
+from openlm_pipeline.units import format_tokens
 
 QUANTILES = (0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
+_TOP_REASONS = 3
 _THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -55,6 +59,30 @@ def check_shards(folder: Path, *, quick: bool = False) -> Iterator[tuple[str, st
         f"{folder / DATASET} says {promised} samples, the manifest {len(dataset)}: one of them is of another dataset"
     )
     yield DATASET, wrong if promised != len(dataset) else None
+
+
+def summary(folder: Path, seconds: float | None = None) -> str:
+    """One line on what became of a dataset's raw files.
+
+    Args:
+        seconds: that tokenizing and packing took, for the speed.
+    """
+    info = read_json(folder / DATASET)
+    totals, skipped = info["totals"], len(info.get("skipped", {}))
+    reasons: Counter[str] = Counter()
+    with (folder / QUARANTINE).open("rb") as lines:
+        for line in lines:
+            reasons[orjson.loads(line)["reason"].partition(":")[0].partition(" at byte ")[0]] += 1
+    top = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common(_TOP_REASONS))
+    parts = [
+        f"{totals['files']:,} files" + (f" and {skipped:,} left out" if skipped else ""),
+        f"{totals['documents']:,} documents",
+        f"{totals['quarantined']:,} quarantined" + (f" ({top})" if top else ""),
+        f"{format_tokens(totals['tokens'], 4)} tokens",
+    ]
+    if seconds:
+        parts.append(f"{format_tokens(round(totals['tokens'] / seconds), 3)} tokens/s")
+    return f"{info['name']}: {', '.join(parts)}"
 
 
 @dataclass(frozen=True)

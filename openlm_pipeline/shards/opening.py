@@ -52,7 +52,7 @@ def _open_ready_made(dataset: Dataset, shards: str, folder: Path, home: Home) ->
         where,
         folder,
         seq_len=dataset.seq_len,
-        vocab_size=dataset.vocab_size or info.vocab_size,
+        vocab_size=dataset.vocab_size or info.num_rows,
         eot_id=info.eot_id,
         pad_id=dataset.pad_id,
     )

@@ -77,6 +77,16 @@ def read_shard(
     return np.array(samples, sample_format.numpy_dtype).reshape(-1, width)
 
 
+def first_length(path: Path) -> int | None:
+    """Ids in a shard's first sample; None where it can't be read, or there is none."""
+    try:
+        for name, data in _members(path, may_lack_end=True):
+            return len(_ids(name, data, {EOT: 0, PAD: 0}))
+    except (DataError, ValueError, zlib.error):
+        pass  # whoever checks the shard says what is wrong with it
+    return None
+
+
 def _members(path: Path, *, may_lack_end: bool) -> Iterator[tuple[str, bytes]]:
     """(name, content) of the members that are files."""
     try:

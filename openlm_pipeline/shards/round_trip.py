@@ -48,8 +48,10 @@ def round_trip(
         IdentityError: a raw file is no longer the one that the dataset was made from.
         DataError: a shard, its provenance or a raw file is damaged.
     """
-    tokenizer = load_reference(tokenizer_of(dataset.folder))
+    as_text = any(identity.get("special_tokens") == "text" for identity in dataset.info["inputs"].values())
+    tokenizer = load_reference(tokenizer_of(dataset.folder), special_as_text=as_text)
     by_name = {raw.name: raw for raw in raw_files}
+    begin = [dataset.info["bos_id"]] if "bos_id" in dataset.info else []
     exact, lossy, damaged = 0, 0, []
     for name, drawn in _draw(dataset, documents, np.random.default_rng(seed)).items():
         if name not in by_name:
@@ -60,10 +62,12 @@ def round_trip(
             text = texts.get(record)
             if text is None:
                 wrong.append(f"record {record} of {name} is not in the raw file")
-            elif ids != [*(expected := tokenizer.encode(text, add_special_tokens=False).ids), dataset.info["eot_id"]]:
+                continue
+            own = tokenizer.encode(text, add_special_tokens=False).ids
+            if ids != (expected := [*begin, *own, dataset.info["eot_id"]]):
                 same = next((i for i, (a, b) in enumerate(zip(ids, expected)) if a != b), min(len(ids), len(expected)))
                 wrong.append(f"record {record} of {name} differs in the shards from its raw text, from token {same} on")
-            elif tokenizer.decode(ids[:-1], skip_special_tokens=False) == text:
+            elif tokenizer.decode(own, skip_special_tokens=False) == text:
                 exact += 1
             else:
                 lossy += 1
@@ -119,7 +123,7 @@ def _document(dataset: ShardedDataset, k: int, spans: Spans, head: int) -> list[
 
 def _texts(raw: RawFile, text_key: str, records: set[int]) -> dict[int, str]:
     """Texts of some records of a raw file, by their numbers."""
-    reader = RecordReader(raw.url, text_key=text_key, max_bad_fraction=1.0, on_bad=lambda _: None)
+    reader = RecordReader(raw.url, text_key=text_key, max_bad_fraction=1.0, on_bad=lambda _: None, format=raw.format)
     found = {}
     for record in reader:
         if record.number in records:

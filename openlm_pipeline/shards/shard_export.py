@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from openlm_pipeline.errors import IdentityError
+from openlm_pipeline.errors import DataError, IdentityError
 from openlm_pipeline.fingerprint import differences
 from openlm_pipeline.pools import Call, PoolFactory, TaskProgress
 from openlm_pipeline.result import Say, StageResult
@@ -84,7 +84,9 @@ def export_shards(
             }
             if calls:
                 with pools(report) as pool:
-                    for done, (name, _) in enumerate(pool.run(calls, lambda name, facts: None), 1):
+                    for done, (name, made) in enumerate(pool.run(calls, lambda name, facts: None), 1):
+                        if isinstance(made, DataError):
+                            raise made
                         report(f"exported shard {name}, {done + len(targets) - len(calls)} of {len(targets)}")
             lines = [{"shard": e.shard, count_key: e.num_sequences} for e in dataset.entries]
             write_text(out / MANIFEST, "".join(json.dumps(line) + "\n" for line in lines))

@@ -108,5 +108,5 @@ def set_aside(folder: Path) -> Path:
 
 def remove_leftovers(folder: Path) -> None:
     """Delete what killed writers left in `folder`; for the holder of its lock."""
-    for path in folder.glob(f"*{TMP_SUFFIX}"):
+    for path in folder.rglob(f"*{TMP_SUFFIX}"):
         path.unlink(missing_ok=True)

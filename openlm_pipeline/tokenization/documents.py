@@ -13,7 +13,7 @@ never less than some 250 MiB for the engines.
 import hashlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -36,7 +36,7 @@ from openlm_pipeline.pools import TaskProgress
 from openlm_pipeline.shards.format import SampleFormat
 from openlm_pipeline.storage.files import atomic_writer, read_json, write_json
 from openlm_pipeline.storage.remote import sha256_url
-from openlm_pipeline.tokenizers.engine import EngineMismatch, make_engine
+from openlm_pipeline.tokenizers.engine import EngineMismatch, load_reference, make_engine, special_strings
 from openlm_pipeline.tokenizers.engines import Encoded
 from openlm_pipeline.tokenizers.tokenizer import TokenizerInfo, tokenizer_file
 
@@ -67,6 +67,13 @@ class FileTokens:
     """Which engine encoded it, and why that one."""
     seconds: float
     """Time that tokenizing took, summed over the parts."""
+    content_bytes: int = 0
+    """Decompressed bytes of the file; 0 in those of the first release."""
+    bad_bytes: int = 0
+    """Those of them in bad records."""
+    special_strings: int | None = None
+    """How often the string of a special token, such as `<|endoftext|>`, stands in a document; None in what a release
+    before this field wrote."""
 
     @property
     def version(self) -> str:
@@ -91,6 +98,9 @@ class PartTokens:
     first_bad: dict[str, Any] | None
     engine: str
     seconds: float
+    content_bytes: int = 0
+    bad_bytes: int = 0
+    special_strings: int | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +126,7 @@ FIRST_MAX_BAD_FRACTION = 0.001
 """Stands in the version of each file: its identity once held the source's `max_bad_fraction`, of which this is the
 default. That changes no token, so it is judged when a file is accepted; a file of that time keeps what it recorded."""
 
-_NOT_TOKENS = {"name", "version", "files", "shards", "origin", "weight", "max_bad_fraction"}
+_NOT_TOKENS = {"name", "version", "files", "shards", "origin", "weight", "max_bad_fraction", "on_bad_file"}
 """Fields of a source that change no token stream; what the files hold has its own hash."""
 
 
@@ -126,12 +136,16 @@ def files_tree(dataset: Dataset) -> Tree:
 
 
 def _settings(dataset: Dataset, tokenizer: TokenizerInfo) -> dict[str, Any]:
-    return {
+    tree = {
         **files_tree(dataset),
         "tokenizer_sha256": tokenizer.sha256,
         "eot_id": tokenizer.eot_id,
+        **({"bos_id": tokenizer.bos_id} if tokenizer.bos_id is not None else {}),
         "code": STAGE_VERSION,
     }
+    if tokenizer.switched_off:  # the first release cut or padded documents by them
+        tree["switched_off"] = tokenizer.switched_off
+    return tree
 
 
 def _identity(dataset: Dataset, tokenizer: TokenizerInfo, raw_sha256: str) -> dict[str, Any]:
@@ -153,7 +167,7 @@ def _part_identity(dataset: Dataset, tokenizer: TokenizerInfo, raw: RawFile, par
 
 
 def _token_bytes(tokenizer: TokenizerInfo) -> int:
-    return SampleFormat.for_vocabulary(1, tokenizer.vocab_size).numpy_dtype.itemsize
+    return SampleFormat.for_vocabulary(1, tokenizer.num_rows).numpy_dtype.itemsize
 
 
 def finished(dataset: Dataset, raw: RawFile, tokenizer: TokenizerInfo, folder: Path) -> FileTokens | None:
@@ -177,21 +191,65 @@ def finished(dataset: Dataset, raw: RawFile, tokenizer: TokenizerInfo, folder: P
     with paths.quarantine.open("rb") as bad:
         first_bad = BadRecord(**orjson.loads(line)) if (line := bad.readline()) else None
     limit = dataset.source.max_bad_fraction
-    check_bad_fraction(raw.url, done.documents, done.quarantined, limit, first_bad)
+    check_bad_fraction(raw.url, done.documents, done.quarantined, limit, first_bad, done.bad_bytes, done.content_bytes)
     if done.stamp != raw.stamp:  # touched, but the same: remember it, or it is hashed again each time
         write_json(paths.done, {**fields, "stamp": raw.stamp})
     return done
 
 
-def _with_end_of_text(encoded: Encoded, eot_id: int, dtype: np.dtype) -> np.ndarray:
-    """The ids of all texts, each followed by the end-of-text."""
-    ends = np.cumsum(encoded.lengths + 1) - 1
-    out = np.empty(len(encoded.ids) + len(ends), dtype)
+def _note(folder: Path, name: str) -> Path:
+    return folder / f"{name}.left_out.json"
+
+
+def leave_out(dataset: Dataset, raw: RawFile, tokenizer: TokenizerInfo, folder: Path, reason: str) -> None:
+    """Note that a raw file, as it is, is not used."""
+    write_json(
+        _note(folder, raw.name), {"stamp": raw.stamp, "reason": reason, "settings": _settings(dataset, tokenizer)}
+    )
+
+
+def leave_in(folder: Path, name: str) -> None:
+    """Forget that a raw file was left out."""
+    _note(folder, name).unlink(missing_ok=True)
+
+
+def notes_of_left_out(folder: Path, files: list[FileTokens]) -> dict[str, str]:
+    """Name -> reason of all raw files that were left out, beside the `files` that were not."""
+    suffix, used = _note(folder, "").name, {file.name for file in files}
+    names = (path.relative_to(folder).as_posix().removesuffix(suffix) for path in sorted(folder.rglob(f"*{suffix}")))
+    return {name: read_json(_note(folder, name))["reason"] for name in names if name not in used}
+
+
+def left_out(dataset: Dataset, raw_files: list[RawFile], tokenizer: TokenizerInfo, folder: Path) -> dict[str, str]:
+    """Name -> reason of the raw files that the source's `on_bad_file: skip` leaves out, as far as they were read.
+
+    A file that has changed since, or is read in another way, counts as not read.
+    """
+    if dataset.source.on_bad_file == "fail":
+        return {}
+    settings, found = _settings(dataset, tokenizer), {}
+    for raw in raw_files:
+        if (note := _note(folder, raw.name)).exists():
+            noted = read_json(note)
+            if noted["stamp"] == raw.stamp and noted["settings"] == settings:
+                found[raw.name] = noted["reason"]
+    return found
+
+
+def _with_ends(encoded: Encoded, tokenizer: TokenizerInfo, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of all texts, each followed by the end-of-text, and after what begins a document; and their lengths."""
+    begins = tokenizer.bos_id is not None
+    lengths = encoded.lengths + 1 + begins
+    ends = np.cumsum(lengths)
+    out = np.empty(len(encoded.ids) + (1 + begins) * len(ends), dtype)
     is_id = np.ones(len(out), bool)
-    is_id[ends] = False
+    is_id[ends - 1] = False
+    out[ends - 1] = tokenizer.eot_id
+    if begins:
+        is_id[ends - lengths] = False
+        out[ends - lengths] = tokenizer.bos_id
     out[is_id] = encoded.ids
-    out[ends] = eot_id
-    return out
+    return out, lengths
 
 
 def _batches(reader: RecordReader) -> Iterator[tuple[list[int], list[str]]]:
@@ -238,10 +296,13 @@ def tokenize_part(
         if done.identity == identity and paths.sizes_fit(done, _token_bytes(tokenizer)):
             return done
         paths.done.unlink()
-    engine, engine_reason = make_engine(tokenizer_file(tokenizer_folder), dataset.engine, dataset.verify_every)
-    dtype = SampleFormat.for_vocabulary(1, tokenizer.vocab_size).numpy_dtype
+    path = tokenizer_file(tokenizer_folder)
+    as_text = dataset.source.special_tokens == "text"
+    engine, engine_reason = make_engine(path, dataset.engine, dataset.verify_every, special_as_text=as_text)
+    special = special_strings(load_reference(path))
+    dtype = SampleFormat.for_vocabulary(1, tokenizer.num_rows).numpy_dtype
     digest = hashlib.sha256()
-    text_bytes = tokens = 0
+    text_bytes = tokens = found = 0
     with (
         QuarantineWriter(paths.quarantine) as quarantine,
         atomic_writer(paths.tokens, shared=True) as out,
@@ -253,6 +314,7 @@ def tokenize_part(
             max_bad_fraction=dataset.source.max_bad_fraction,
             on_bad=quarantine,
             part=part,
+            format=raw.format,
         )
         for numbers, texts in _batches(reader):
             try:
@@ -262,12 +324,14 @@ def tokenize_part(
                     f"{raw.url}, record {numbers[e.position]} from byte {part.begin} on: {e}. Set "
                     "execution.tokenizer_engine=huggingface to use the slower one alone, and please report the document"
                 ) from e
-            ids = _with_end_of_text(encoded, tokenizer.eot_id, dtype).tobytes()
+            stream, lengths = _with_ends(encoded, tokenizer, dtype)
+            ids = stream.tobytes()
             out.write(ids)
             digest.update(ids)
-            index.write(np.stack([numbers, encoded.lengths + 1], axis=1).astype(INDEX_DTYPE).tobytes())
+            index.write(np.stack([numbers, lengths], axis=1).astype(INDEX_DTYPE).tobytes())
             text_bytes += sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
             tokens += len(ids) // dtype.itemsize
+            found += sum(special.count(text) for text in texts)
             progress({"raw_bytes": reader.raw_bytes, "tokens": tokens})
     result = PartTokens(
         identity=identity,
@@ -281,6 +345,9 @@ def tokenize_part(
         first_bad=asdict(reader.first_bad) if reader.first_bad else None,
         engine=engine_reason,
         seconds=time.monotonic() - started,
+        content_bytes=reader.bytes,
+        bad_bytes=reader.bad_bytes,
+        special_strings=found,
     )
     write_json(paths.done, asdict(result))
     return result
@@ -325,7 +392,9 @@ def join_parts(
         if p.first_bad and first_bad is None:
             first_bad = BadRecord(**{**p.first_bad, "line": p.first_bad["line"] + first_line})
         first_line += p.lines
-    check_bad_fraction(raw.url, documents, bad, dataset.source.max_bad_fraction, first_bad)
+    content_bytes, bad_bytes = sum(p.content_bytes for p in parts), sum(p.bad_bytes for p in parts)
+    limit = dataset.source.max_bad_fraction
+    check_bad_fraction(raw.url, documents, bad, limit, first_bad, bad_bytes, content_bytes)
     raw_sha256 = parts[-1].raw_sha256 or sha256_url(raw.url)
     if restat(raw).stamp != raw.stamp:
         raise DataError(f"raw file {raw.url} changed while it was read; run the command again")
@@ -360,6 +429,9 @@ def join_parts(
         tokens_sha256=tokens_sha256,
         engine=parts[0].engine,
         seconds=round(sum(p.seconds for p in parts), 3),
+        content_bytes=content_bytes,
+        bad_bytes=bad_bytes,
+        special_strings=added_up(p.special_strings for p in parts),
     )
     write_json(final.done, asdict(result))
     for paths in sources:
@@ -368,8 +440,14 @@ def join_parts(
     return result
 
 
+def added_up(counts: Iterable[int | None]) -> int | None:
+    """The sum; None where one is not known."""
+    known = list(counts)
+    return None if None in known else sum(known)
+
+
 def remove_parts(folder: Path, names: set[str]) -> None:
     """Delete the parts of raw files that are finished."""
-    for path in folder.glob("*.part-*"):
-        if path.name.rpartition(".part-")[0] in names:
+    for path in folder.rglob("*.part-*"):
+        if path.relative_to(folder).as_posix().rpartition(".part-")[0] in names:
             path.unlink()

@@ -26,13 +26,25 @@ from openlm_pipeline.storage.files import (
     sha256_file,
     write_json,
 )
-from openlm_pipeline.tokenization.documents import FileTokens, finished, join_parts, remove_parts, tokenize_part
+from openlm_pipeline.tokenization.documents import (
+    FileTokens,
+    added_up,
+    finished,
+    join_parts,
+    leave_in,
+    leave_out,
+    left_out,
+    notes_of_left_out,
+    remove_parts,
+    tokenize_part,
+)
 from openlm_pipeline.tokenization.packing import PACKING_VERSION, check_stream, make_shard, packing_tree, write_order
 from openlm_pipeline.tokenizers.tokenizer import TokenizerInfo
 from openlm_pipeline.units import format_bytes, format_seconds, format_tokens
 
 _REPORT_SECONDS = 5.0
 _MIN_PART_BYTES = 32 << 20
+_PART = " part "
 _BUILDING = ".building"
 _IDENTITY = "identity.json"
 
@@ -73,13 +85,16 @@ class _Meter:
         self._report(ProgressLine(line, facts))
 
 
-def _run(pool: Pool, meter: _Meter, sizes: dict[str, int], calls: dict[str, Call]) -> dict[str, Any]:
-    """Run the calls on the pool; results by name, the first error raised.
+def _run(
+    pool: Pool, meter: _Meter, sizes: dict[str, int], calls: dict[str, Call]
+) -> tuple[dict[str, Any], dict[str, DataError]]:
+    """Run the calls on the pool; results by name, and what is damaged by name.
 
     Args:
         sizes: bytes of input of each call, which count as read when it ends.
     """
     results: dict[str, Any] = {}
+    damaged: dict[str, DataError] = {}
     tokens: dict[str, int] = {}
 
     def on_progress(name: str, facts: Facts) -> None:
@@ -88,10 +103,28 @@ def _run(pool: Pool, meter: _Meter, sizes: dict[str, int], calls: dict[str, Call
             meter.update(name, facts)
 
     for name, result in pool.run(calls, on_progress):
+        if isinstance(result, DataError):
+            damaged[name] = result
+            continue
         results[name] = result
         made = getattr(result, "tokens", tokens.get(name, 0))
         meter.update(name, {"raw_bytes": sizes[name], "tokens": made})
-    return results
+    return results, damaged
+
+
+def _raise_all(damaged: dict[str, DataError]) -> None:
+    """
+    Raises:
+        DataError: there is one in `damaged`; all are named.
+    """
+    if len(damaged) == 1:
+        raise next(iter(damaged.values()))
+    if damaged:
+        lines = "\n  ".join(str(damaged[name]) for name in sorted(damaged))
+        raise DataError(
+            f"{len(damaged)} files can't be used:\n  {lines}\n"
+            "To do without such raw files, set the source's on_bad_file: skip, or --on-bad-file skip"
+        )
 
 
 def tokenize_files(
@@ -111,18 +144,27 @@ def tokenize_files(
         min_part_bytes: a raw file is not cut into parts of fewer bytes.
 
     Raises:
-        DataError: a file is damaged; the others that were finished stay.
+        DataError: files are damaged, all of which are named; the others stay. With the source's `on_bad_file: skip`
+            they are left out of the results instead, see `left_out`.
         BusyError: another process is tokenizing this dataset.
     """
     with folder_lock(folder, "tokenizing"):
-        done = {raw.name: finished(dataset, raw, tokenizer, folder) for raw in raw_files}
-        missing = [raw for raw in raw_files if done[raw.name] is None]
+        skipped = left_out(dataset, raw_files, tokenizer, folder)
+        done: dict[str, FileTokens | None] = {}
+        damaged: dict[str, DataError] = {}
+        for raw in raw_files:
+            if raw.name not in skipped:
+                try:
+                    done[raw.name] = finished(dataset, raw, tokenizer, folder)
+                except DataError as e:
+                    damaged[raw.name] = e
+        missing = [raw for raw in raw_files if done.get(raw.name, raw) is None]
         remove_parts(folder, {name for name, result in done.items() if result})
         if missing:
             remove_leftovers(folder)
             with pools(report) as pool:
                 parts = {
-                    raw.name: cut(raw.url, raw.size_bytes, count)
+                    raw.name: cut(raw.url, raw.size_bytes, count, raw.format)
                     for raw, count in _part_counts(missing, pool.workers, min_part_bytes).items()
                 }
                 calls: dict[str, Call] = {}
@@ -134,24 +176,35 @@ def tokenize_files(
                         calls[raw.name] = (tokenize_whole, dataset, raw, *args)
                         sizes[raw.name] = raw.size_bytes
                     for number, part in enumerate(parts[raw.name] if len(parts[raw.name]) > 1 else []):
-                        name = f"{raw.name} part {number}"
+                        name = f"{raw.name}{_PART}{number}"
                         calls[name] = (tokenize_part, dataset, raw, part, number, *args)
                         sizes[name] = (part.end or raw.size_bytes) - part.begin
                 meter = _Meter(f"tokenizing {dataset.name}", sum(sizes.values()), report)
-                results = _run(pool, meter, sizes, calls)
+                results, wrong = _run(pool, meter, sizes, calls)
                 meter.say()
+                damaged |= {name.partition(_PART)[0]: error for name, error in wrong.items()}
                 joins = {
                     raw.name: (join_parts, dataset, raw, len(parts[raw.name]), tokenizer, folder)
                     for raw in largest_first
-                    if len(parts[raw.name]) > 1
+                    if len(parts[raw.name]) > 1 and raw.name not in damaged
                 }
                 if joins:
                     sizes = {raw.name: raw.size_bytes for raw in missing}
                     what = f"joining the parts of {dataset.name}"
-                    results |= _run(pool, _Meter(what, sum(sizes[n] for n in joins), report), sizes, joins)
-            done |= {raw.name: results[raw.name] for raw in missing}
-            remove_parts(folder, set(done))  # of an attempt that cut them in another way
-    return [done[raw.name] for raw in raw_files], sorted(raw.name for raw in missing)
+                    more, wrong = _run(pool, _Meter(what, sum(sizes[n] for n in joins), report), sizes, joins)
+                    results, damaged = results | more, damaged | wrong
+            done |= {raw.name: results[raw.name] for raw in missing if raw.name not in damaged}
+            remove_parts(folder, {name for name, result in done.items() if result})  # of one that cut in another way
+        if dataset.source.on_bad_file == "fail":
+            _raise_all(damaged)
+        for raw in raw_files:
+            if raw.name in damaged:
+                leave_out(dataset, raw, tokenizer, folder, str(damaged[raw.name]))
+                report(f"left out: {damaged[raw.name]}")
+        made = [result for raw in raw_files if (result := done.get(raw.name))]
+        for result in made:
+            leave_in(folder, result.name)
+    return made, sorted(raw.name for raw in missing if raw.name not in damaged)
 
 
 def _part_counts(files: list[RawFile], workers: int, min_part_bytes: int) -> dict[RawFile, int]:
@@ -172,7 +225,7 @@ def tokenize_whole(
     progress: TaskProgress,
 ) -> FileTokens:
     """Stage 1 of a raw file that is not cut."""
-    [part] = cut(raw.url, raw.size_bytes, 1)
+    [part] = cut(raw.url, raw.size_bytes, 1, raw.format)
     tokenize_part(dataset, raw, part, 0, tokenizer, tokenizer_folder, folder, progress=progress)
     return join_parts(dataset, raw, 1, tokenizer, folder, progress=progress)
 
@@ -258,7 +311,7 @@ def _pack(
     pools: PoolFactory,
     report: Say,
 ) -> None:
-    sample_format = SampleFormat.for_vocabulary(dataset.seq_len + 1, tokenizer.vocab_size)
+    sample_format = SampleFormat.for_vocabulary(dataset.seq_len + 1, tokenizer.num_rows)
     order = write_order(files, tokenized, dataset.shuffle_seed, building)
     num_samples, tail = divmod(order.num_tokens, sample_format.sample_tokens)
     padding = 0
@@ -285,7 +338,6 @@ def _pack(
             sample_format,
             dataset.pad_id,
             dataset.name,
-            [f.name for f in files],
             tokenized,
             building,
             folder,
@@ -297,14 +349,18 @@ def _pack(
         streams = {f.name: f.tokens * sample_format.numpy_dtype.itemsize for f in files}
         checks: dict[str, Call] = {f.name: (check_stream, tokenized, f.name, f.tokens_sha256) for f in files}
         with pools(report) as pool:
-            _run(pool, _Meter(f"checking {dataset.name}", sum(streams.values()), report), streams, checks)
+            meter = _Meter(f"checking {dataset.name}", sum(streams.values()), report)
+            _raise_all(_run(pool, meter, streams, checks)[1])
             meter = _Meter(f"packing {dataset.name}", sum(sizes[n] for n in calls), report)
-            entries |= {int(n): e for n, e in _run(pool, meter, sizes, calls).items()}
+            made, damaged = _run(pool, meter, sizes, calls)
+            _raise_all(damaged)
+            entries |= {int(n): e for n, e in made.items()}
             meter.say()
     in_shards = sum(e.tokens for e in entries.values()) - padding
     tokens = sum(f.tokens for f in files)
     if in_shards + tail != tokens:
         raise DataError(f"dataset {dataset.name}: {tokens} tokens in, {in_shards} in shards and {tail} in the tail")
+    skipped = notes_of_left_out(tokenized, files) if dataset.source.on_bad_file == "skip" else {}
     with atomic_writer(folder / QUARANTINE) as out:
         for f in files:
             out.write((tokenized / f"{f.name}.quarantine.jsonl").read_bytes())
@@ -312,16 +368,24 @@ def _pack(
         "name": dataset.name,
         "version": dataset.version,
         "fingerprint": fingerprint(identity),
-        "tokenizer": {"name": tokenizer.name, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
+        "tokenizer": {
+            "name": tokenizer.name,
+            "sha256": tokenizer.sha256,
+            "vocab_size": tokenizer.vocab_size,
+            "largest_id": tokenizer.num_rows - 1,
+        },
         "eot_id": tokenizer.eot_id,
+        **({"bos_id": tokenizer.bos_id} if tokenizer.bos_id is not None else {}),
         "pad_id": dataset.pad_id,
         "seq_len": dataset.seq_len,
         "dtype": sample_format.dtype,
         "totals": {
             "files": len(files),
+            "skipped_files": len(skipped),
             "documents": sum(f.documents for f in files),
             "quarantined": sum(f.quarantined for f in files),
             "text_bytes": sum(f.text_bytes for f in files),
+            "special_strings": added_up(f.special_strings for f in files),
             "tokens": tokens,
             "samples": num_samples,
             "tail_tokens": tail,
@@ -331,6 +395,8 @@ def _pack(
         "identity": identity,
         "inputs": {f.name: f.identity for f in files},
     }
+    if skipped:
+        info["skipped"] = skipped
     write_json(folder / DATASET, info)
     write_manifest(folder, [entries[n] for n in numbers])
 

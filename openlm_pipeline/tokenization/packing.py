@@ -66,6 +66,8 @@ class DocumentOrder:
         """Open the tables that `write_order` made in `folder`."""
         info = read_json(folder / _TABLES)
         self.seed: int = info["seed"]
+        self.names: list[str] = info["names"]
+        """Of the raw files, in their order."""
         self.first_ids = np.cumsum([0, *info["documents"]])
         """int64[files + 1]: id of each file's first document, then the number of all."""
         self.first_tokens = np.cumsum([0, *info["tokens"]])
@@ -122,7 +124,8 @@ def write_order(files: list[FileTokens], tokenized: Path, seed: int, folder: Pat
             chunk = end + np.cumsum(all_begins[ids + 1] - all_begins[ids])
             ends.write(chunk.astype(INDEX_DTYPE).tobytes())
             end = int(chunk[-1])
-    write_json(folder / _TABLES, {"seed": seed, "documents": counts, "tokens": [f.tokens for f in files]})
+    tables = {"names": [f.name for f in files], "documents": counts, "tokens": [f.tokens for f in files]}
+    write_json(folder / _TABLES, {"seed": seed, **tables})
     return DocumentOrder(folder)
 
 
@@ -181,7 +184,7 @@ def _gather(order: DocumentOrder, begin: int, end: int, streams: _Streams) -> tu
     return np.concatenate(parts), _Spans(ids, file, part_begin, skipped)
 
 
-def _provenance(order: DocumentOrder, spans: _Spans, begin: int, end: int, width: int, names: list[str]) -> pa.Table:
+def _provenance(order: DocumentOrder, spans: _Spans, begin: int, end: int, width: int) -> pa.Table:
     """One row for each (sample, document) pair among the tokens begin..end.
 
     Columns: `sample` (number in the dataset), `start` and `length` (tokens in the sample), `file`, `record` (number in
@@ -194,7 +197,7 @@ def _provenance(order: DocumentOrder, spans: _Spans, begin: int, end: int, width
             "sample": _column(cuts // width, "i8"),
             "start": _column(cuts % width, "i4"),
             "length": _column(np.diff(np.append(cuts, end)), "i4"),
-            "file": pa.DictionaryArray.from_arrays(_column(spans.file[owner], "i4"), _strings(names)),
+            "file": pa.DictionaryArray.from_arrays(_column(spans.file[owner], "i4"), _strings(order.names)),
             "record": _column(order.records[spans.ids][owner], "i8"),
             "document_start": _column(spans.skipped[owner] + cuts - spans.begin[owner], "i8"),
         }
@@ -231,16 +234,14 @@ def make_shard(
     sample_format: SampleFormat,
     pad_id: int | None,
     source: str,
-    files: list[str],
     tokenized: Path,
     order_folder: Path,
     out: Path,
 ) -> ShardEntry:
-    """Make shard `number` of a dataset; runs in a worker.
+    """Make shard `number` of a dataset; runs in a worker. What it is told does not grow with the dataset.
 
     Args:
         pad_id: fills up the last sample; with None an incomplete sample is left out.
-        files: names of the raw files, sorted.
         tokenized: folder of stage 1.
         order_folder: where the `DocumentOrder` is.
         out: the dataset's folder.
@@ -252,12 +253,12 @@ def make_shard(
     count = min(samples_per_shard, total - first)
     begin = first * width
     end = min((first + count) * width, order.num_tokens)
-    with _Streams([tokenized / f"{name}.tokens" for name in files], sample_format.numpy_dtype) as streams:
+    with _Streams([tokenized / f"{name}.tokens" for name in order.names], sample_format.numpy_dtype) as streams:
         tokens, spans = _gather(order, begin, end, streams)
     if padding := count * width - len(tokens):
         tokens = np.append(tokens, np.full(padding, pad_id, tokens.dtype))
     name = f"{number:08d}"
     with atomic_writer(out / f"{name}.provenance.parquet", shared=True) as f:
-        pq.write_table(_provenance(order, spans, begin, end, width, files), f, compression="zstd")
+        pq.write_table(_provenance(order, spans, begin, end, width), f, compression="zstd")
     made = write_shard(out / f"{name}.tar", tokens.reshape(count, width), first, sample_format)
     return ShardEntry(shard=name, source=source, **made)

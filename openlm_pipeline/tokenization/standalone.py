@@ -6,10 +6,14 @@ Unlike make_2048.py it keeps every document, shuffles all of them, and uses the 
 
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
-from openlm_pipeline.corpus.discovery import discover
+from pydantic import ValidationError
+
+from openlm_pipeline.corpus.discovery import LIST, discover
 from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.experiments import Dataset, Source, TokenizerSpec
 from openlm_pipeline.pools import PoolFactory
@@ -17,6 +21,7 @@ from openlm_pipeline.result import Say, StageResult
 from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.publish import publish
 from openlm_pipeline.storage.home import Home
+from openlm_pipeline.strict import explain
 from openlm_pipeline.tokenization.job import pack_shards, tokenize_files
 from openlm_pipeline.tokenizers.tokenizer import make_tokenizer
 
@@ -25,15 +30,17 @@ S3_BASE = "S3_BASE"
 
 
 def upload_url() -> str:
-    """The value of S3_BASE.
+    """The value of S3_BASE; one without a protocol, such as OpenLM's `preproc_data-v1/`, begins with a bucket of S3.
 
     Raises:
-        ConfigError: it is not set, or no URL.
+        ConfigError: it is not set, or no bucket's.
     """
-    url = os.environ.get(S3_BASE, "")
+    url = os.environ.get(S3_BASE, "").rstrip("/")
     if "://" not in url:
+        url = f"s3://{url}"
+    if not url.partition("://")[2].strip("/"):
         raise ConfigError(f"--upload-to-s3 needs the environment variable {S3_BASE}, such as s3://bucket/prefix/")
-    return url.rstrip("/")
+    return url
 
 
 def make_shards_of_files(
@@ -47,7 +54,9 @@ def make_shards_of_files(
     seq_len: int = 2048,
     seed: int = 42,
     pad_id: int | None = None,
-    text_key: str = "text",
+    spec: Mapping[str, Any] = MappingProxyType({}),
+    source: Mapping[str, Any] = MappingProxyType({}),
+    engine: str = "auto",
     upload: str | None = None,
     allow: Collection[str] = (),
 ) -> StageResult:
@@ -57,6 +66,8 @@ def make_shards_of_files(
         input_files: paths, globs or fsspec URLs.
         tokenizer: path of a `tokenizer.json`, of its folder, or a Hugging Face hub name.
         tokenizing, packing: where the tasks of each stage run.
+        spec, source: fields of `TokenizerSpec` and `Source` that differ from the usual.
+        engine: as `execution.tokenizer_engine`.
         upload: URL to which the shards are moved once all are made.
         allow: consents; with `supersede` a dataset made from something else is set aside.
 
@@ -64,17 +75,23 @@ def make_shards_of_files(
         MissingInputError: no input file, or no tokenizer.
         DataError: an input is damaged.
     """
-    spec = TokenizerSpec(
-        name=re.sub(r"\W+", "_", Path(tokenizer).stem.lower()).strip("_") or "tokenizer", source=tokenizer
-    )
-    source = Source(name="text", files=tuple(_absolute(f) for f in input_files), text_key=text_key)
-    dataset = Dataset(
-        source=source, tokenizer=spec, seq_len=seq_len, samples_per_shard=8192, shuffle_seed=seed, pad_id=pad_id
-    )
+    name = re.sub(r"\W+", "_", Path(tokenizer).stem.lower()).strip("_") or "tokenizer"
+    try:
+        dataset = Dataset(
+            source=Source(name="text", files=tuple(_absolute(f) for f in input_files), **source),
+            tokenizer=TokenizerSpec(name=name, source=tokenizer, **spec),
+            seq_len=seq_len,
+            samples_per_shard=8192,
+            shuffle_seed=seed,
+            pad_id=pad_id,
+            engine=engine,
+        )
+    except ValidationError as e:
+        raise explain(e, "the options of --input-files") from e
     home = Home((output / "work").absolute())
     raw_files = discover(dataset, home)
-    tokenizer_folder, tokenized = home.tokenizer(spec.name), home.tokenized("text", "v1")
-    info, _, _ = make_tokenizer(spec, raw_files, text_key, tokenizer_folder, allow)
+    tokenizer_folder, tokenized = home.tokenizer(name), home.tokenized("text", "v1")
+    info, _, _ = make_tokenizer(dataset.tokenizer, raw_files, dataset.source.text_key, tokenizer_folder, allow)
     files, _ = tokenize_files(dataset, raw_files, info, tokenizer_folder, tokenized, tokenizing, report)
     folder = output.absolute() / f"{seq_len}-v1"
     reused, changed = pack_shards(dataset, files, info, tokenized, folder, packing, report, allow)
@@ -85,4 +102,6 @@ def make_shards_of_files(
 
 
 def _absolute(where: str) -> str:
+    if where.startswith(LIST):
+        return LIST + _absolute(where[len(LIST) :])
     return where if "://" in where else str(Path(where).absolute())

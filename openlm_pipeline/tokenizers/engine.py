@@ -13,6 +13,7 @@ import numpy as np
 from openlm_pipeline.errors import ConfigError, DataError
 from openlm_pipeline.registry import ENGINES
 from openlm_pipeline.tokenizers.engines import Encoded, Engine
+from openlm_pipeline.tokenizers.strings import Strings
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -33,21 +34,61 @@ class EngineMismatch(DataError):
         return str(self.args[0])
 
 
-def load_reference(tokenizer_json: Path) -> "Tokenizer":
-    """Hugging Face's tokenizer of a file; a second call gives the same one while the file is the same.
+def load_reference(tokenizer_json: Path, *, special_as_text: bool = False) -> "Tokenizer":
+    """Hugging Face's tokenizer of a file, which gives each document all of its ids and no others.
+
+    `truncation` and `padding`, which `save_pretrained` leaves in a file, are switched off. A second call gives the same
+    tokenizer while the file is the same, so it must not be changed.
+
+    Args:
+        special_as_text: the strings of special tokens are encoded as any other text.
 
     Raises:
+        ConfigError: it has `dropout`.
         Exception: it is no tokenizer; the library has no narrower one.
     """
+    tokenizer = load_any(tokenizer_json, special_as_text)
+    refuse_dropout(tokenizer, str(tokenizer_json))
+    return tokenizer
+
+
+def load_any(tokenizer_json: Path, special_as_text: bool = False) -> "Tokenizer":
+    """`load_reference` that takes a tokenizer of random ids too: to decode, or to look at it."""
     about = tokenizer_json.stat()
-    return _load(tokenizer_json, about.st_mtime_ns, about.st_size, about.st_ino)
+    return _load(tokenizer_json, special_as_text, about.st_mtime_ns, about.st_size, about.st_ino)
 
 
 @lru_cache(maxsize=4)
-def _load(tokenizer_json: Path, *stamp: int) -> "Tokenizer":
+def _load(tokenizer_json: Path, special_as_text: bool, *stamp: int) -> "Tokenizer":
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_file(str(tokenizer_json))
+    tokenizer = Tokenizer.from_file(str(tokenizer_json))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = special_as_text
+    return tokenizer
+
+
+def refuse_dropout(tokenizer: "Tokenizer", where: str) -> None:
+    """
+    Raises:
+        ConfigError: the tokenizer gives random ids.
+    """
+    if rate := getattr(tokenizer.model, "dropout", None):
+        raise ConfigError(
+            f"the model in {where} has dropout {rate:g}, which gives a text other ids each time: set `dropout` to null "
+            "in its tokenizer.json"
+        )
+
+
+def largest_id(tokenizer: "Tokenizer") -> int:
+    """The largest id that it may give; there may be fewer ids than that."""
+    return max(tokenizer.get_vocab().values(), default=0)
+
+
+def special_strings(tokenizer: "Tokenizer") -> Strings:
+    """What stands for a special token where it is found in a document."""
+    return Strings(token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special)
 
 
 class CheckedEngine:
@@ -90,40 +131,43 @@ class CheckedEngine:
 
 
 def make_engine(
-    tokenizer_json: Path, choice: str = "auto", verify_every: int = VERIFY_EVERY
+    tokenizer_json: Path, choice: str = "auto", verify_every: int = VERIFY_EVERY, *, special_as_text: bool = False
 ) -> tuple[Engine | CheckedEngine, str]:
     """An engine for a tokenizer, and a line that says which and why.
 
     Args:
         choice: a name in `ENGINES`; `auto`: gigatoken where it can be trusted with the tokenizer, else the reference.
         verify_every: one in so many documents of another engine is checked against the reference.
+        special_as_text: the strings of special tokens are encoded as any other text.
 
     Raises:
-        ConfigError: there is no such engine, or the one asked for does not take this tokenizer.
+        ConfigError: there is no such engine, the one asked for does not take this tokenizer, or none can: its ids are
+            random.
     """
-    reference = ENGINES[_REFERENCE]
+    options = {"special_as_text": True} if special_as_text else {}  # an engine without the option is not tried
+    reference = ENGINES[_REFERENCE](tokenizer_json, **options)
     if choice == _REFERENCE:
-        return reference(tokenizer_json), f"{reference.title}, because it was asked for"
+        return reference, f"{reference.title}, because it was asked for"
     wanted = ENGINES[_FAST if choice == "auto" else choice]
-    engine, reason = _load_engine(wanted, tokenizer_json)
+    engine, reason = _load_engine(wanted, tokenizer_json, options)
     if engine is None:
         if choice != "auto":
             raise ConfigError(
                 f"execution.tokenizer_engine={choice} does not work for {tokenizer_json}: {reason}. Leave it out, and "
                 "the engine is chosen by what works"
             )
-        return reference(tokenizer_json), f"{reference.title}, because {reason}"
+        return reference, f"{reference.title}, because {reason}"
     line = f"{wanted.title}, 1 in {verify_every} documents checked against {reference.title}"
-    return CheckedEngine(engine, reference(tokenizer_json), verify_every), line
+    return CheckedEngine(engine, reference, verify_every), line
 
 
-def _load_engine(wanted: type[Engine], tokenizer_json: Path) -> tuple[Engine | None, str]:
+def _load_engine(wanted: type[Engine], tokenizer_json: Path, options: dict[str, bool]) -> tuple[Engine | None, str]:
     """The engine, or None and why not."""
     if reason := wanted.unfit(tokenizer_json):
         return None, reason
     try:
-        return wanted(tokenizer_json), ""
+        return wanted(tokenizer_json, **options), ""
     except ImportError as e:
         return None, f"{e.name or wanted.title} is not installed"
     except Exception as e:  # noqa: BLE001 - whatever a beta library raises, the reference still works
-        return None, f"{wanted.title} cannot load it: {e}"
+        return None, f"{wanted.title} cannot load it: {str(e).partition(chr(10))[0]}"

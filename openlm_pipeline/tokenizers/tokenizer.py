@@ -16,7 +16,7 @@ from openlm_pipeline.fingerprint import differences, settings_tree
 from openlm_pipeline.result import refusal, refuse
 from openlm_pipeline.storage.files import atomic_writer, read_json, set_aside, sha256_file, write_json
 from openlm_pipeline.storage.remote import sha256_url
-from openlm_pipeline.tokenizers.engine import load_reference
+from openlm_pipeline.tokenizers.engine import largest_id, load_any, load_reference
 
 TRAINING_VERSION = 1
 """Raised when the same corpus and settings would give another tokenizer."""
@@ -33,12 +33,23 @@ class TokenizerInfo:
     sha256: str
     """The hash of `tokenizer.json`."""
     vocab_size: int
-    """Number of ids, added tokens included."""
+    """Number of ids, added tokens included; the largest id may lie far above it."""
     eot_id: int
     identity: dict[str, Any]
     """What it was made from."""
     stamps: dict[str, str] = field(default_factory=dict)
     """Stamp of each raw file when it was hashed: an equal one means that its content need not be hashed again."""
+    largest_id: int | None = None
+    """None only in what a release before this field wrote; `read_tokenizer_info` fills it in."""
+    bos_id: int | None = None
+    """What begins each document, if anything does."""
+    switched_off: list[str] | None = None
+    """Which of `truncation` and `padding` the file has, that do nothing here; None as for `largest_id`."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that an embedding needs for its ids: the largest one and 1."""
+        return self.vocab_size if self.largest_id is None else self.largest_id + 1
 
 
 def tokenizer_file(folder: Path) -> Path:
@@ -58,13 +69,13 @@ def read_tokenizer_info(folder: Path) -> TokenizerInfo:
     path = tokenizer_file(folder)
     if not path.exists() or sha256_file(path) != info.sha256:
         raise DataError(f"{path} is not the file that {folder / _INFO} describes; delete the folder to make it again")
-    return info
+    return info if info.largest_id is not None else replace(info, **_facts(path))
 
 
 def _texts(files: Iterable[RawFile], text_key: str) -> Iterator[str]:
     for raw in files:
-        reader = RecordReader(raw.url, text_key=text_key, max_bad_fraction=1.0, on_bad=lambda _: None)  # stage 1 judges
-        for record in reader:
+        every = {"max_bad_fraction": 1.0, "on_bad": lambda _: None}  # stage 1 judges
+        for record in RecordReader(raw.url, text_key=text_key, format=raw.format, **every):
             yield record.text
 
 
@@ -138,9 +149,9 @@ def make_tokenizer(
     stamps = {raw.name: raw.stamp for raw in files} if spec.train else {}
     if spec.train:
         corpus = {raw.name: _recorded_hash(info, raw) or sha256_url(raw.url) for raw in files}
-        identity = {"train": settings_tree(spec.train), "eot": spec.eot, "corpus": corpus, "code": TRAINING_VERSION}
+        identity = {"train": settings_tree(spec.train), **spec.ends(), "corpus": corpus, "code": TRAINING_VERSION}
     else:
-        identity = {"source": spec.source, "eot": spec.eot}
+        identity = {"source": spec.source, **spec.ends()}
     changed: list[str] = []
     if info:
         local = spec.source is not None and Path(spec.source).exists()
@@ -149,7 +160,7 @@ def make_tokenizer(
         if info.identity == identity and same_file:
             if info.stamps != stamps:  # touched, but the same: remember it, or it is hashed again each time
                 info = replace(info, stamps=stamps)
-                write_json(folder / _INFO, asdict(info))
+                write_json(folder / _INFO, {**read_json(folder / _INFO), "stamps": stamps})
             return info, True, []
         changed = differences(info.identity, identity) or ["the content of tokenizer.json"]
         what = "\n  ".join([f"{folder} holds another tokenizer. What differs:", *changed])
@@ -177,11 +188,26 @@ def _recorded_hash(info: TokenizerInfo | None, raw: RawFile) -> str | None:
 def _describe(spec: TokenizerSpec, path: Path, identity: dict[str, Any]) -> TokenizerInfo:
     try:
         tokenizer = load_reference(path)
+    except ConfigError:
+        raise
     except Exception as e:  # noqa: BLE001 - `tokenizers` raises bare Exception for a file it cannot read
         raise ConfigError(f"{spec.source or path} is not a tokenizer.json: {e}") from e
     eot_id = tokenizer.token_to_id(spec.eot)
+    if spec.bos is not None and tokenizer.token_to_id(spec.bos) is None:
+        raise ConfigError(
+            f"tokenizer {spec.name} has no token {spec.bos!r}; set `tokenizer.bos`, or --bos, to one of its"
+        )
     if eot_id is None:
         raise ConfigError(
-            f"tokenizer {spec.name} has no token {spec.eot!r}; set `tokenizer.eot` to its end-of-text token"
+            f"tokenizer {spec.name} has no token {spec.eot!r}; set `tokenizer.eot`, or --eot, to its end-of-text token"
         )
-    return TokenizerInfo(spec.name, sha256_file(path), tokenizer.get_vocab_size(), eot_id, identity)
+    bos_id = None if spec.bos is None else tokenizer.token_to_id(spec.bos)
+    sha256, size = sha256_file(path), tokenizer.get_vocab_size()
+    return TokenizerInfo(spec.name, sha256, size, eot_id, identity, bos_id=bos_id, **_facts(path))
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """What the ids of a tokenizer depend on beside its file's hash."""
+    config = read_json(path)
+    off = [name for name in ("truncation", "padding") if config.get(name)]
+    return {"largest_id": largest_id(load_any(path)), "switched_off": off}

@@ -53,12 +53,89 @@ def test_remote_files(tmp_path: Path) -> None:
     assert discover(dataset("memory://discovery/x.jsonl"), Home(tmp_path)) == files[:1]
 
 
-def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "x.jsonl").write_text("{}")
-    with pytest.raises(ConfigError, match=r"two raw files named x\.jsonl"):
-        discover(dataset("*/x.jsonl"), Home(tmp_path))
+def make(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("{}")
+
+
+def names(root: Path, *files: str) -> list[str]:
+    return [f.name for f in discover(dataset(*files), Home(root))]
+
+
+def test_base_names_may_repeat(tmp_path: Path) -> None:
+    make(tmp_path, "raw/a/x.jsonl", "raw/b/x.jsonl", "raw/b/deep/x.jsonl")
+    assert names(tmp_path, "raw/*/x.jsonl") == ["a/x.jsonl", "b/x.jsonl"]
+    assert names(tmp_path, "raw/**/*.jsonl") == ["a/x.jsonl", "b/deep/x.jsonl", "b/x.jsonl"]
+    assert names(tmp_path, "raw/a/x.jsonl", "raw/b/x.jsonl") == ["a/x.jsonl", "b/x.jsonl"]
+    assert names(tmp_path, "raw/a/*.jsonl") == ["x.jsonl"]
+
+
+def test_a_folder_stands_for_all_files_in_it(tmp_path: Path) -> None:
+    make(tmp_path, "raw/a/x.jsonl", "raw/y.jsonl", "raw/_SUCCESS", "raw/a/.x.jsonl.crc", "raw/_temporary/z.jsonl")
+    assert names(tmp_path, "raw") == ["a/x.jsonl", "y.jsonl"]
+    assert names(tmp_path, str(tmp_path / "raw/")) == ["a/x.jsonl", "y.jsonl"]
+
+
+def test_files_that_an_earlier_release_named_keep_their_names(tmp_path: Path) -> None:
+    make(tmp_path, "raw/a/x.jsonl", "raw/b/y.jsonl", "tokenized/pile/v1/x.jsonl.json")
+    assert names(tmp_path, "raw/*/*.jsonl") == ["b/y.jsonl", "x.jsonl"]
+    make(tmp_path, "raw/b/x.jsonl")
+    assert names(tmp_path, "raw/*/*.jsonl") == ["a/x.jsonl", "b/x.jsonl", "b/y.jsonl"]
+
+
+def test_a_file_that_lists_files(tmp_path: Path) -> None:
+    make(tmp_path, "raw/a.jsonl", "raw/b.jsonl", "raw/c.jsonl")
+    (tmp_path / "list.txt").write_text(f"# two of three\nraw/a.jsonl\n\n{tmp_path}/raw/c*.jsonl\n")
+    assert names(tmp_path, "@list.txt") == ["a.jsonl", "c.jsonl"]
+    (tmp_path / "list.txt").write_text("raw/a.jsonl\nraw/gone.jsonl\n")
+    with pytest.raises(MissingInputError, match=r"match no raw file:\n.*raw/gone\.jsonl"):
+        names(tmp_path, "@list.txt")
+    (tmp_path / "list.txt").write_text("# none\n")
+    with pytest.raises(MissingInputError, match=r"list\.txt lists no raw files"):
+        names(tmp_path, "@list.txt")
+
+
+def test_a_name_with_brackets_is_itself_where_it_is_there(tmp_path: Path) -> None:
+    make(tmp_path, "raw/x[1].jsonl", "raw/x1.jsonl")
+    assert names(tmp_path, "raw/x[1].jsonl") == ["x[1].jsonl"]
+    assert names(tmp_path, "raw/x[12].jsonl") == ["x1.jsonl"]
+
+
+def test_each_pattern_without_a_match_is_named(tmp_path: Path) -> None:
+    make(tmp_path, "raw/a.jsonl", "empty/x")
+    with pytest.raises(MissingInputError) as e:
+        names(tmp_path, "raw/a.jsonl", "part2/b.jsonl", "raw/*.jsonl", "part3/*.jsonl")
+    assert "part2/b.jsonl" in str(e.value) and "part3/*.jsonl" in str(e.value)
+    assert "raw/a.jsonl" not in str(e.value)
+
+
+def test_a_broken_link_is_named_and_others_are_followed(tmp_path: Path) -> None:
+    make(tmp_path, "real/x.jsonl")
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/x.jsonl").symlink_to(tmp_path / "real/x.jsonl")
+    (tmp_path / "raw/folder.jsonl").symlink_to(tmp_path / "real")
+    [found] = discover(dataset("raw/*.jsonl"), Home(tmp_path))
+    assert found.size_bytes == 2
+    (tmp_path / "raw/gone.jsonl").symlink_to(tmp_path / "real/gone.jsonl")
+    for pattern in ("raw/*.jsonl", "raw/gone.jsonl", "raw"):
+        with pytest.raises(
+            MissingInputError, match=r"raw/gone\.jsonl is a broken link: there is no .*real/gone\.jsonl"
+        ):
+            names(tmp_path, pattern)
+
+
+def test_a_format_may_be_said(tmp_path: Path) -> None:
+    make(tmp_path, "raw/part-00000", "raw/x.JSONL", "raw/x.NDJSON.xz", "raw/_SUCCESS")
+    assert names(tmp_path, "raw/x.*") == ["x.JSONL", "x.NDJSON.xz"]
+    with pytest.raises(ConfigError, match=r"part-00000 has no suffix that can be read(.|\n)*`format`"):
+        names(tmp_path, "raw/part-*")
+    source = Source(name="pile", files=("raw/part-*",), format="jsonl")
+    [found] = discover(dataset("x").model_copy(update={"source": source}), Home(tmp_path))
+    assert found.format == "jsonl"
+    source = Source(name="pile", files=("raw/part-*",), format="csv")
+    with pytest.raises(ConfigError, match="there is no format 'csv'"):
+        discover(dataset("x").model_copy(update={"source": source}), Home(tmp_path))
 
 
 def test_a_format_without_reader_is_refused(tmp_path: Path) -> None:

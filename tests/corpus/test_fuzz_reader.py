@@ -260,11 +260,7 @@ def test_corrupted_files_are_read_as_a_slow_reader_does(
     for seed in (*range(INPUTS_PER_FORMAT), *FOUND.get(name, ())):
         rng = random.Random(f"{name} {seed}")
         block = rng.choice((64, 1000, 1 << 17))
-        for constant, value in (
-            ("BLOCK_BYTES", block),
-            ("_ZSTD_BLOCK", block),
-            ("MAX_RECORD_BYTES", MAX_RECORD_BYTES),
-        ):
+        for constant, value in (("BLOCK_BYTES", block), ("MAX_RECORD_BYTES", MAX_RECORD_BYTES)):
             monkeypatch.setattr(blocks, constant, value)
         path = tmp_path / f"{seed}_{name}"
         path.write_bytes(data := corrupted(name, rng))
@@ -293,7 +289,7 @@ def test_lines_left_alone_come_out(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         path = tmp_path / "a.jsonl"
         path.write_bytes(broken)
         if (found := outcome(lambda path=path: read(path)[0], path)) is None:
-            assert not broken
+            assert not broken.endswith(b"\n")
             continue
         alone = set(content.split(b"\n")) & set(broken.split(b"\n")) - {b""}
         assert {json.loads(line)["text"] for line in alone} <= {text for _, text, _ in found.good}, f"seed {seed}"

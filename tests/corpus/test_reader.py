@@ -1,7 +1,13 @@
 """Reading raw files: nothing good is lost, nothing bad passes, and errors name the place."""
 
+import bz2
 import gzip
+import hashlib
 import json
+import lzma
+import math
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
@@ -11,6 +17,7 @@ import pytest
 import zstandard
 
 from openlm_pipeline.corpus import blocks
+from openlm_pipeline.corpus.formats import Part
 from openlm_pipeline.corpus.reader import BadRecord, QuarantineWriter, Record, RecordReader
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
 
@@ -102,7 +109,7 @@ def test_urls_of_other_file_systems(tmp_path: Path) -> None:
 BAD_LINES = {
     b'{"text": "cut': "not valid JSON: ",
     b'{"text": "a"} {"text": "b"}': "not valid JSON: ",
-    b'{"text": NaN}': "not valid JSON: ",
+    b'{"text": NaN}': "field 'text' is a null, not a string",
     b'["text"]': "not a JSON object but a list",
     b'"text"': "not a JSON object but a string",
     b'{"body": "x"}': "no field 'text'",
@@ -231,13 +238,23 @@ def test_flipped_bytes_fail(tmp_path: Path, suffix: str) -> None:
             read(write(tmp_path / f"x{suffix}", bytes(broken)))
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.zst", ".jsonl.gz", ".json", ".parquet"])
-def test_an_empty_file_fails(tmp_path: Path, suffix: str) -> None:
+@pytest.mark.parametrize("suffix", [".jsonl.zst", ".jsonl.gz", ".jsonl.bz2", ".jsonl.xz", ".parquet"])
+def test_a_file_of_no_bytes_that_could_not_be_so_fails(tmp_path: Path, suffix: str) -> None:
     with pytest.raises(DataError, match=rf"x{suffix} is empty"):
         read(write(tmp_path / f"x{suffix}", b""))
-    if suffix == ".jsonl.zst":
-        with pytest.raises(DataError, match="decompresses to nothing"):
-            read(write(tmp_path / f"x{suffix}", zst(b"")))
+
+
+def test_a_valid_file_that_is_empty_holds_no_records(tmp_path: Path) -> None:
+    for name, data in {
+        "x.jsonl": b"",
+        "x.json": b"",
+        "array.json": b"[]",
+        "x.jsonl.zst": zst(b""),
+        "x.jsonl.gz": gzip.compress(b""),
+        "x.jsonl.bz2": bz2.compress(b""),
+        "x.jsonl.xz": lzma.compress(b""),
+    }.items():
+        assert read(write(tmp_path / name, data)) == ([], [])
 
 
 def test_absent_files_and_unknown_formats_are_named(tmp_path: Path) -> None:
@@ -269,3 +286,89 @@ def test_real_text_reads_whole(shared_data: Path) -> None:
         expected = f.read().count(b"\n")
     records, bad = read(path)
     assert (len(records), bad) == (expected, [])
+
+
+RENAMED = ["x.jsonl", "x.jsonl.zst", "x.jsonl.gz", "x.ndjson.bz2", "X.JSONL.XZ", "x.jsonl.zstd", "x.xz"]
+
+
+@pytest.mark.parametrize("name", RENAMED)
+@pytest.mark.parametrize("pack", [bytes, zst, gzip.compress, bz2.compress, lzma.compress], ids=lambda p: p.__name__)
+def test_a_file_is_what_it_is_whatever_its_name_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, pack: Callable[[bytes], bytes]
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 64)
+    path = write(tmp_path / name, pack(jsonl(TEXTS)))
+    records, bad = read(path)
+    assert [r.text for r in records] == TEXTS and not bad
+    parts = [Part(0, 64), Part(64, 128), Part(128, None)]
+    opened = [RecordReader(str(path), on_bad=bad.append, part=part) for part in parts]
+    assert [r.text for reader in opened for r in reader] == TEXTS
+    assert opened[-1].raw_sha256 == (None if pack is bytes else hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def test_several_streams_are_one_content_and_a_cut_is_named(tmp_path: Path) -> None:
+    for suffix, pack in {"zst": zst, "bz2": bz2.compress, "xz": lzma.compress, "gz": gzip.compress}.items():
+        data = pack(jsonl(TEXTS[:2])) + pack(b"") + pack(jsonl(TEXTS[2:]))
+        path = write(tmp_path / f"x.jsonl.{suffix}", data)
+        assert [r.text for r in read(path)[0]] == TEXTS
+        with pytest.raises(DataError, match=r"is truncated: it ends inside a \w+ \w+ at compressed byte"):
+            read(write(path, data[:-3]))
+        broken = bytearray(data)
+        broken[len(data) // 3] ^= 0x40
+        with pytest.raises(DataError, match="compressed byte|truncated|records are bad"):
+            read(write(path, bytes(broken)), max_bad_fraction=0)
+
+
+def test_a_few_bytes_that_stand_for_gigabytes_take_little_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("openlm_pipeline.corpus.blocks.MAX_RECORD_BYTES", 1 << 20)
+    content = b'{"text": "' + b"a" * (40 << 20) + b'"}\n{"text": "short"}\n'
+    for suffix, pack in {"zst": zst, "bz2": bz2.compress, "xz": lzma.compress, "gz": gzip.compress}.items():
+        path = write(tmp_path / f"x.jsonl.{suffix}", pack(content))
+        assert path.stat().st_size < 300_000
+        tracemalloc.start()
+        records, bad = read(path, max_bad_fraction=1)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert [r.text for r in records] == ["short"] and "longer than 1 MiB" in bad[0].reason
+        assert peak < 16 << 20
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_a_file_that_ends_inside_a_record_fails(tmp_path: Path, suffix: str) -> None:
+    pack = gzip.compress if suffix.endswith("gz") else bytes
+    whole = jsonl(["a text"] * 3000)
+    for end in (b'{"text": "cut', b"\0" * 100, b'{"text": "\xc3'):
+        with pytest.raises(DataError, match=rf"ends inside line 3001, which begins at byte {len(whole)}"):
+            read(write(tmp_path / f"x{suffix}", pack(whole + end)))
+    records, bad = read(write(tmp_path / f"x{suffix}", pack(whole + b'{"text": "no line break"}')))
+    assert records[-1].text == "no line break" and not bad
+
+
+def test_bytes_in_bad_records_count(tmp_path: Path) -> None:
+    few_large = jsonl(["a" * 100] * 3000) + b'{"text": ' + b"x" * 200_000 + b"}\n"
+    with pytest.raises(DataError, match=r"20001\d of \d+ bytes are in bad records \(\d+\.\d+%, more than 10 times"):
+        read(write(tmp_path / "x.jsonl", few_large))
+    _, bad = read(write(tmp_path / "x.jsonl", jsonl(["a" * 100] * 3000) + b'{"text": ' + b"x" * 500 + b"}\n"))
+    assert len(bad) == 1
+
+
+def test_what_pythons_json_writes_for_floats_is_read(tmp_path: Path) -> None:
+    lines = [json.dumps({"meta": [math.nan, {"a": math.inf}], "text": f"NaN {n}", "b": -math.inf}) for n in range(5)]
+    records, bad = read(write(tmp_path / "x.jsonl", "\n".join(lines).encode()))
+    assert [r.text for r in records] == [f"NaN {n}" for n in range(5)] and not bad
+
+
+def test_a_text_inside_other_fields(tmp_path: Path) -> None:
+    rows = [{"meta": {"text": t, "n": 1}, "a.b": t} for t in TEXTS]
+    path = write(tmp_path / "x.jsonl", b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+    for key in ("meta.text", "a.b"):
+        assert [r.text for r in read(path, text_key=key)[0]] == TEXTS
+    assert read(path, text_key="meta.body", max_bad_fraction=1)[1][0].reason == "no field 'meta.body'"
+    parquet = tmp_path / "x.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), parquet)
+    for key in ("meta.text", "a.b"):
+        assert [r.text for r in read(parquet, text_key=key)[0]] == TEXTS
+    with pytest.raises(DataError, match=r"has no column 'meta\.body' but (n, text|text, n)"):
+        read(parquet, text_key="meta.body")

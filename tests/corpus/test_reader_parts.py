@@ -35,7 +35,6 @@ def read(path: Path, part: Part = WHOLE) -> tuple[list[tuple[str, int]], list[Ba
 @pytest.mark.parametrize("seed", range(3))
 def test_parts_together_are_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, seed: int) -> None:
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 64)
-    monkeypatch.setattr(blocks, "_ZSTD_BLOCK", 64)
     path, data = tmp_path / name, lines(seed)
     if name.endswith(".parquet"):
         texts = [json.loads(line)["text"] for line in data.split(b"\n") if line.startswith(b'{"')]

@@ -21,6 +21,7 @@ from openlm_pipeline.errors import ConfigError, DataError, IdentityError, Missin
 from openlm_pipeline.pools import PoolFactory
 from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.inspect import QUANTILES, check_shards, dataset_stats, sample_spans, tokenizer_of
+from openlm_pipeline.shards.openlm_formats import write_openlm_shard
 from openlm_pipeline.shards.provenance import document_tokens, iterate_documents
 from openlm_pipeline.storage.files import read_json
 
@@ -153,6 +154,26 @@ def test_verify_names_each_damaged_shard(made: SmallDataset) -> None:
         assert result.stdout.splitlines()[:-1] == problems
         assert isinstance(result.exception, DataError) and result.exception.exit_code == 4
         message_of(result.exception, f"{len(expected)} problems found")
+
+
+def test_verify_reads_openlms_shards(tmp_path: Path) -> None:
+    rows = np.arange(90).reshape(10, 9)
+    for k in range(3):
+        write_openlm_shard(tmp_path / f"{k}.tar", rows, 10 * k, format="json.gz")
+    lines = [json.dumps({"shard": str(k), "num_sequences": 10}) for k in range(4)]
+    (tmp_path / "manifest.jsonl").write_text("\n".join(lines[:3]))
+    assert output("verify", tmp_path) == f"{tmp_path}: 3 shards, all whole"
+
+    damaged = bytearray((tmp_path / "1.tar").read_bytes())
+    damaged[512 * 9 + 12] ^= 1
+    (tmp_path / "1.tar").write_bytes(damaged)
+    (tmp_path / "manifest.jsonl").write_text("\n".join(lines))
+    result = run("verify", tmp_path)
+    assert isinstance(result.exception, DataError)
+    message_of(result.exception, "2 problems found")
+    assert "1.tar, member 000000000014.json.gz" in result.stdout
+    assert "3.tar is missing though the manifest lists it" in result.stdout
+    assert isinstance(run("inspect", tmp_path, 0).exception, DataError)
 
 
 def test_verify_compares_manifest_and_dataset(made: SmallDataset) -> None:

@@ -87,11 +87,53 @@ def test_a_truncated_archive_in_a_worker_process(small: Small, two_workers: Pool
     fails(made, DataError, two_workers, str(path), "truncated")
 
 
-def test_an_empty_file_fails(small: Small, inline: PoolFactory) -> None:
+def test_an_empty_file_holds_no_documents(small: Small, inline: PoolFactory) -> None:
     made = small()
     made.write({"a.jsonl": documents(20)})
     made.raw("b.jsonl").write_bytes(b"")
-    fails(made, DataError, inline, str(made.raw("b.jsonl")), "empty", "remove it from the source")
+    assert made.run(inline).facts["documents"] == 20
+
+
+@pytest.fixture
+def half_bad(small: Small) -> Callable[..., SmallDataset]:
+    """Three whole files and three broken ones."""
+
+    def write(**source: object) -> SmallDataset:
+        made = small(files=["raw/*.zst"], **source)
+        for n in range(6):
+            content = "".join(as_line(k, text) + "\n" for k, text in enumerate(documents(20, 100 * n))).encode()
+            data = zstandard.compress(content)
+            made.raw(f"{n}.jsonl.zst").parent.mkdir(exist_ok=True, parents=True)
+            made.raw(f"{n}.jsonl.zst").write_bytes({1: data[:-9], 3: data[: len(data) // 2], 5: b""}.get(n, data))
+        return made
+
+    return write
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_one_run_names_all_bad_files(half_bad: Callable[..., SmallDataset], workers: int) -> None:
+    made = half_bad()
+    names = [str(made.raw(f"{n}.jsonl.zst")) for n in (1, 3, 5)]
+    fails(made, DataError, DaskSettings(workers=workers).pool, "3 files can't be used", "on_bad_file: skip", *names)
+    assert {p.name for p in made.tokenized.glob("*.zst.json")} == {f"{n}.jsonl.zst.json" for n in (0, 2, 4)}
+
+
+def test_bad_files_can_be_left_out_and_are_counted(
+    half_bad: Callable[..., SmallDataset], inline: PoolFactory, no_client: PoolFactory
+) -> None:
+    made = half_bad(on_bad_file="skip")
+    totals = made.run(inline).facts
+    assert totals["files"] == 3 and totals["skipped_files"] == 3 and totals["documents"] == 60
+    info = ShardedDataset(made.shards).info
+    assert set(info["skipped"]) == {"1.jsonl.zst", "3.jsonl.zst", "5.jsonl.zst"}
+    assert "truncated" in info["skipped"]["3.jsonl.zst"]
+    assert made.run(no_client).reused  # they are not read again
+
+    whole = zstandard.compress((as_line(0, "now whole") + "\n").encode())
+    made.raw("5.jsonl.zst").write_bytes(whole)
+    totals = made.run(inline).facts
+    assert totals["files"] == 4 and totals["skipped_files"] == 2
+    fails(half_bad(), DataError, inline, "3 files can't be used")
 
 
 def test_missing_raw_files_say_where_it_looked(small: Small, no_client: PoolFactory) -> None:
@@ -126,7 +168,7 @@ def test_a_hub_tokenizer_out_of_reach_says_what_to_give(
 
 def test_missing_raw_files_are_said_before_a_tokenizer_is_looked_for(small: Small, no_client: PoolFactory) -> None:
     made = small(settings=with_tokenizer(source="/nowhere/tokenizer.json"))
-    fails(made, MissingInputError, no_client, "no raw files")
+    fails(made, MissingInputError, no_client, "match no raw file")
 
 
 def test_a_tokenizer_without_the_end_token_is_refused(small: Small, no_client: PoolFactory) -> None:

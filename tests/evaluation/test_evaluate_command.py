@@ -98,7 +98,8 @@ def test_one_model_gives_the_same_scores_in_all_its_forms(exported, tmp_path):
         (["--checkpoint", "{hf}", "--eval-yaml", "{missing}"], 3, "which does not exist"),
         (["--checkpoint", "{hf}", "--eval-yaml", "{broken}"], 4, "broken.jsonl, line 2"),
         (["--checkpoint", "{hf}", "--eval-yaml", "opnlm"], 2, "did you mean 'openlm'"),
-        (["--checkpoint", "{hf}", "--tokenizer", "{big}"], 2, "it is not this model's tokenizer"),
+        (["--checkpoint", "{hf}", "--tokenizer", "{far}"], 2, "may give the id 70000, and the embedding of"),
+        (["--checkpoint", "{hf}", "--tokenizer", "{random}"], 2, "has dropout 0.5"),
         (["tiny", "--baseline", "x"], 2, "has no baseline x"),
         (["tiny", "--milestone", "7B"], 2, "has no milestone 7B"),
     ],
@@ -112,10 +113,12 @@ def test_what_is_wrong_is_said_before_anything_is_scored(exported, tmp_path, arg
         task = {**row, "dataset_uri": str(tmp_path / f"{name}.jsonl")}
         names[name] = tmp_path / f"{name}.yaml"
         names[name].write_text(yaml.safe_dump({"icl_tasks": [task]}))
-    big = json.loads((root / "hf" / "tokenizer.json").read_text())
-    big["added_tokens"] += [{**big["added_tokens"][0], "id": 5000 + i, "content": f"<{i}>"} for i in range(400)]
-    names["big"] = tmp_path / "tokenizer.json"
-    names["big"].write_text(json.dumps(big))
+    tokenizer = json.loads((root / "hf" / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    models = {"far": {"vocab": {**vocab, max(vocab, key=vocab.get): 70_000}}, "random": {"dropout": 0.5}}
+    for name, changes in models.items():
+        names[name] = tmp_path / f"{name}.json"
+        names[name].write_text(json.dumps({**tokenizer, "model": {**tokenizer["model"], **changes}}))
     result = openlm(pipeline, "evaluate", *(a.format(**names) for a in arguments))
     assert result.returncode == code, result.stderr
     assert says in result.stderr

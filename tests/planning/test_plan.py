@@ -96,3 +96,11 @@ def test_an_empty_home_and_a_gpu_give_assumed_hours(planned, tmp_path, monkeypat
     assert "GPU-hours" in shown.output
     assert "at the price given" in shown.output
     assert not (tmp_path / "empty").exists()
+
+
+def test_a_share_too_small_for_the_order_is_said_before_training(planned):
+    _, make = planned
+    sources = "[{name: tiny_text, files: ['raw/tiny_text/*.jsonl'], weight: 99999, max_bad_fraction: 0.5}, "
+    sources += "{name: rare, files: [raw/tiny_text/a.jsonl], max_bad_fraction: 0.5}]"
+    refusals = [f.what for f in make(f"sources={sources}").findings if f.level == "refusal"]
+    assert any("source 1 of the mixture has less than 1/4096 of it" in what for what in refusals)

@@ -232,8 +232,14 @@ def test_shards_of_another_length_are_refused(small: SmallRun):
 
 
 def test_a_vocabulary_larger_than_the_models_is_refused(small: SmallRun):
-    with pytest.raises(ConfigError, match="has 260 ids, more than the model's vocab_size 256"):
+    with pytest.raises(ConfigError, match="id 259, and the model's embedding has 256 rows.*model.vocab_size to 260"):
         small.train("model.vocab_size=256")
+
+
+def test_held_out_text_of_a_larger_vocabulary_is_refused(small: SmallRun):
+    write_dataset(small.home, "heldout", 40, seed=2, vocab_size=300)
+    with pytest.raises(ConfigError, match="shards/heldout/v1 may hold the id 299, .* has 260 rows"):
+        small.train()
 
 
 def test_two_milestones_at_one_step_are_refused(small: SmallRun):

@@ -1,7 +1,7 @@
 """Raw file formats, one module each; a file's suffix says which it has.
 
-Compression is not theirs: `corpus.blocks` gives a `.zst` or `.gz` file's content, and a format has the suffixes with
-them that it can have. Where several suffixes fit a name, the longest wins: `.csv.zst` before `.zst`.
+Compression is not theirs: `corpus.blocks` gives the content of a compressed file, whose name has one more suffix. Case
+does not count. Where several suffixes fit a name, the longest wins.
 """
 
 from abc import ABC, abstractmethod
@@ -12,6 +12,10 @@ from typing import BinaryIO, ClassVar, Protocol
 from openlm_pipeline.corpus import blocks as limits
 from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.registry import RAW_FORMATS
+from openlm_pipeline.storage.remote import public
+
+_USUAL = ".jsonl"
+"""What a file holds whose name says nothing but its compression."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Found:
     text: str | None
     problem: str = ""
     """Why it cannot be used, where `text` is None."""
+    size: int = 0
+    """Bytes of one that cannot be used, as `Reading.bytes` counts them."""
 
 
 class Reading(Protocol):
@@ -45,6 +51,8 @@ class Reading(Protocol):
     url: str
     text_key: str
     part: Part
+    compression: str | None
+    """Of the file as it is, whatever its name says; None for a plain one."""
     lines: int
     """Lines so far, blank ones too."""
     bytes: int
@@ -61,6 +69,9 @@ class RawFormat(ABC):
     """How the records of a raw file are found."""
 
     suffixes: ClassVar[tuple[str, ...]]
+    """Without those of compression."""
+    compressible: ClassVar[bool] = True
+    """Whether such a file may be compressed as a whole, and is given decompressed."""
 
     def cut(self, size_bytes: int, count: int) -> list[Part]:
         """At most `count` parts of about the same size, in order; `[WHOLE]` where it cannot be read in parts."""
@@ -74,18 +85,32 @@ class RawFormat(ABC):
         """The records that begin in `reading.part`, in order, in bounded memory; bad ones have no text.
 
         Raises:
-            DataError: the file is empty, truncated or corrupt.
+            DataError: the file is truncated or corrupt.
         """
 
 
-def format_of(url: str) -> RawFormat:
+def format_of(url: str, named: str | None = None) -> RawFormat:
     """The format of a file.
+
+    Args:
+        named: a suffix that stands for the name's own, such as `.jsonl`.
 
     Raises:
         ConfigError: none has its suffix.
     """
     known = {suffix: entry for _, entry in RAW_FORMATS for suffix in entry.suffixes}
-    found = max((suffix for suffix in known if url.endswith(suffix)), key=len, default=None)
-    if found is None:
-        raise ConfigError(f"{url} has no suffix that can be read; those that can: {', '.join(known)}")
-    return known[found]()
+    name = (f".{named.lstrip('.')}" if named else url).lower()
+    fitting = [suffix for suffix in known if name.endswith(suffix)]
+    for compression in limits.COMPRESSIONS:
+        inner = name.removesuffix(compression)
+        if inner != name:
+            fitting += [suffix for suffix in known if inner.endswith(suffix)] or [_USUAL]
+    if not fitting:
+        readable = f"{', '.join(known)}, each also with {', '.join(limits.COMPRESSIONS)}"
+        if named:
+            raise ConfigError(f"there is no format {named!r} of raw files; there are: {readable}")
+        raise ConfigError(
+            f"{public(url)} has no suffix that can be read; those that can: {readable}. If its name is just unusual, "
+            "say the suffix that it should have: the source's `format`, or --format"
+        )
+    return known[max(fitting, key=len)]()

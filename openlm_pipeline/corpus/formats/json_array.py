@@ -18,7 +18,7 @@ _JSON_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{},]', re.DOTALL)
 class JsonArray(JsonLines):
     """A JSON array of objects; a file that does not begin with `[` is JSON lines. Not read in parts."""
 
-    suffixes = (".json", ".json.zst", ".json.gz")
+    suffixes = (".json",)
 
     def cut(self, size_bytes: int, count: int) -> list[Part]:
         return [WHOLE]
@@ -43,7 +43,7 @@ def _elements(blocks: Iterator[bytes], url: str) -> Iterator[Raw]:
             raise DataError(
                 f"raw file {url} has an element of over {limits.MAX_RECORD_BYTES >> 20} MiB at byte {base + begin}"
             )
-        return Raw(line + buffer.count(b"\n", 0, begin), base + begin, stripped) if stripped else None
+        return Raw(line + buffer.count(b"\n", 0, begin), base + begin, stripped, len(stripped)) if stripped else None
 
     while block := next(blocks, b""):
         # Grow a buffer that ends inside a long string by as much as it holds, so that rescanning stays linear.

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from openlm_pipeline.corpus.formats import Found, RawFormat, Reading
-from openlm_pipeline.corpus.json_records import BadText, text_of
+from openlm_pipeline.corpus.json_records import BadText, NotJson, text_of
 from openlm_pipeline.corpus.line_content import LineContent, Raw, line_content, lines_of
+from openlm_pipeline.errors import DataError
 from openlm_pipeline.registry import RAW_FORMATS
 
 
@@ -13,7 +14,7 @@ from openlm_pipeline.registry import RAW_FORMATS
 class JsonLines(RawFormat):
     """One JSON object per line."""
 
-    suffixes = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".zst", ".gz")
+    suffixes = (".jsonl", ".ndjson")
 
     def records(self, file: BinaryIO, reading: Reading) -> Iterator[Found]:
         content = line_content(file, reading)
@@ -26,7 +27,12 @@ class JsonLines(RawFormat):
             try:
                 text = text_of(raw.data, reading.text_key)
             except BadText as e:
-                yield Found(raw.line, raw.offset, None, str(e))
+                if not raw.ended and isinstance(e, NotJson):
+                    raise DataError(
+                        f"raw file {reading.url} is truncated: it ends inside line {raw.line}, which begins at byte "
+                        f"{raw.offset} of its content ({e}). Fetch it again."
+                    ) from None
+                yield Found(raw.line, raw.offset, None, str(e), raw.size)
             else:
                 yield Found(raw.line, raw.offset, text)
 

@@ -10,6 +10,9 @@ from openlm_pipeline.errors import DataError
 from openlm_pipeline.registry import RAW_FORMATS
 
 _ROWS_PER_BATCH = 1024
+_BYTES_PER_BATCH = 8 << 20
+_BUFFER_BYTES = 1 << 20
+"""Read of a column at a time: without it a row group's column is read as a whole."""
 
 
 @RAW_FORMATS.register("parquet")
@@ -17,6 +20,7 @@ class Parquet(RawFormat):
     """Rows of a Parquet file, of which only the text's column is read."""
 
     suffixes = (".parquet",)
+    compressible = False
 
     def records(self, file: BinaryIO, reading: Reading) -> Iterator[Found]:
         for row, value in _parquet_rows(file, reading.url, reading.text_key, reading.part):
@@ -29,7 +33,7 @@ class Parquet(RawFormat):
             try:
                 text = value.decode()
             except UnicodeDecodeError as e:
-                yield Found(reading.lines, row, None, f"invalid UTF-8 at byte {e.start} of the record")
+                yield Found(reading.lines, row, None, f"invalid UTF-8 at byte {e.start} of the record", len(value))
             else:
                 yield Found(reading.lines, row, text)
 
@@ -37,19 +41,23 @@ class Parquet(RawFormat):
 def _parquet_rows(file: BinaryIO, url: str, text_key: str, part: Part) -> Iterator[tuple[int, bytes | None]]:
     """Row numbers in the file and texts; a row group belongs to the part in which its share of the rows begins."""
     import pyarrow as pa  # slow to import, and most raw files are no Parquet
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     try:
         if not (file_bytes := file.seek(0, io.SEEK_END)):
             raise empty(url)
         file.seek(0)
-        table = pq.ParquetFile(file)
-        if text_key not in table.schema_arrow.names:
-            raise DataError(
-                f"raw file {url} has no column {text_key!r} but {', '.join(table.schema_arrow.names)}; "
-                "set the source's text_key"
-            )
-        kind = table.schema_arrow.field(text_key).type
+        table = pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False)
+        fields, path = table.schema_arrow, [text_key] if text_key in table.schema_arrow.names else text_key.split(".")
+        for depth, key in enumerate(path):
+            if key not in (names := [field.name for field in fields]):
+                raise DataError(
+                    f"raw file {url} has no column {'.'.join(path[: depth + 1])!r} but {', '.join(names)}; set the "
+                    "source's text_key"
+                )
+            kind = next(field for field in fields if field.name == key).type
+            fields = list(kind) if pa.types.is_struct(kind) else []
         if pa.types.is_dictionary(kind):
             kind = kind.value_type
         types = pa.types
@@ -65,8 +73,12 @@ def _parquet_rows(file: BinaryIO, url: str, text_key: str, part: Part) -> Iterat
             if begins_at < part.begin or (part.end is not None and begins_at >= part.end):
                 row += about.num_rows
                 continue
-            for batch in table.iter_batches(_ROWS_PER_BATCH, row_groups=[group], columns=[text_key]):
+            row_bytes = max(1, about.total_byte_size // max(1, about.num_rows))
+            rows = max(1, min(_ROWS_PER_BATCH, _BYTES_PER_BATCH // row_bytes))
+            for batch in table.iter_batches(rows, row_groups=[group], columns=[".".join(path)]):
                 column = batch.column(0)
+                for key in path[1:]:
+                    column = pc.struct_field(column, key)
                 if pa.types.is_dictionary(column.type):
                     column = column.dictionary_decode()
                 # As bytes: invalid UTF-8 in one row must not hide the others.

@@ -39,6 +39,9 @@ class Engine(ABC):
     @abstractmethod
     def __init__(self, tokenizer_json: Path) -> None:
         """
+        One that takes `special_as_text=True` too is used for sources with `special_tokens: text`: then it encodes the
+        strings of special tokens as any other text.
+
         Raises:
             ImportError: its library is not installed.
             Exception: it cannot load this tokenizer.

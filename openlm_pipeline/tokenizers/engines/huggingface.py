@@ -1,13 +1,28 @@
-"""The reference: Hugging Face `tokenizers` itself."""
+"""The reference: Hugging Face `tokenizers` itself.
+
+It takes some 120 bytes of memory per byte of a text, so a long text is encoded in pieces, where that gives the same
+ids: it is cut between an ASCII letter and a space, at which the known pre-tokenizers always split.
+"""
 
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+import orjson
 
 from openlm_pipeline.registry import ENGINES
 from openlm_pipeline.tokenizers.engine import load_reference
 from openlm_pipeline.tokenizers.engines import Encoded, Engine
+from openlm_pipeline.tokenizers.engines.gigatoken import SPLITS
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+PIECE_CHARACTERS = 1 << 18
+_CUT = re.compile(r"[A-Za-z](?= )")
 
 
 @ENGINES.register("huggingface")
@@ -16,10 +31,50 @@ class HuggingFaceEngine(Engine):
 
     title = "Hugging Face tokenizers"
 
-    def __init__(self, tokenizer_json: Path) -> None:
+    def __init__(self, tokenizer_json: Path, *, special_as_text: bool = False) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a Dask worker is one core; more threads cost CPU and give none
-        self._tokenizer = load_reference(tokenizer_json)
+        self._tokenizer = load_reference(tokenizer_json, special_as_text=special_as_text)
+        self._can_cut = can_cut(self._tokenizer)
 
     def encode_batch(self, texts: list[str]) -> Encoded:
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return Encoded.of([np.array(e.ids, dtype=np.uint32) for e in encodings])
+        long = {i for i, text in enumerate(texts) if self._can_cut and len(text) > PIECE_CHARACTERS}
+        short = [text for i, text in enumerate(texts) if i not in long]
+        encodings = iter(self._tokenizer.encode_batch_fast(short, add_special_tokens=False))
+        return Encoded.of(
+            [
+                self._in_pieces(text) if i in long else np.array(next(encodings).ids, dtype=np.uint32)
+                for i, text in enumerate(texts)
+            ]
+        )
+
+    def _in_pieces(self, text: str) -> np.ndarray:
+        encode = self._tokenizer.encode
+        ids = (encode(piece, add_special_tokens=False).ids for piece in pieces(text, PIECE_CHARACTERS))
+        return np.concatenate([np.array(some, dtype=np.uint32) for some in ids])
+
+
+def pieces(text: str, characters: int) -> Iterator[str]:
+    """A text cut between letters and spaces, at the first such place after each so many characters."""
+    begin = 0
+    while cut := _CUT.search(text, begin + characters - 1):
+        yield text[begin : cut.end()]
+        begin = cut.end()
+    yield text[begin:]
+
+
+def can_cut(tokenizer: "Tokenizer") -> bool:
+    """Whether the ids of a text are those of its `pieces`, one after the other."""
+    config = orjson.loads(tokenizer.to_str())
+    first, normalizer = config["pre_tokenizer"] or {"type": None}, config["normalizer"] or {"type": "NFC"}
+    splits = first["type"] == "ByteLevel" and first["use_regex"]
+    if first["type"] == "Sequence" and [p["type"] for p in first["pretokenizers"]] == ["Split", "ByteLevel"]:
+        split, first = first["pretokenizers"]
+        splits = split["pattern"].get("Regex") in SPLITS.values() and split["behavior"] == "Isolated"
+        splits = splits and not split["invert"]
+    if not splits or first["add_prefix_space"] or normalizer["type"] != "NFC" or config["model"]["type"] != "BPE":
+        return False
+    # Such a token would reach over a cut, take the spaces behind it, or ask what stands before it.
+    return not any(
+        _CUT.search(token.content) or token.single_word or (token.rstrip and token.content[-1:].isalpha())
+        for token in tokenizer.get_added_tokens_decoder().values()
+    )
