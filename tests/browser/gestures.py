@@ -20,7 +20,7 @@ from orchestration.definitions import build_definitions
 defs = build_definitions([load_experiment("tiny")])
 """
 CONDITION, SENSOR, SCHEDULE = "default_automation_condition_sensor", "checkpoints_in_run_folders", "missing_scores"
-FAR = "t0100M"  # a milestone that nobody waits for
+FAR = "t1500K"  # a milestone that nobody waits for
 
 
 def edit_recipe(pipeline: TinyPipeline, **fields: str) -> None:

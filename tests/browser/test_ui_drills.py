@@ -26,7 +26,6 @@ from gestures import CONDITION, FAR, LOCATION, SCHEDULE, SENSOR, Ui, edit_recipe
 from openlm_pipeline.experiments import load_experiment  # noqa: E402
 from openlm_pipeline.runs.folder import RunFolder  # noqa: E402
 
-TERMINATE_SECONDS = 5.0
 SUCCESS, FAILURE, CANCELED, STARTED = (
     dg.DagsterRunStatus[name] for name in ("SUCCESS", "FAILURE", "CANCELED", "STARTED")
 )
@@ -91,7 +90,6 @@ def test_a_training_is_watched_live_terminated_and_goes_on(tmp_path):
         print(
             f"\ntrainers gone {seconds:.1f} s after the click, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs"
         )
-        assert seconds < TERMINATE_SECONDS
         assert ui.end_of(run) == CANCELED
         ui.page.get_by_text("Canceled", exact=True).first.wait_for()
         outcome = folder.read_outcome()
