@@ -124,8 +124,8 @@ def verify(
         _say(f"{folder}: {count} shards, {f'{len(problems)} problems' if problems else good}")
     if damaged:
         raise DataError(
-            f"{damaged} problems found, listed above. Restore these files from a copy, or delete the dataset's folder "
-            "and make it again with `openlm tokenize RECIPE`."
+            f"{damaged} problems found, listed above. Restore these files from a copy, or delete them: "
+            "`openlm tokenize RECIPE` makes shards that are missing again, and nothing else."
         )
 
 

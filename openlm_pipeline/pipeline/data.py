@@ -102,7 +102,7 @@ def make_shards(
     tokenized = home.tokenized(dataset.name, dataset.version)
     url = published_url(dataset)
     with nullcontext() if url else home.artefact(folder):  # what has a place of its own does not go to the home's too
-        reused, changed = pack_shards(dataset, files, info, tokenized, folder, pools, report, allow)
+        reused, changed = pack_shards(dataset, files, info, tokenized, folder, pools, report, allow, local=not url)
     if url:
         publish(folder, url, report, delete_local=not dataset.keep_local_shards)
     made = ShardedDataset(folder)

@@ -25,11 +25,11 @@ from openlm_pipeline.runs.launch import milestone_checkpoints
 from openlm_pipeline.runs.parent import parent_identity
 from openlm_pipeline.runs.spending import spending
 from openlm_pipeline.shards.dataset import DATASET
-from openlm_pipeline.shards.opening import open_dataset
+from openlm_pipeline.shards.opening import open_dataset, published_url
 from openlm_pipeline.storage.files import read_json
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.tokenization.documents import FileTokens, finished, left_out
-from openlm_pipeline.tokenization.job import shards_identity
+from openlm_pipeline.tokenization.job import lost_shards, shards_identity
 from openlm_pipeline.tokenizers.tokenizer import TRAINING_VERSION, TokenizerInfo, read_tokenizer_info
 from openlm_pipeline.units import format_bytes, format_seconds, format_tokens
 
@@ -288,6 +288,12 @@ def _dataset(dataset: Dataset, home: Home, tokenizer: TokenizerInfo | None, abov
         yield Artefact(name, "stale", (f"tokenized/{dataset.name} is not fresh",), consent)
         return
     changed = differences(info["identity"], shards_identity(dataset, done, tokenizer))
+    lost = {} if changed or published_url(dataset) else lost_shards(folder)
+    if lost:
+        shown = ", ".join(f"{entry.shard}.tar" for entry in list(lost.values())[:3])
+        why = (f"{len(lost)} shards are missing or not of their size, and alone are made again: {shown}",)
+        yield Artefact(name, "stale", why)
+        return
     yield Artefact(name, "stale", tuple(changed), "supersede") if changed else Artefact(name, "fresh")
 
 

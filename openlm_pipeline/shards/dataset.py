@@ -189,7 +189,8 @@ class ShardedDataset:
                 read += 1
                 if (found := sha256_file(path)) != entry.sha256:
                     raise DataError(
-                        f"shard {path} has sha256 {found}, but the manifest says {entry.sha256}: it is damaged"
+                        f"shard {path} has sha256 {found}, but the manifest says {entry.sha256}: it is damaged. "
+                        "Delete it, and `openlm tokenize` makes it again"
                     )
         return read
 

@@ -1,9 +1,8 @@
 """Both stages over a dataset: what is done stays, what is missing is made on a pool, the manifest comes last."""
 
-import json
 import shutil
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from openlm_pipeline.experiments import Dataset
 from openlm_pipeline.fingerprint import Tree, differences, fingerprint
 from openlm_pipeline.pools import Call, Facts, Pool, PoolFactory, TaskProgress
 from openlm_pipeline.result import ProgressLine, Say, refusal, refuse
-from openlm_pipeline.shards.dataset import DATASET, MANIFEST, QUARANTINE, ShardEntry, write_manifest
+from openlm_pipeline.shards.dataset import DATASET, MANIFEST, QUARANTINE, ShardEntry, read_manifest, write_manifest
 from openlm_pipeline.shards.format import SampleFormat
 from openlm_pipeline.storage.files import (
     atomic_writer,
@@ -249,10 +248,15 @@ def pack_shards(
     pools: PoolFactory,
     report: Say,
     allow: Collection[str] = (),
+    *,
+    local: bool = True,
 ) -> tuple[bool, list[str]]:
     """Stage 2: make the dataset in `folder` unless it is there; return (reused, how it differs from what was there).
 
+    Shards of a finished dataset that are lost are made again, alone.
+
     Args:
+        local: the shards are to be in the folder, and not in a store alone.
         allow: consents; with `supersede` a finished dataset of another identity is set aside, not deleted.
 
     Raises:
@@ -266,7 +270,11 @@ def pack_shards(
         if (folder / MANIFEST).exists():
             old = read_json(folder / DATASET)["identity"]
             if old == identity:
-                return True, []
+                lost = lost_shards(folder) if local else {}
+                if lost:
+                    _make_again(dataset, files, tokenizer, tokenized, folder, lost, pools, report)
+                shutil.rmtree(folder / _BUILDING, ignore_errors=True)
+                return not lost, []
             changed = differences(old, identity)
             what = "\n  ".join([f"{folder} holds another dataset. What differs:", *changed])
             refuse([refusal("supersede", what, "To keep it, give the source another `version` or name")], allow)
@@ -323,39 +331,12 @@ def _pack(
             f"{sample_format.sample_tokens}; give it more text"
         )
     numbers = range(-(-num_samples // dataset.samples_per_shard))
-    entries = {n: e for n in numbers if (e := _finished_shard(folder, building, n)) is not None}
-    shard_bytes = sample_format.record_bytes * dataset.samples_per_shard
-    sizes = {
-        str(n): min(shard_bytes, (num_samples - n * dataset.samples_per_shard) * sample_format.record_bytes)
-        for n in numbers
-    }
-    calls: dict[str, Call] = {
-        str(n): (
-            make_and_note_shard,
-            building,
-            n,
-            dataset.samples_per_shard,
-            sample_format,
-            dataset.pad_id,
-            dataset.name,
-            tokenized,
-            building,
-            folder,
-        )
-        for n in numbers
-        if n not in entries
-    }
-    if calls:
-        streams = {f.name: f.tokens * sample_format.numpy_dtype.itemsize for f in files}
-        checks: dict[str, Call] = {f.name: (check_stream, tokenized, f.name, f.tokens_sha256) for f in files}
-        with pools(report) as pool:
-            meter = _Meter(f"checking {dataset.name}", sum(streams.values()), report)
-            _raise_all(_run(pool, meter, streams, checks)[1])
-            meter = _Meter(f"packing {dataset.name}", sum(sizes[n] for n in calls), report)
-            made, damaged = _run(pool, meter, sizes, calls)
-            _raise_all(damaged)
-            entries |= {int(n): e for n, e in made.items()}
-            meter.say()
+    with pools(report) as pool:
+        entries = _still_whole(dataset, folder, building, numbers, pool, report)
+        shard_bytes = dataset.samples_per_shard * sample_format.record_bytes
+        all_bytes = num_samples * sample_format.record_bytes
+        make = {n: min(shard_bytes, all_bytes - n * shard_bytes) for n in numbers if n not in entries}
+        entries |= _make_shards(dataset, files, tokenizer, tokenized, folder, make, pool, report)
     in_shards = sum(e.tokens for e in entries.values()) - padding
     tokens = sum(f.tokens for f in files)
     if in_shards + tail != tokens:
@@ -408,9 +389,99 @@ def make_and_note_shard(building: Path, number: int, *args: Any, progress: TaskP
     return entry
 
 
-def _finished_shard(folder: Path, building: Path, number: int) -> ShardEntry | None:
-    note, shard = building / f"{number:08d}.json", folder / f"{number:08d}.tar"
-    if not note.exists() or not shard.exists():
-        return None
-    entry = ShardEntry(**json.loads(note.read_text()))
-    return entry if sha256_file(shard) == entry.sha256 else None
+def check_shard(folder: Path, entry: ShardEntry, *, progress: TaskProgress) -> bool:
+    """Whether a shard that was made earlier has its content and its provenance; runs in a worker."""
+    shard = folder / f"{entry.shard}.tar"
+    return shard.with_suffix(".provenance.parquet").exists() and sha256_file(shard) == entry.sha256
+
+
+def _still_whole(
+    dataset: Dataset, folder: Path, building: Path, numbers: Iterable[int], pool: Pool, report: Say
+) -> dict[int, ShardEntry]:
+    """The shards that an attempt that was stopped has finished, by their numbers."""
+    notes = {n: building / f"{n:08d}.json" for n in numbers if (folder / f"{n:08d}.tar").exists()}
+    noted = {n: ShardEntry(**read_json(note)) for n, note in notes.items() if note.exists()}
+    if not noted:
+        return {}
+    sizes = {str(n): entry.bytes for n, entry in noted.items()}
+    calls: dict[str, Call] = {str(n): (check_shard, folder, entry) for n, entry in noted.items()}
+    meter = _Meter(f"checking the finished shards of {dataset.name}", sum(sizes.values()), report)
+    whole, _ = _run(pool, meter, sizes, calls)
+    return {n: entry for n, entry in noted.items() if whole.get(str(n))}
+
+
+def _make_shards(
+    dataset: Dataset,
+    files: list[FileTokens],
+    tokenizer: TokenizerInfo,
+    tokenized: Path,
+    folder: Path,
+    numbers: dict[int, int],
+    pool: Pool,
+    report: Say,
+) -> dict[int, ShardEntry]:
+    """Make shards, once all token streams are found as recorded.
+
+    Args:
+        numbers: of the shards, with their sizes in bytes, or about these.
+
+    Raises:
+        DataError: a stream is damaged.
+    """
+    if not numbers:
+        return {}
+    sample_format = SampleFormat.for_vocabulary(dataset.seq_len + 1, tokenizer.num_rows)
+    building, token_bytes = folder / _BUILDING, sample_format.numpy_dtype.itemsize
+    streams = {f.name: f.tokens * token_bytes for f in files}
+    checks: dict[str, Call] = {f.name: (check_stream, tokenized, f.name, f.tokens_sha256) for f in files}
+    meter = _Meter(f"checking {dataset.name}", sum(streams.values()), report)
+    _raise_all(_run(pool, meter, streams, checks)[1])
+    settings = (dataset.samples_per_shard, sample_format, dataset.pad_id, dataset.name, tokenized, building, folder)
+    calls: dict[str, Call] = {str(n): (make_and_note_shard, building, n, *settings) for n in numbers}
+    sizes = {str(n): size for n, size in numbers.items()}
+    meter = _Meter(f"packing {dataset.name}", sum(sizes.values()), report)
+    made, damaged = _run(pool, meter, sizes, calls)
+    _raise_all(damaged)
+    meter.say()
+    return {int(n): entry for n, entry in made.items()}
+
+
+def lost_shards(folder: Path) -> dict[int, ShardEntry]:
+    """The shards of a finished dataset that are not in its folder, or not in their size, by number."""
+
+    def is_there(entry: ShardEntry) -> bool:
+        path = folder / f"{entry.shard}.tar"
+        return path.exists() and path.stat().st_size == entry.bytes
+
+    return {n: entry for n, entry in enumerate(read_manifest(folder)) if not is_there(entry)}
+
+
+def _make_again(
+    dataset: Dataset,
+    files: list[FileTokens],
+    tokenizer: TokenizerInfo,
+    tokenized: Path,
+    folder: Path,
+    lost: dict[int, ShardEntry],
+    pools: PoolFactory,
+    report: Say,
+) -> None:
+    """Make shards of a finished dataset that are lost, and nothing else.
+
+    Raises:
+        DataError: what is made is not what the manifest says.
+    """
+    names = ", ".join(f"{entry.shard}.tar" for entry in list(lost.values())[:3]) + (", ..." if len(lost) > 3 else "")
+    report(f"{dataset.name}: {len(lost)} shards are missing or not of their size, and are made again: {names}")
+    write_order(files, tokenized, dataset.shuffle_seed, folder / _BUILDING)
+    with pools(report) as pool:
+        numbers = {n: entry.bytes for n, entry in lost.items()}
+        made = _make_shards(dataset, files, tokenizer, tokenized, folder, numbers, pool, report)
+    for n, entry in made.items():
+        if entry.sha256 != lost[n].sha256:
+            path = folder / f"{entry.shard}.tar"
+            path.unlink()
+            raise DataError(
+                f"shard {path}, made again, is not what {folder / MANIFEST} says: that file, or the index of a token "
+                "stream, is damaged. Delete the dataset's folder to make all of it again"
+            )

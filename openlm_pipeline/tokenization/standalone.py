@@ -94,7 +94,7 @@ def make_shards_of_files(
     info, _, _ = make_tokenizer(dataset.tokenizer, raw_files, dataset.source.text_key, tokenizer_folder, allow)
     files, _ = tokenize_files(dataset, raw_files, info, tokenizer_folder, tokenized, tokenizing, report)
     folder = output.absolute() / f"{seq_len}-v1"
-    reused, changed = pack_shards(dataset, files, info, tokenized, folder, packing, report, allow)
+    reused, changed = pack_shards(dataset, files, info, tokenized, folder, packing, report, allow, local=not upload)
     made = ShardedDataset(folder)
     if upload:
         publish(folder, upload, report, delete_local=True)

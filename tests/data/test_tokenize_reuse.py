@@ -1,5 +1,6 @@
 """Running again does only what is missing or no longer matches; what was made before is set aside, not lost."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +9,11 @@ import pytest
 from small_dataset import SEQ_LEN, SmallDataset, documents
 
 from openlm_pipeline.errors import DataError
+from openlm_pipeline.pipeline import data as data_stages
+from openlm_pipeline.pipeline.plan import plan
 from openlm_pipeline.pools import PoolFactory
 from openlm_pipeline.shards.dataset import ShardedDataset
+from openlm_pipeline.storage.files import read_json, write_json
 from openlm_pipeline.storage.remote import sha256_url
 from openlm_pipeline.tokenizers import tokenizer
 
@@ -162,3 +166,53 @@ def test_the_corpus_of_a_tokenizer_is_hashed_once(
     os.utime(made.raw("b.jsonl"), ns=(1, 1))
     assert made.tokenizer().reused and hashed == ["b.jsonl"]
     assert made.tokenizer().reused and hashed == ["b.jsonl"]
+
+
+def test_a_lost_shard_is_made_again_alone(
+    three_files: SmallDataset, inline: PoolFactory, no_client: PoolFactory
+) -> None:
+    three_files.run(inline)
+    before = three_files.all_hashes()
+    shards = sorted(three_files.shards.glob("*.tar"))
+    times = {path: path.stat().st_mtime_ns for path in shards}
+    shards[1].unlink()
+    shards[2].write_bytes(shards[2].read_bytes()[:-512])
+    [reason] = [a.why for a in plan(three_files.experiment, three_files.home).artefacts if a.name == "shards/text"]
+    assert "2 shards are missing or not of their size" in reason[0] and "00000001.tar, 00000002.tar" in reason[0]
+
+    again = three_files.run(inline)
+    assert not again.reused
+    assert three_files.all_hashes() == before
+    assert {path for path in shards if path.stat().st_mtime_ns != times[path]} == set(shards[1:3])
+    assert three_files.run(no_client).reused
+
+
+def test_a_lost_shard_that_comes_out_otherwise_is_refused(three_files: SmallDataset, inline: PoolFactory) -> None:
+    three_files.run(inline)
+    manifest = three_files.shards / "manifest.jsonl"
+    first, *others = manifest.read_text().splitlines(keepends=True)
+    manifest.write_text(first.replace('"sha256": "', '"sha256": "0')[:-1] + "\n" + "".join(others))
+    shard = three_files.shards / "00000000.tar"
+    shard.unlink()
+    with pytest.raises(DataError, match=r"00000000\.tar, made again, is not what .*manifest\.jsonl says"):
+        three_files.run(inline)
+    assert not shard.exists()
+
+
+def test_a_resumed_packing_checks_what_it_finds_on_the_pool(three_files: SmallDataset, inline: PoolFactory) -> None:
+    three_files.run(inline)
+    before = three_files.all_hashes()
+    building = three_files.shards / ".building"
+    identity = read_json(three_files.shards / "dataset.json")["identity"]
+    write_json(building / "identity.json", identity)
+    for line in (three_files.shards / "manifest.jsonl").read_text().splitlines():
+        write_json(building / f"{json.loads(line)['shard']}.json", json.loads(line))
+    (three_files.shards / "manifest.jsonl").unlink()
+    damaged = bytearray((three_files.shards / "00000001.tar").read_bytes())
+    damaged[700] ^= 1
+    (three_files.shards / "00000001.tar").write_bytes(damaged)
+
+    lines: list[str] = []
+    files, _ = three_files.tokenize(inline)
+    data_stages.make_shards(three_files.dataset, files, three_files.home, inline, lines.append)
+    assert three_files.all_hashes() == before
