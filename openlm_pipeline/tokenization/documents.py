@@ -71,6 +71,8 @@ class FileTokens:
     """Decompressed bytes of the file; 0 in those of the first release."""
     bad_bytes: int = 0
     """Those of them in bad records."""
+    index_sha256: str | None = None
+    """The hash of `F.documents`; None as for `special_strings`."""
     special_strings: int | None = None
     """How often the string of a special token, such as `<|endoftext|>`, stands in a document; None in what a release
     before this field wrote."""
@@ -100,6 +102,7 @@ class PartTokens:
     seconds: float
     content_bytes: int = 0
     bad_bytes: int = 0
+    index_sha256: str | None = None
     special_strings: int | None = None
 
 
@@ -301,7 +304,7 @@ def tokenize_part(
     engine, engine_reason = make_engine(path, dataset.engine, dataset.verify_every, special_as_text=as_text)
     special = special_strings(load_reference(path))
     dtype = SampleFormat.for_vocabulary(1, tokenizer.num_rows).numpy_dtype
-    digest = hashlib.sha256()
+    digest, index_digest = hashlib.sha256(), hashlib.sha256()
     text_bytes = tokens = found = 0
     with (
         QuarantineWriter(paths.quarantine) as quarantine,
@@ -328,7 +331,9 @@ def tokenize_part(
             ids = stream.tobytes()
             out.write(ids)
             digest.update(ids)
-            index.write(np.stack([numbers, lengths], axis=1).astype(INDEX_DTYPE).tobytes())
+            rows = np.stack([numbers, lengths], axis=1).astype(INDEX_DTYPE).tobytes()
+            index.write(rows)
+            index_digest.update(rows)
             text_bytes += sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
             tokens += len(ids) // dtype.itemsize
             found += sum(special.count(text) for text in texts)
@@ -347,25 +352,45 @@ def tokenize_part(
         seconds=time.monotonic() - started,
         content_bytes=reader.bytes,
         bad_bytes=reader.bad_bytes,
+        index_sha256=index_digest.hexdigest(),
         special_strings=found,
     )
     write_json(paths.done, asdict(result))
     return result
 
 
-def _append_tokens(path: Path, out: BinaryIO, digest: "hashlib._Hash") -> None:
-    with path.open("rb") as f:
+def _append_tokens(paths: _Paths, part: PartTokens, out: BinaryIO, digest: "hashlib._Hash") -> None:
+    own = hashlib.sha256()
+    with paths.tokens.open("rb") as f:
         while block := f.read(_COPY_BYTES):
             out.write(block)
             digest.update(block)
+            own.update(block)
+    _check_part(paths, paths.tokens, own, part.tokens_sha256)
 
 
-def _append_index(path: Path, out: BinaryIO, first_record: int) -> None:
-    with path.open("rb") as f:
+def _append_index(paths: _Paths, part: PartTokens, out: BinaryIO, digest: "hashlib._Hash", first_record: int) -> None:
+    own = hashlib.sha256()
+    with paths.documents.open("rb") as f:
         while block := f.read(_COPY_BYTES):
+            own.update(block)
             rows = np.frombuffer(block, INDEX_DTYPE).reshape(-1, 2).copy()
             rows[:, 0] += first_record
-            out.write(rows.tobytes())
+            out.write(shifted := rows.tobytes())
+            digest.update(shifted)
+    _check_part(paths, paths.documents, own, part.index_sha256)
+
+
+def _check_part(paths: _Paths, path: Path, found: "hashlib._Hash", recorded: str | None) -> None:
+    """
+    Raises:
+        DataError: a file of a part is not what was written; the part counts as not done.
+    """
+    if recorded is not None and found.hexdigest() != recorded:
+        paths.done.unlink()
+        raise DataError(
+            f"{path} is damaged: its sha256 is not the recorded one; run the command again, and it is remade"
+        )
 
 
 def _append_quarantine(path: Path, out: BinaryIO, first_line: int) -> None:
@@ -401,11 +426,11 @@ def join_parts(
     before = read_json(final.done)["identity"] if final.done.exists() else {}
     final.done.unlink(missing_ok=True)  # what it describes is about to be replaced
     if count == 1:
-        tokens_sha256 = parts[0].tokens_sha256
+        tokens_sha256, index_sha256 = parts[0].tokens_sha256, parts[0].index_sha256
         for name in ("tokens", "documents", "quarantine"):
             os.replace(getattr(sources[0], name), getattr(final, name))  # noqa: PTH105 - the pair reads better
     else:
-        digest = hashlib.sha256()
+        digest, index_digest = hashlib.sha256(), hashlib.sha256()
         with (
             atomic_writer(final.tokens, shared=True) as tokens,
             atomic_writer(final.documents, shared=True) as index,
@@ -413,11 +438,11 @@ def join_parts(
         ):
             first_record = first_line = 0
             for paths, p in zip(sources, parts):
-                _append_tokens(paths.tokens, tokens, digest)
-                _append_index(paths.documents, index, first_record)
+                _append_tokens(paths, p, tokens, digest)
+                _append_index(paths, p, index, index_digest, first_record)
                 _append_quarantine(paths.quarantine, quarantine, first_line)
                 first_record, first_line = first_record + p.documents + p.quarantined, first_line + p.lines
-        tokens_sha256 = digest.hexdigest()
+        tokens_sha256, index_sha256 = digest.hexdigest(), index_digest.hexdigest()
     result = FileTokens(
         name=raw.name,
         identity=_kept(before, _identity(dataset, tokenizer, raw_sha256)),
@@ -431,6 +456,7 @@ def join_parts(
         seconds=round(sum(p.seconds for p in parts), 3),
         content_bytes=content_bytes,
         bad_bytes=bad_bytes,
+        index_sha256=index_sha256,
         special_strings=added_up(p.special_strings for p in parts),
     )
     write_json(final.done, asdict(result))

@@ -9,6 +9,7 @@ in files that are mapped, and a shard's tokens are read document by document. A 
 size; making the tables takes some 100 MiB.
 """
 
+import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -105,15 +106,20 @@ def write_order(files: list[FileTokens], tokenized: Path, seed: int, folder: Pat
     with atomic_writer(folder / "begins") as begins, atomic_writer(folder / "records") as records:
         begins.write(np.zeros(1, INDEX_DTYPE).tobytes())
         for file in files:
-            start, path = total, tokenized / f"{file.name}.documents"
+            start, path, digest = total, tokenized / f"{file.name}.documents", hashlib.sha256()
             for rows in _index_chunks(path):
+                digest.update(rows)
                 records.write(np.ascontiguousarray(rows[:, 0]).tobytes())
                 begins.write((total + np.cumsum(rows[:, 1])).astype(INDEX_DTYPE).tobytes())
                 total += int(rows[:, 1].sum())
+            problem = None
             if total - start != file.tokens:
+                problem = f"its documents have {total - start} tokens, not {file.tokens}"
+            elif file.index_sha256 not in (None, digest.hexdigest()):
+                problem = "its sha256 is not the recorded one"
+            if problem:
                 raise DataError(
-                    f"{path} is damaged: its documents have {total - start} tokens, not {file.tokens}; delete "
-                    f"{file.name}.json beside it to tokenize the file again"
+                    f"{path} is damaged: {problem}; delete {file.name}.json beside it to tokenize the file again"
                 )
     counts = [f.documents for f in files]
     all_begins = _mapped(folder / "begins")

@@ -2,15 +2,21 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import zstandard
 from small_dataset import SmallDataset, as_line, documents, message_of, write_lines
 
+from openlm_pipeline.corpus import blocks
+from openlm_pipeline.corpus.discovery import discover
+from openlm_pipeline.corpus.reader import cut
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError, OpenLMError
 from openlm_pipeline.pipeline import data as data_stages
 from openlm_pipeline.pools import DaskSettings, PoolFactory
 from openlm_pipeline.shards.dataset import ShardedDataset
+from openlm_pipeline.tokenization.documents import FileTokens, join_parts, tokenize_part
+from openlm_pipeline.tokenizers.tokenizer import read_tokenizer_info
 
 Small = Callable[..., SmallDataset]
 
@@ -227,3 +233,51 @@ def test_a_scheduler_address_of_no_protocol_is_named() -> None:
         DaskSettings(address="carrier-pigeon://roof").pool(lambda line: None),
     ):
         pass
+
+
+def flip(path: Path, at: int = 9) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_index_is_not_packed(three_files: SmallDataset, inline: PoolFactory) -> None:
+    three_files.tokenizer()
+    files, _ = three_files.tokenize(inline)
+    flip(three_files.tokenized / "b.jsonl.documents", 16)  # a record's number: the tokens still add up
+    with pytest.raises(DataError) as caught:
+        three_files.make_shards(files, inline)
+    message_of(caught.value, "b.jsonl.documents is damaged: its sha256", "delete b.jsonl.json")
+    (three_files.tokenized / "b.jsonl.json").unlink()
+    assert not three_files.run(inline).reused
+
+
+@pytest.mark.parametrize("kind", ["tokens", "documents"])
+def test_a_part_that_is_damaged_before_it_is_joined_is_made_again(
+    small: Small, inline: PoolFactory, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 64)
+    made = small()
+    made.write({"a.jsonl": documents(40)})
+    made.tokenizer()
+    folder = made.home.tokenizer("small_bpe")
+    info = read_tokenizer_info(folder)
+    [raw] = discover(made.dataset, made.home)
+    parts = cut(raw.url, raw.size_bytes, 3)
+    args = (info, folder, made.tokenized)
+
+    def tokenize() -> None:
+        for number, part in enumerate(parts):
+            tokenize_part(made.dataset, raw, part, number, *args, progress=lambda facts: None)
+
+    def join() -> FileTokens:
+        return join_parts(made.dataset, raw, len(parts), info, made.tokenized, progress=lambda facts: None)
+
+    tokenize()
+    flip(made.tokenized / f"a.jsonl.part-00001.{kind}")
+    with pytest.raises(DataError, match=rf"part-00001\.{kind} is damaged: its sha256 is not the recorded one"):
+        join()
+    tokenize()
+    [whole] = made.tokenize(inline)[0] if join() else []
+    assert whole.documents == 40
+    assert made.make_shards([whole], inline).facts["documents"] == 40
