@@ -21,7 +21,7 @@ from openlm_pipeline.fingerprint import differences
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.shards.dataset import DATASET, MANIFEST, read_manifest
 from openlm_pipeline.storage.files import TMP_SUFFIX, read_json, sha256_file
-from openlm_pipeline.tokenization.documents import FileTokens
+from openlm_pipeline.tokenization.documents import results
 from openlm_pipeline.tokenizers.tokenizer import read_tokenizer_info
 from openlm_pipeline.units import milestone_label
 
@@ -254,11 +254,11 @@ class Scan:
         shards = self.root / "shards" / folder.parent.name / folder.name
         recorded = _read(shards / DATASET).get("identity", {}).get("files", {})
         try:
-            streams = [FileTokens(**read_json(path)) for path in folder.glob("*.json") if ".part-" not in path.name]
+            streams = results(folder)
         except (TypeError, DataError) as e:
             self._keep(folder, f"it can't be read: {e}")
             return
-        if not streams or any(folder.glob("*.part-*")) or {s.name: s.version for s in streams} != recorded:
+        if not streams or any(folder.rglob("*.part-*")) or {s.name: s.version for s in streams} != recorded:
             self._keep(folder, "its shards are not made yet, or from other streams")
         elif lacking := self._lacking(shards):
             self._keep(folder, f"shard {lacking} is not whole here")

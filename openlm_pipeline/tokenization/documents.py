@@ -200,8 +200,21 @@ def finished(dataset: Dataset, raw: RawFile, tokenizer: TokenizerInfo, folder: P
     return done
 
 
+_LEFT_OUT = ".left_out.json"
+
+
+def results(folder: Path) -> list[FileTokens]:
+    """Those of all raw files that are finished.
+
+    Raises:
+        DataError, TypeError: a file is damaged.
+    """
+    paths = sorted(path for path in folder.rglob("*.json") if not path.name.endswith(_LEFT_OUT))
+    return [FileTokens(**read_json(path)) for path in paths if ".part-" not in path.name]
+
+
 def _note(folder: Path, name: str) -> Path:
-    return folder / f"{name}.left_out.json"
+    return folder / f"{name}{_LEFT_OUT}"
 
 
 def leave_out(dataset: Dataset, raw: RawFile, tokenizer: TokenizerInfo, folder: Path, reason: str) -> None:
@@ -218,8 +231,8 @@ def leave_in(folder: Path, name: str) -> None:
 
 def notes_of_left_out(folder: Path, files: list[FileTokens]) -> dict[str, str]:
     """Name -> reason of all raw files that were left out, beside the `files` that were not."""
-    suffix, used = _note(folder, "").name, {file.name for file in files}
-    names = (path.relative_to(folder).as_posix().removesuffix(suffix) for path in sorted(folder.rglob(f"*{suffix}")))
+    used, notes = {file.name for file in files}, sorted(folder.rglob(f"*{_LEFT_OUT}"))
+    names = (path.relative_to(folder).as_posix().removesuffix(_LEFT_OUT) for path in notes)
     return {name: read_json(_note(folder, name))["reason"] for name in names if name not in used}
 
 

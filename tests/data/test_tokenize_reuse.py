@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 from small_dataset import SEQ_LEN, SmallDataset, documents
 
+from openlm_pipeline.corpus.discovery import discover
 from openlm_pipeline.errors import DataError
 from openlm_pipeline.pipeline import data as data_stages
 from openlm_pipeline.pipeline.plan import plan
+from openlm_pipeline.pipeline.retention import Retention, plan_gc
 from openlm_pipeline.pools import PoolFactory
 from openlm_pipeline.shards.dataset import ShardedDataset
+from openlm_pipeline.shards.round_trip import round_trip
 from openlm_pipeline.storage.files import read_json, write_json
 from openlm_pipeline.storage.remote import sha256_url
 from openlm_pipeline.tokenizers import tokenizer
@@ -216,3 +219,18 @@ def test_a_resumed_packing_checks_what_it_finds_on_the_pool(three_files: SmallDa
     files, _ = three_files.tokenize(inline)
     data_stages.make_shards(three_files.dataset, files, three_files.home, inline, lines.append)
     assert three_files.all_hashes() == before
+
+
+def test_files_of_one_base_name_go_all_the_way(small: Small, inline: PoolFactory, no_client: PoolFactory) -> None:
+    made = small(files=["raw/**/*.jsonl"])
+    for name in ("a/x.jsonl", "b/x.jsonl", "b/c/x.jsonl"):
+        made.raw(name).parent.mkdir(parents=True, exist_ok=True)
+    made.write({name: documents(12, 100 * k) for k, name in enumerate(("a/x.jsonl", "b/x.jsonl", "b/c/x.jsonl"))})
+    assert made.run(inline).facts["documents"] == 36
+    assert {name for name, _ in made.recovered()} == {"a/x.jsonl", "b/x.jsonl", "b/c/x.jsonl"}
+    assert not round_trip(ShardedDataset(made.shards), discover(made.dataset, made.home), "text").damaged
+    assert made.run(no_client).reused
+    [removal] = [
+        e for e in plan_gc(made.home, Retention(token_streams=True)).entries if e.path == made.tokenized.resolve()
+    ]
+    assert "3 raw files" in str(removal)
