@@ -3,6 +3,7 @@
 import gzip
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,9 +12,13 @@ import zstandard
 from faulty_s3 import CUT, FLIP, SHORT, STALL, Bucket
 
 from openlm_pipeline.corpus.blocks import BLOCK_BYTES
+from openlm_pipeline.corpus.discovery import discover, restat
 from openlm_pipeline.corpus.reader import Part, RecordReader
 from openlm_pipeline.errors import DataError, MissingInputError
+from openlm_pipeline.experiments import Dataset
+from openlm_pipeline.experiments.spec import Source, TokenizerSpec
 from openlm_pipeline.storage import remote
+from openlm_pipeline.storage.home import Home
 
 TEXTS = [f"{n}: " + "text " * (n % 50) for n in range(3000)]
 LINES = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in TEXTS)
@@ -119,3 +124,15 @@ def test_a_missing_file_and_a_server_that_is_down_are_told_apart(bucket: Bucket)
             texts(url)
     with pytest.raises(DataError, match="raw file http://127.0.0.1:9/a.jsonl can't be opened"):
         texts("http://127.0.0.1:9/a.jsonl")
+
+
+def test_many_files_under_one_pattern_are_one_listing(bucket: Bucket, tmp_path: Path) -> None:
+    for n in range(30):
+        bucket.put(f"many/{n:03d}.jsonl", b'{"text": "a"}\n')
+    source = Source(name="many", files=(f"{bucket.url}/many/*.jsonl",))
+    spec = TokenizerSpec(name="t", source="x")
+    dataset = Dataset(source=source, tokenizer=spec, seq_len=8, samples_per_shard=8, shuffle_seed=0)
+    files = discover(dataset, Home(tmp_path))
+    assert len(files) == 30 and files[7].name == "007.jsonl" and files[7].size_bytes == 14
+    assert bucket.faults.count("HEAD", ".jsonl") == 0
+    assert restat(files[7]) == files[7]  # asked for alone it has the same stamp
