@@ -20,7 +20,7 @@ from openlm_pipeline.storage.files import read_json
 SUPERSEDE = {"openlm/allow": "supersede"}
 FIRST, LAST = LABELS
 TRAIN_STEP = "train_tiny"
-SHARD_CHECKS = ("tokens_conserved", "shard_checksums", "round_trip", "quarantine_rate")
+SHARD_CHECKS = ("tokens_conserved", "shard_checksums", "round_trip", "quarantine_rate", "no_file_left_out")
 CHECKPOINTS = [f"checkpoint/tiny/{label}" for label in LABELS]
 SCORECARDS = [f"scorecard/tiny/{label}" for label in LABELS]
 
