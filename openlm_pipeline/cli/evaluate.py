@@ -36,7 +36,8 @@ def evaluate(
     tokenizer: Annotated[
         str | None,
         typer.Option(
-            help="tokenizer.json, its folder, or a hub name; default: the folder's own, or GPT-NeoX-20B's.",
+            help="tokenizer.json, its folder, or a hub name; default: the folder's or run's own, OPENLM_TOKENIZER, or "
+            "GPT-NeoX-20B's.",
             rich_help_panel=_MODEL_OPTIONS,
         ),
     ] = None,

@@ -47,7 +47,6 @@ console = Console(highlight=False, soft_wrap=True)
 app.add_typer(shards_app, name="shards")
 for command in (plan, launch, fork, download, evaluate, report, baselines, export, gc, ui):
     app.command()(command)
-NEOX = "EleutherAI/gpt-neox-20b"
 
 
 def say(line: str) -> None:
@@ -84,7 +83,10 @@ def tokenize(
         list[str] | None, typer.Option(help="Raw files, globs, folders or URLs, one or more; @FILE lists them.")
     ] = None,
     output_dir: Annotated[Path | None, typer.Option(help="Shards go to OUTPUT_DIR/<seqlen>-v1.")] = None,
-    tokenizer: Annotated[str, typer.Option(help="A tokenizer.json, its folder, or a hub name.")] = NEOX,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="A tokenizer.json, its folder, or a hub name; default: OPENLM_TOKENIZER, or GPT-NeoX-20B's."),
+    ] = None,
     num_consumers: Annotated[int | None, typer.Option(help="Processes that pack; default: the workers.")] = None,
     upload_to_s3: Annotated[
         bool, typer.Option("--upload-to-s3", help="Move the shards to S3_BASE, such as s3://bucket/prefix/.")
@@ -131,6 +133,7 @@ def tokenize(
         raise ConfigError("give a recipe, or --input-files and --output-dir")
     if input_files:
         from openlm_pipeline.tokenization.standalone import make_shards_of_files, upload_url
+        from openlm_pipeline.tokenizers.tokenizer import default_tokenizer
 
         if output_dir is None:
             raise ConfigError("--input-files needs --output-dir")
@@ -138,7 +141,7 @@ def tokenize(
         made = make_shards_of_files(
             input_files,
             output_dir,
-            tokenizer,
+            tokenizer or default_tokenizer(),
             DaskSettings.from_env(workers=workers, address=dask_address).pool,
             DaskSettings.from_env(workers=num_consumers or workers, address=dask_address).pool,
             say,

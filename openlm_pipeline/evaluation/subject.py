@@ -23,10 +23,11 @@ from openlm_pipeline.models.config import ModelConfig
 from openlm_pipeline.models.transformer import Transformer
 from openlm_pipeline.result import Say
 from openlm_pipeline.storage.files import read_json, sha256_file
+from openlm_pipeline.storage.home import Home
+from openlm_pipeline.strict import read_mapping
 from openlm_pipeline.tokenizers.engine import largest_id, refuse_dropout
-from openlm_pipeline.tokenizers.tokenizer import fetch_tokenizer_json
+from openlm_pipeline.tokenizers.tokenizer import default_tokenizer, fetch_tokenizer_json, tokenizer_file
 
-NEOX = "EleutherAI/gpt-neox-20b"
 _DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt"]
 _OPENLM_TYPES = ("openlm", "open_lm")
 
@@ -160,6 +161,16 @@ def _named_tokenizer(source: str) -> Tokenizer:
         raise DataError(f"{source} is not a tokenizer.json: {e}") from e
 
 
+def _tokenizer_of_run(checkpoint: Path) -> Path | None:
+    """The tokenizer with which the data of a run was made, where its home has it."""
+    above = checkpoint.absolute().parents  # HOME/runs/NAME/VERSION/checkpoints/step-N
+    if not (checkpoint / INFO).is_file() or len(above) < 5 or not (above[1] / "experiment.yaml").is_file():
+        return None
+    name = read_mapping(above[1] / "experiment.yaml")["tokenizer"]["name"]
+    found = tokenizer_file(Home(above[4]).tokenizer(name))
+    return found if found.is_file() else None
+
+
 def _huggingface(folder: Path, name: str, tokenizer: str | None, device: str, precision: Precision) -> Subject:
     config = read_json(folder / "config.json")
     text = config.get("text_config", config)
@@ -194,7 +205,8 @@ def open_subject(
     Args:
         path_or_name: OpenLM's `.pt`, a folder `step-*` of a run, a Hugging Face folder, or a name of its hub.
         model: name or JSON file of an OpenLM model's config, where the checkpoint does not say enough.
-        tokenizer: `tokenizer.json`, its folder, or a hub name; by default a Hugging Face folder's own, else NeoX's.
+        tokenizer: `tokenizer.json`, its folder, or a hub name; by default a Hugging Face folder's or a run's own, else
+            that of `OPENLM_TOKENIZER`, else GPT-NeoX-20B's.
         revision: branch, tag or commit, for a hub name.
         settings: fields of `ModelConfig` that are known better than by the files.
 
@@ -220,8 +232,8 @@ def open_subject(
         report(f"{path_or_name}: {line}")
 
     found = find_model_config(path, config=model, **settings)
-    own = path / "tokenizer.json" if (path / "tokenizer.json").is_file() else None
-    named = _named_tokenizer(tokenizer or str(own or NEOX))
+    own = path / "tokenizer.json" if (path / "tokenizer.json").is_file() else _tokenizer_of_run(path)
+    named = _named_tokenizer(tokenizer or str(own or default_tokenizer()))
     for note in found.notes:
         say(note)
     if (path / INFO).is_file():

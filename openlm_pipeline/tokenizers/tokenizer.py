@@ -3,6 +3,7 @@
 A tokenizer folder holds `tokenizer.json` and, written last, `tokenizer_info.json` with its identity.
 """
 
+import os
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -50,6 +51,14 @@ class TokenizerInfo:
     def num_rows(self) -> int:
         """Rows that an embedding needs for its ids: the largest one and 1."""
         return self.vocab_size if self.largest_id is None else self.largest_id + 1
+
+
+NEOX = "EleutherAI/gpt-neox-20b"
+
+
+def default_tokenizer() -> str:
+    """Where a command's tokenizer is that nothing says: `OPENLM_TOKENIZER`, or else OpenLM's on the hub."""
+    return os.environ.get("OPENLM_TOKENIZER") or NEOX
 
 
 def tokenizer_file(folder: Path) -> Path:

@@ -34,7 +34,8 @@ def test_make_2048_arguments_make_a_dataset(three_files: SmallDataset, tmp_path:
     assert made.info["totals"]["documents"] == 20 + 35 + 8
     found = {(file, record) for file, record, _ in iterate_documents(out / "16-v1")}
     assert len(found) >= 62  # the tail may cut one
-    again = openlm(*arguments, "--seqlen", 16)
+    of_environment = [a for a in arguments if a not in ("--tokenizer", three_files.root / "small_bpe.json")]
+    again = openlm(*of_environment, "--seq-len", 16, OPENLM_TOKENIZER=str(three_files.root / "small_bpe.json"))
     assert again.returncode == 0 and "packing" not in again.stdout
     other = openlm(*arguments, "--seqlen", 32)
     assert other.returncode == 0 and (out / "32-v1" / "manifest.jsonl").exists()

@@ -76,7 +76,7 @@ def test_one_model_gives_the_same_scores_in_all_its_forms(exported, tmp_path):
         ],
     }
     folder = openlm(pipeline, "evaluate", "--checkpoint", str(root / "hf"), "--eval-yaml", suite, "--name", "as_hf")
-    ours = openlm(pipeline, "evaluate", "--checkpoint", step, "--tokenizer", str(tokenizer), "--eval-yaml", suite)
+    ours = openlm(pipeline, "evaluate", "--checkpoint", step, "--eval-yaml", suite)  # with the run's own tokenizer
     assert metrics(folder) == metrics(ours) == scores
     of_run = json.loads((pipeline.home / "scorecards/tiny/v1/t0040K/scorecard.json").read_text())
     assert [str(t["accuracy"]) for t in of_run["tasks"]] == list(scores.values())
