@@ -1,8 +1,11 @@
 """Orders of a run's samples, one module each: `training.sampling` names one."""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
-from openlm_pipeline.ordering.mixture import MixedOrder
+import numpy as np
+
+from openlm_pipeline.ordering.mixture import MixedOrder, RandomMixture, check_sources
 
 
 class Sampling(MixedOrder):
@@ -15,3 +18,24 @@ class Sampling(MixedOrder):
 
     settings: ClassVar[tuple[str, ...]] = ()
     """Fields of `training` that the constructor takes."""
+
+
+class OneSourcePerBatch(Sampling):
+    """Base of OpenLM's samplings, which draw the source anew for each batch, with the weights."""
+
+    settings = ("source_batch",)
+
+    def __init__(
+        self, shard_sizes: Sequence[np.ndarray], weights: Sequence[float], seed: int, source_batch: int
+    ) -> None:
+        """
+        Args:
+            shard_sizes: number of samples in each shard of each source.
+            weights: chance of each source, positive, in any scale.
+            seed: chooses the sources, and what else is random.
+            source_batch: consecutive samples that come from one source.
+        """
+        self.sizes, self.seed = shard_sizes, seed
+        self.totals = [int(np.sum(sizes)) for sizes in shard_sizes]
+        check_sources(self.totals, weights)
+        super().__init__(RandomMixture(weights, seed, source_batch))

@@ -15,8 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from openlm_pipeline.ordering.mixture import RandomMixture, check_sources
-from openlm_pipeline.ordering.samplings import Sampling
+from openlm_pipeline.ordering.samplings import OneSourcePerBatch
 from openlm_pipeline.ordering.shard_sequence import ShardSequence
 from openlm_pipeline.registry import SAMPLINGS
 
@@ -24,34 +23,27 @@ _MASK = (1 << 64) - 1
 
 
 @SAMPLINGS.register("manifest")
-class ManifestOrder(Sampling):
+class ManifestOrder(OneSourcePerBatch):
     """OpenLM's: passes over all shards, shuffled by shard only."""
-
-    settings = ("source_batch",)
 
     def __init__(
         self, shard_sizes: Sequence[np.ndarray], weights: Sequence[float], seed: int, source_batch: int
     ) -> None:
         """
         Args:
-            shard_sizes: number of samples in each shard of each source.
-            weights: chance of each source, positive, in any scale.
             seed: OpenLM's shard shuffle seed.
-            source_batch: consecutive samples that come from one source.
+            shard_sizes, weights, source_batch: as for `OneSourcePerBatch`.
         """
-        self._totals = [int(np.sum(sizes)) for sizes in shard_sizes]
-        check_sources(self._totals, weights)
-        super().__init__(RandomMixture(weights, seed, source_batch))
-        self._sizes, self._seed = shard_sizes, seed
+        super().__init__(shard_sizes, weights, seed, source_batch)
         self._passes = lru_cache(2 * len(shard_sizes))(self._make_passes)
 
     def _make_passes(self, source: int, first: int, count: int) -> ShardSequence:
         """The shards of `count` passes one after the other."""
-        sizes = self._sizes[source]
-        seeds = ((self._seed + number) & _MASK for number in range(first, first + count))
+        sizes = self.sizes[source]
+        seeds = ((self.seed + number) & _MASK for number in range(first, first + count))
         return ShardSequence(np.concatenate([np.random.default_rng(s).permutation(len(sizes)) for s in seeds]), sizes)
 
     def samples(self, source: int, positions: np.ndarray) -> np.ndarray:
-        total = self._totals[source]
+        total = self.totals[source]
         first, last = int(positions[0] // total), int(positions[-1] // total)
         return self._passes(source, first, last - first + 1).in_order(positions - first * total)

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from openlm_pipeline.ordering.mixture import RandomMixture, check_sources, key_of, uniform
+from openlm_pipeline.ordering.mixture import key_of, uniform
 from openlm_pipeline.ordering.permutation import mix_array
-from openlm_pipeline.ordering.samplings import Sampling
+from openlm_pipeline.ordering.samplings import OneSourcePerBatch
 from openlm_pipeline.ordering.shard_sequence import ShardSequence
 from openlm_pipeline.registry import SAMPLINGS
 
@@ -24,32 +24,21 @@ _BUFFER_SAMPLES = 20_000
 
 
 @SAMPLINGS.register("resampled")
-class ResampledOrder(Sampling):
+class ResampledOrder(OneSourcePerBatch):
     """OpenLM's: shards drawn with replacement, the samples of about 20,000 mixed."""
-
-    settings = ("source_batch",)
 
     def __init__(
         self, shard_sizes: Sequence[np.ndarray], weights: Sequence[float], seed: int, source_batch: int
     ) -> None:
-        """
-        Args:
-            shard_sizes: number of samples in each shard of each source.
-            weights: chance of each source, positive, in any scale.
-            source_batch: consecutive samples that come from one source.
-        """
-        totals = [int(np.sum(sizes)) for sizes in shard_sizes]
-        check_sources(totals, weights)
-        super().__init__(RandomMixture(weights, seed, source_batch))
-        self._sizes, self._seed = shard_sizes, seed
+        super().__init__(shard_sizes, weights, seed, source_batch)
         self._buffer_shards = [
-            max(1, round(_BUFFER_SAMPLES * len(sizes) / total)) for sizes, total in zip(shard_sizes, totals)
+            max(1, round(_BUFFER_SAMPLES * len(sizes) / total)) for sizes, total in zip(shard_sizes, self.totals)
         ]
         self._drawn = [self._draw(source, 8 * shards) for source, shards in enumerate(self._buffer_shards)]
 
     def _draw(self, source: int, count: int) -> ShardSequence:
-        sizes = self._sizes[source]
-        shards = (uniform(key_of(self._seed, source, 0), 0, count) * len(sizes)).astype(np.int64)
+        sizes = self.sizes[source]
+        shards = (uniform(key_of(self.seed, source, 0), 0, count) * len(sizes)).astype(np.int64)
         return ShardSequence(shards, sizes)
 
     def samples(self, source: int, positions: np.ndarray) -> np.ndarray:
@@ -57,5 +46,5 @@ class ResampledOrder(Sampling):
             self._drawn[source] = self._draw(source, 2 * len(self._drawn[source].shards))
         drawn = self._drawn[source]
         windows = np.arange(0, len(drawn.shards), self._buffer_shards[source])
-        keys = mix_array(np.arange(len(windows), dtype=np.uint64)) ^ np.uint64(key_of(self._seed, source, 1))
+        keys = mix_array(np.arange(len(windows), dtype=np.uint64)) ^ np.uint64(key_of(self.seed, source, 1))
         return drawn.shuffled(positions, windows, keys)
