@@ -14,8 +14,7 @@ import torch
 
 from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.experiments import Experiment
-from openlm_pipeline.ordering import make_order
-from openlm_pipeline.registry import SAMPLINGS
+from openlm_pipeline.ordering import order_of
 from openlm_pipeline.shards.dataset import ShardedDataset
 
 _SHARDS_AHEAD_STEPS = 16
@@ -61,14 +60,7 @@ class Batches:
         for d in datasets:
             check_ids(d, experiment.model_config_resolved().vocab_size)
         self.datasets = datasets
-        training = experiment.training
-        self.order = make_order(
-            training.sampling,
-            [d.shard_sizes for d in datasets],
-            [d.source.weight for d in experiment.training_datasets()],
-            experiment.seed,
-            **{name: getattr(training, name) for name in SAMPLINGS[training.sampling].settings},
-        )
+        self.order = order_of(experiment, [d.shard_sizes for d in datasets])
         self.sample_tokens = experiment.seq_len + 1
         self.prefetch_batches = experiment.execution.prefetch_batches
         self.first = rank * self.local_sequences

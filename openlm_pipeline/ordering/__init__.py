@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.registry import SAMPLINGS
 
 
@@ -34,3 +35,18 @@ def make_order(
     """
     made = SAMPLINGS[sampling]
     return made(shard_sizes, weights, seed, **{name: settings[name] for name in made.settings})
+
+
+def order_of(experiment: Experiment, shard_sizes: Sequence[np.ndarray]) -> Order:
+    """The order of a recipe's training datasets.
+
+    Args:
+        shard_sizes: number of samples in each shard of each dataset.
+
+    Raises:
+        ConfigError: as `make_order`.
+    """
+    training = experiment.training
+    settings = {name: getattr(training, name) for name in SAMPLINGS[training.sampling].settings}
+    weights = [dataset.source.weight for dataset in experiment.training_datasets()]
+    return make_order(training.sampling, shard_sizes, weights, experiment.seed, **settings)

@@ -146,10 +146,16 @@ class MixedOrder(ABC):
         return source[offset : offset + count].copy(), sample[offset : offset + count].copy()
 
 
-def check_sources(num_samples: Sequence[int], weights: Sequence[float]) -> None:
-    """
+def checked_totals(shard_sizes: Sequence[int | np.ndarray], weights: Sequence[float]) -> list[int]:
+    """Number of samples in each source.
+
+    Args:
+        shard_sizes: number of samples in each source, or in each of its shards.
+
     Raises:
         ValueError: there is no source, one without samples, or one without a positive weight.
     """
+    num_samples = [int(np.sum(sizes)) for sizes in shard_sizes]
     if len(num_samples) != len(weights) or not num_samples or min(num_samples) < 1 or min(weights) <= 0:
         raise ValueError("every source needs at least one sample and a positive weight")
+    return num_samples

@@ -15,8 +15,7 @@ from openlm_pipeline.corpus.discovery import discover
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError, OpenLMError
 from openlm_pipeline.experiments import Dataset, Experiment
 from openlm_pipeline.fingerprint import differences, settings_tree
-from openlm_pipeline.ordering import make_order
-from openlm_pipeline.registry import SAMPLINGS
+from openlm_pipeline.ordering import order_of
 from openlm_pipeline.result import Finding, refusal
 from openlm_pipeline.runs.dry_run import describe
 from openlm_pipeline.runs.folder import RunFolder
@@ -203,11 +202,8 @@ def _order_refusals(experiment: Experiment, home: Home) -> Iterator[Finding]:
             sizes.append(open_dataset(dataset, home).shard_sizes)
         except OpenLMError:  # it is not made yet; its size matters to no limit
             sizes.append(np.ones(1, np.int64))
-    training = experiment.training
-    settings = {name: getattr(training, name) for name in SAMPLINGS[training.sampling].settings}
-    weights = [d.source.weight for d in experiment.training_datasets()]
     try:
-        make_order(training.sampling, sizes, weights, experiment.seed, **settings)
+        order_of(experiment, sizes)
     except ConfigError as e:
         yield Finding("refusal", str(e))
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from openlm_pipeline.ordering.mixture import MixedOrder, RandomMixture, check_sources
+from openlm_pipeline.ordering.mixture import MixedOrder, RandomMixture, checked_totals
 
 
 class Sampling(MixedOrder):
@@ -36,6 +36,5 @@ class OneSourcePerBatch(Sampling):
             source_batch: consecutive samples that come from one source.
         """
         self.sizes, self.seed = shard_sizes, seed
-        self.totals = [int(np.sum(sizes)) for sizes in shard_sizes]
-        check_sources(self.totals, weights)
+        self.totals = checked_totals(shard_sizes, weights)
         super().__init__(RandomMixture(weights, seed, source_batch))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from openlm_pipeline.ordering.mixture import StratifiedMixture, check_sources
+from openlm_pipeline.ordering.mixture import StratifiedMixture, checked_totals
 from openlm_pipeline.ordering.permutation import mix, permute_array
 from openlm_pipeline.ordering.samplings import Sampling
 from openlm_pipeline.registry import SAMPLINGS
@@ -24,8 +24,7 @@ class DataOrder(Sampling):
         Raises:
             ConfigError: a source has too small a share of the mixture.
         """
-        self.sizes = tuple(int(np.sum(size)) for size in sizes)
-        check_sources(self.sizes, weights)
+        self.sizes = tuple(checked_totals(sizes, weights))
         super().__init__(StratifiedMixture(weights))
         self.seed = seed
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from openlm_pipeline.ordering.mixture import StratifiedMixture, check_sources, key_of
+from openlm_pipeline.ordering.mixture import StratifiedMixture, checked_totals, key_of
 from openlm_pipeline.ordering.permutation import mix_array, permute_array
 from openlm_pipeline.ordering.samplings import Sampling
 from openlm_pipeline.ordering.shard_sequence import ShardSequence
@@ -36,8 +36,7 @@ class WindowedOrder(Sampling):
         Raises:
             ConfigError: a source has too small a share of the mixture.
         """
-        self._totals = [int(np.sum(sizes)) for sizes in shard_sizes]
-        check_sources(self._totals, weights)
+        self._totals = checked_totals(shard_sizes, weights)
         super().__init__(StratifiedMixture(weights))
         self._sizes, self._seed, self._window_shards = shard_sizes, seed, window_shards
         self._epochs = lru_cache(2 * len(shard_sizes))(self._make_epochs)

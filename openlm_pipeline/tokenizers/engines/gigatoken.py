@@ -96,7 +96,7 @@ def _exact_form(tokenizer_json: Path, special_as_text: bool, *stamp: int) -> Exa
     if largest_id(reference) >= _MAX_ID:
         raise Unfit(f"it has ids from {_MAX_ID:,} on")
     config = orjson.loads(reference.to_str())  # all defaults filled in, of equal merges the one that counts
-    nfc = _check_parts(config)
+    nfc = check_parts(config)
     vocab, merges = _check_model(config["model"], reference.get_vocab_size(with_added_tokens=False))
     plain, watched = _sort_added_tokens(reference.get_added_tokens_decoder(), nfc, special_as_text)
     model = {**config["model"], "vocab": vocab, "merges": merges, "unk_token": None}
@@ -104,8 +104,15 @@ def _exact_form(tokenizer_json: Path, special_as_text: bool, *stamp: int) -> Exa
     return ExactForm(orjson.dumps(content), nfc, Strings(watched))
 
 
-def _check_parts(config: dict[str, Any]) -> bool:
-    """Whether it normalizes to NFC."""
+def check_parts(config: dict[str, Any]) -> bool:
+    """Whether a tokenizer of known parts normalizes to NFC: byte-level BPE with one of the known splits.
+
+    Args:
+        config: its tokenizer.json with all defaults filled in.
+
+    Raises:
+        Unfit: it has other parts.
+    """
     if config["model"]["type"] != "BPE":
         raise Unfit(f"it is a {config['model']['type']} model, not BPE")
     if (config["normalizer"] or {"type": "NFC"})["type"] != "NFC":

@@ -16,7 +16,7 @@ import orjson
 from openlm_pipeline.registry import ENGINES
 from openlm_pipeline.tokenizers.engine import load_reference
 from openlm_pipeline.tokenizers.engines import Encoded, Engine
-from openlm_pipeline.tokenizers.engines.gigatoken import SPLITS
+from openlm_pipeline.tokenizers.engines.gigatoken import Unfit, check_parts
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -64,14 +64,9 @@ def pieces(text: str, characters: int) -> Iterator[str]:
 
 def can_cut(tokenizer: "Tokenizer") -> bool:
     """Whether the ids of a text are those of its `pieces`, one after the other."""
-    config = orjson.loads(tokenizer.to_str())
-    first, normalizer = config["pre_tokenizer"] or {"type": None}, config["normalizer"] or {"type": "NFC"}
-    splits = first["type"] == "ByteLevel" and first["use_regex"]
-    if first["type"] == "Sequence" and [p["type"] for p in first["pretokenizers"]] == ["Split", "ByteLevel"]:
-        split, first = first["pretokenizers"]
-        splits = split["pattern"].get("Regex") in SPLITS.values() and split["behavior"] == "Isolated"
-        splits = splits and not split["invert"]
-    if not splits or first["add_prefix_space"] or normalizer["type"] != "NFC" or config["model"]["type"] != "BPE":
+    try:
+        check_parts(orjson.loads(tokenizer.to_str()))
+    except Unfit:
         return False
     # Such a token would reach over a cut, take the spaces behind it, or ask what stands before it.
     return not any(
