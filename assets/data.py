@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,13 @@ from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.opening import open_dataset, published_url
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.storage.remote import public
-from openlm_pipeline.tokenization.documents import FIRST_MAX_BAD_FRACTION, STAGE_VERSION, FileTokens, files_tree
+from openlm_pipeline.tokenization.documents import (
+    FIRST_MAX_BAD_FRACTION,
+    STAGE_VERSION,
+    FileTokens,
+    files_tree,
+    record_offsets,
+)
 from openlm_pipeline.tokenization.packing import PACKING_VERSION, packing_tree
 from openlm_pipeline.tokenizers.tokenizer import TRAINING_VERSION
 
@@ -392,7 +399,8 @@ def _check_shards(context: dg.AssetCheckExecutionContext, dataset: Dataset) -> I
         else:
             yield result("shard_checksums", True, **facts)
         try:
-            found = round_trip(made, discover(dataset, home), dataset.source.text_key)
+            offsets = partial(record_offsets, home.tokenized(dataset.name, dataset.version))
+            found = round_trip(made, discover(dataset, home), dataset.source.text_key, offsets=offsets)
         except DataError as e:
             yield result("round_trip", False, str(e))
         else:

@@ -5,7 +5,8 @@
 The same samples are read from our shards (a seeded permutation of all samples, gathered from memory-mapped files), by
 webdataset from the same shards, and by webdataset from their export to OpenLM's json.gz, as OpenLM reads: tar, shuffle
 buffer, decompress, parse, cut, batch. Each reader makes int64 arrays [batch, seq_len + 1], from files that are in the
-page cache; the time to import and to open is left out. webdataset comes with the extra `benchmarks`.
+page cache; the time to import and to open is left out. `openlm without sums` leaves out the checksum of each sample.
+webdataset comes with the extra `benchmarks`.
 """
 
 import sys
@@ -20,6 +21,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 from benchmarks.measure import installed, machine, openlm_tokenize, ratios, run, show, spread, table
 
@@ -28,7 +30,7 @@ SAMPLES_PER_SHARD = 1024
 SHUFFLE_BUFFER = 20_000
 """OpenLM's."""
 MIN_CPU_SECONDS = 2.0
-OURS, WDS_NPY, WDS_GZ = "openlm", "webdataset npy", "webdataset json.gz"
+OURS, UNCHECKED, WDS_NPY, WDS_GZ = "openlm", "openlm without sums", "webdataset npy", "webdataset json.gz"
 
 
 def export(shards: Path, out: Path) -> None:
@@ -39,14 +41,20 @@ def export(shards: Path, out: Path) -> None:
     export_shards(shards, out, DaskSettings(workers=1).pool, print, format="json.gz")
 
 
-def read_ours(shards: Path, batch: int) -> Iterator[int]:
-    """Tokens of each batch, for ever."""
+def read_ours(shards: Path, batch: int, *, check: bool) -> Iterator[int]:
+    """Tokens of each batch, for ever.
+
+    Args:
+        check: each sample's checksum, as always.
+    """
     import numpy as np
 
     from openlm_pipeline.ordering.samplings.permutation import DataOrder
     from openlm_pipeline.shards.dataset import ShardedDataset
 
     dataset = ShardedDataset(shards)
+    if not check:
+        dataset.entries = [replace(entry, sums_sha256=None) for entry in dataset.entries]
     order = DataOrder([len(dataset)], [1.0], seed=0)
     out = np.empty((batch, dataset.info["seq_len"] + 1), np.int64)
     start = 0
@@ -100,24 +108,25 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json with an <|endoftext|> token")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--markdown", type=Path, help="write the results here too")
-    parser.add_argument("--child", choices=("export", OURS, WDS_NPY, WDS_GZ), help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=("export", OURS, UNCHECKED, WDS_NPY, WDS_GZ), help=argparse.SUPPRESS)
     parser.add_argument("--shards", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child == "export":
         return export(arguments.shards, arguments.out)
-    if arguments.child == OURS:
-        return time_reading(read_ours(arguments.shards, arguments.batch), arguments.shards)
+    if arguments.child in (OURS, UNCHECKED):
+        batches = read_ours(arguments.shards, arguments.batch, check=arguments.child == OURS)
+        return time_reading(batches, arguments.shards)
     if arguments.child:
         key = "npy" if arguments.child == WDS_NPY else "json.gz"
         return time_reading(read_webdataset(arguments.shards, arguments.batch, key), arguments.shards)
     if not arguments.input or not arguments.tokenizer:
         parser.error("--input and --tokenizer are needed")
-    readers = [OURS, WDS_NPY, WDS_GZ]
+    readers = [OURS, UNCHECKED, WDS_NPY, WDS_GZ]
     if not installed("webdataset"):
         print("webdataset is not installed, so it is left out: pip install 'openlm-pipeline[benchmarks]'")
-        readers = [OURS]
+        readers = [OURS, UNCHECKED]
     seen: dict[tuple[str, int], list[float]] = {(name, batch): [] for batch in BATCHES for name in readers}
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
@@ -127,7 +136,7 @@ def main() -> None:
         ours, exported = home / "shards" / "raw" / "v1", home / "json_gz"
         me = [sys.executable, __file__]
         run([*me, "--child", "export", "--shards", str(ours), "--out", str(exported)])
-        places = {OURS: ours, WDS_NPY: ours, WDS_GZ: exported}
+        places = {OURS: ours, UNCHECKED: ours, WDS_NPY: ours, WDS_GZ: exported}
         for n in range(arguments.runs):
             for name, batch in seen:
                 child = [*me, "--child", name, "--shards", str(places[name]), "--batch", str(batch)]

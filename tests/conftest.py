@@ -43,6 +43,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What torch compiles is kept for all tests of this run, and only for it."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(run_folder(tmp_path_factory) / "cache"))
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(run_folder(tmp_path_factory) / "compiled"))
         patch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")  # here: more start a pool of processes that import torch
         yield

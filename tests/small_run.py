@@ -13,8 +13,9 @@ import torch
 from openlm_pipeline.checkpoints.folders import list_checkpoints
 from openlm_pipeline.experiments import Experiment, load_experiment
 from openlm_pipeline.runs.folder import RunFolder
-from openlm_pipeline.shards.dataset import DATASET, ShardEntry, write_manifest
 from openlm_pipeline.shards.format import SampleFormat, write_shard
+from openlm_pipeline.shards.manifest import DATASET, ShardEntry, finish_dataset, write_manifest
+from openlm_pipeline.shards.sums import write_sums
 from openlm_pipeline.storage.files import write_json
 from openlm_pipeline.storage.home import Home
 from train.distributed import leave_process_group
@@ -37,20 +38,30 @@ execution: {{log_every: 1}}
 """
 
 
-def write_dataset(home: Home, name: str, num_samples: int, *, seed: int, vocab_size: int = 260) -> None:
-    """Shards of seeded text-like ids: each id is followed by one of few, so that a model can learn them."""
+def write_dataset(
+    home: Home, name: str, num_samples: int, *, seed: int, vocab_size: int = 260, sums: bool = True
+) -> None:
+    """Shards of seeded text-like ids: each id is followed by one of few, so that a model can learn them.
+
+    Args:
+        sums: of the samples; the first release wrote none.
+    """
     rng = np.random.default_rng(seed)
     samples = (np.cumsum(rng.integers(1, 4, (num_samples, 33)), axis=1) % 251).astype(np.uint16)
     folder, sample_format = home.shards(name, "v1"), SampleFormat(33, "uint16")
     halves = np.array_split(samples, 2)
-    entries = [
-        ShardEntry(shard=f"{n:08d}", source=name, **write_shard(folder / f"{n:08d}.tar", half, first, sample_format))
-        for n, (half, first) in enumerate(zip(halves, (0, len(halves[0]))))
-    ]
+    entries = []
+    for n, (half, first) in enumerate(zip(halves, (0, len(halves[0])))):
+        sums_sha256 = write_sums(folder / f"{n:08d}.sums", half) if sums else None
+        made = write_shard(folder / f"{n:08d}.tar", half, first, sample_format)
+        entries.append(ShardEntry(shard=f"{n:08d}", source=name, sums_sha256=sums_sha256, **made))
     tokenizer = {"name": "bytes", "sha256": "0" * 64, "vocab_size": vocab_size}
     info = {"name": name, "version": "v1", "tokenizer": tokenizer, "eot_id": 0, "seq_len": 32, "dtype": "uint16"}
-    write_json(folder / DATASET, info)
-    write_manifest(folder, entries)
+    if sums:
+        finish_dataset(folder, entries, info)
+    else:
+        write_json(folder / DATASET, info)
+        write_manifest(folder, entries)
 
 
 def train_here(experiment: Experiment, home: Home, *, allow: Collection[str] = ()) -> Outcome:

@@ -40,7 +40,7 @@ def _say(line: str) -> None:
 
 def _is_foreign(folder: Path) -> bool:
     """Whether a folder holds OpenLM's shards."""
-    from openlm_pipeline.shards.dataset import DATASET, MANIFEST
+    from openlm_pipeline.shards.manifest import DATASET, MANIFEST
 
     return (folder / MANIFEST).exists() and not (folder / DATASET).exists()
 
@@ -51,7 +51,7 @@ def _folders(target: str, dataset: str | None, *, foreign: bool = False) -> list
     Args:
         foreign: take OpenLM's too.
     """
-    from openlm_pipeline.shards.dataset import DATASET
+    from openlm_pipeline.shards.manifest import DATASET
 
     path = Path(target)
     if path.is_dir():
@@ -95,9 +95,9 @@ def verify(
 
     Example: openlm shards verify pretrain_1b --quick
     """
-    from openlm_pipeline.shards.dataset import MANIFEST
     from openlm_pipeline.shards.foreign import check_foreign
     from openlm_pipeline.shards.inspect import check_shards
+    from openlm_pipeline.shards.manifest import MANIFEST
 
     progress = Console(stderr=True)
     damaged = 0

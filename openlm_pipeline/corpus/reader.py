@@ -8,7 +8,7 @@ which it begins, and to no other, wherever the cuts are.
 """
 
 import hashlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -173,6 +173,41 @@ def check_bad_fraction(
                 f"{max_bad_fraction:.2%}). The first is line {first_bad.line}: {first_bad.reason}. Repair the file, or "
                 "raise max_bad_fraction of its source."
             )
+
+
+def texts_of(
+    url: str, records: Mapping[int, int | None], *, text_key: str = "text", format: str | None = None
+) -> dict[int, str]:
+    """Texts of some records of a raw file, by their numbers; those that are bad, or not there, are left out.
+
+    Args:
+        records: number -> `Record.offset`, if that is known; a plain file of lines is then read there alone, and else
+            from its start.
+
+    Raises:
+        MissingInputError, DataError: as for `RecordReader`.
+    """
+    settings = {"text_key": text_key, "max_bad_fraction": 1.0, "on_bad": lambda _: None, "format": format}
+    found: dict[int, str] = {}
+    if format_of(url, format).seekable and None not in records.values():
+        for number, offset in records.items():
+            reader = RecordReader(url, part=Part(offset, offset + 1), **settings)
+            record = next(reader, None)
+            reader.close()
+            if reader.compression is not None:
+                break
+            if record is not None and record.offset == offset:
+                found[number] = record.text
+        else:
+            return found
+    reader, found = RecordReader(url, **settings), {}
+    for record in reader:
+        if record.number in records:
+            found[record.number] = record.text
+        if record.number >= max(records):
+            break
+    reader.close()
+    return found
 
 
 class QuarantineWriter:

@@ -23,7 +23,7 @@ from openlm_pipeline.runs.identity import extension_refusal, run_identity
 from openlm_pipeline.runs.launch import milestone_checkpoints
 from openlm_pipeline.runs.parent import parent_identity
 from openlm_pipeline.runs.spending import spending
-from openlm_pipeline.shards.dataset import DATASET
+from openlm_pipeline.shards.manifest import DATASET
 from openlm_pipeline.shards.opening import open_dataset, published_url
 from openlm_pipeline.storage.files import read_json
 from openlm_pipeline.storage.home import Home

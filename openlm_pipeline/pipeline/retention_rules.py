@@ -19,8 +19,8 @@ from openlm_pipeline.errors import DataError, MissingInputError
 from openlm_pipeline.evaluation.items import read_items
 from openlm_pipeline.fingerprint import differences
 from openlm_pipeline.runs.folder import RunFolder
-from openlm_pipeline.shards.dataset import DATASET, MANIFEST, read_manifest
-from openlm_pipeline.storage.files import TMP_SUFFIX, read_json, sha256_file
+from openlm_pipeline.shards.manifest import DATASET, MANIFEST, read_manifest, read_version
+from openlm_pipeline.storage.files import TMP_SUFFIX, read_json
 from openlm_pipeline.tokenization.documents import results
 from openlm_pipeline.tokenizers.tokenizer import read_tokenizer_info
 from openlm_pipeline.units import milestone_label
@@ -222,8 +222,11 @@ class Scan:
     def _shards(self, folder: Path) -> None:
         info = _read(folder / DATASET)
         if base := _base(folder):
-            manifest = folder / MANIFEST
-            used_by = self._manifests.get(sha256_file(manifest)) if manifest.exists() else None
+            try:
+                used_by = self._manifests.get(read_version(folder)) if (folder / MANIFEST).exists() else None
+            except DataError as e:
+                self._keep(folder, f"it can't be read: {e}")
+                return
             if used_by:
                 self._keep(folder, f"run {used_by.relative_to(self.root)} was trained on it")
             elif why := self._aside(folder, (base / MANIFEST).exists()):

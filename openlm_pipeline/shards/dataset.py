@@ -4,9 +4,8 @@ The manifest is written last, so a folder without one is unfinished and nobody r
 missing in it may come from a remote folder with the same files.
 """
 
-import json
+from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,53 +13,13 @@ import numpy as np
 
 from openlm_pipeline.errors import DataError, MissingInputError
 from openlm_pipeline.shards.format import SampleFormat, open_shard
+from openlm_pipeline.shards.manifest import DATASET, MANIFEST, ShardEntry, check_hash, read_dataset
 from openlm_pipeline.shards.store import ShardStore, only_one
-from openlm_pipeline.storage.files import read_json, sha256_file, write_text
+from openlm_pipeline.shards.sums import agree, damaged_sample, open_checked, read_sums
 from openlm_pipeline.storage.remote import download, join, public, remote_size
 
-MANIFEST = "manifest.jsonl"
-DATASET = "dataset.json"
-QUARANTINE = "quarantine.jsonl"
-
-
-@dataclass(frozen=True)
-class ShardEntry:
-    """A line of the manifest. `shard` and `num_sequences` are OpenLM's keys."""
-
-    shard: str
-    num_sequences: int
-    bytes: int
-    sha256: str
-    tokens: int
-    source: str
-
-
-def write_manifest(folder: Path, entries: list[ShardEntry]) -> None:
-    """Write the manifest: the mark that the dataset is whole."""
-    write_text(folder / MANIFEST, "".join(json.dumps(vars(e)) + "\n" for e in entries))
-
-
-def read_manifest(folder: Path) -> list[ShardEntry]:
-    """The manifest's lines in order.
-
-    Raises:
-        MissingInputError: there is no manifest: the dataset was never made, or not finished.
-        DataError: a line is not a manifest entry.
-    """
-    path = folder / MANIFEST
-    try:
-        lines = path.read_text().splitlines()
-    except FileNotFoundError:
-        raise MissingInputError(
-            f"there are no finished shards in {folder}; `openlm tokenize RECIPE` makes them"
-        ) from None
-    entries = []
-    for number, line in enumerate(lines, 1):
-        try:
-            entries.append(ShardEntry(**json.loads(line)))
-        except (json.JSONDecodeError, TypeError) as e:
-            raise DataError(f"{path}, line {number} is not a manifest entry: {e}") from e
-    return entries
+_MAX_OPEN = 256
+"""Shards that a dataset has mapped at a time; each takes a file descriptor, of which a process often has 1,024."""
 
 
 class ShardedDataset:
@@ -82,17 +41,16 @@ class ShardedDataset:
         if remote is not None:
             for name in (DATASET, MANIFEST):
                 _fetch_once(folder, remote, name)
-        entries = read_manifest(folder)
+        entries, info, version = read_dataset(folder)
         store = None
         if remote is not None:
 
             def bring(k: int, path: Path) -> None:
                 download(join(remote, path.name), path, size=entries[k].bytes, sha256=entries[k].sha256)
 
-            names, sizes = [f"{e.shard}.tar" for e in entries], [e.bytes for e in entries]
+            names, sizes = [e.tar for e in entries], [e.bytes for e in entries]
             store = ShardStore(folder, names, sizes, [e.sha256 for e in entries], bring, cache_bytes)
-        self._set(folder, entries, read_json(folder / DATASET), sha256_file(folder / MANIFEST), store)
-        self.remote = remote
+        self._set(folder, entries, info, version, store, remote)
 
     @classmethod
     def over(
@@ -100,24 +58,30 @@ class ShardedDataset:
     ) -> "ShardedDataset":
         """A dataset whose shards a store brings in some other way; the arguments are as the attributes."""
         self = cls.__new__(cls)
-        self._set(folder, list(entries), info, version, store)
-        self.remote = None
+        self._set(folder, list(entries), info, version, store, None)
         return self
 
     def _set(
-        self, folder: Path, entries: list[ShardEntry], info: dict[str, Any], version: str, store: ShardStore | None
+        self,
+        folder: Path,
+        entries: list[ShardEntry],
+        info: dict[str, Any],
+        version: str,
+        store: ShardStore | None,
+        remote: str | None,
     ) -> None:
         self.folder = folder
+        self.remote = remote
         self.entries = entries
         self.info = info
         self.format = SampleFormat(info["seq_len"] + 1, info["dtype"])
         self.version = version
-        """sha256 of the manifest, which holds the sha256 of every shard."""
+        """Content hash, which covers the sha256 of every shard."""
         self.shard_sizes = np.array([e.num_sequences for e in entries], np.int64)
         """Samples in each shard."""
         self._first = np.concatenate([[0], np.cumsum(self.shard_sizes)])
         self._store = store
-        self._open: dict[int, np.ndarray] = {}
+        self._open: OrderedDict[int, tuple[np.ndarray, memoryview | None]] = OrderedDict()
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -126,23 +90,64 @@ class ShardedDataset:
         """Sample `index` as token ids [seq_len + 1]."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        k = int(self._shards_of(index))
-        return self._shard(k)[index - self._first[k]]
+        return self.gather(np.array([index]))[0]
 
     def gather(self, indices: np.ndarray) -> np.ndarray:
         """Samples in the order asked, as token ids [n, seq_len + 1]; `indices` is int[n].
 
         Raises:
             IndexError: an index is not that of a sample.
+            DataError: a sample is not what was written, or its shard can't be read.
         """
         indices = self._checked(indices)
-        shards = self._shards_of(indices)
         out = np.empty((len(indices), self.format.sample_tokens), self.format.numpy_dtype)
-        opened = {k: self._shard(k) for k in set(shards.tolist())}
+        by_place = np.argsort(indices, kind="stable")
+        places = indices[by_place]
+        shards = self.shards_of(places)
+        current, expected, unchecked = -1, 0, []
         # Row by row: a fancy index into a mapped shard would copy each sample twice.
-        for row, k, i in zip(out, shards.tolist(), (indices - self._first[shards]).tolist()):
-            row[:] = opened[k][i]
+        for row, k, i in zip(by_place.tolist(), shards.tolist(), (places - self._first[shards]).tolist()):
+            if k != current:
+                samples, sums = self._shard(k)
+                current = k
+            out[row] = samples[i]
+            if sums is None:
+                unchecked.append(row)
+            else:
+                expected ^= sums[i]
+        if len(unchecked) < len(out):
+            checked = np.delete(out, unchecked, axis=0) if unchecked else out
+            twice = (places[1:] == places[:-1]).any()  # such a sample would hide its own damage
+            if twice or not agree(checked, expected):
+                self._check_shards(np.unique(shards).tolist(), places)
+                if not twice:
+                    raise DataError(
+                        f"a sample of {self.folder} was damaged when it was read, and is not now: look at the memory "
+                        "and the disks of this machine"
+                    )
         return out
+
+    def _check_shards(self, shards: list[int], places: np.ndarray) -> None:
+        """Check samples one by one.
+
+        Raises:
+            DataError: one of them is damaged.
+        """
+        for k in shards:
+            samples, sums = self._shard(k)
+            if sums is not None:
+                own = places[self.shards_of(places) == k] - self._first[k]
+                if not all(agree(samples[i : i + 1], sums[i]) for i in own.tolist()):
+                    raise damaged_sample(self._file(k), samples, sums)
+
+    def shard_samples(self, k: int) -> np.ndarray:
+        """All samples of shard `k`, found as they were written: ids[num_sequences, seq_len + 1], read-only.
+
+        Raises:
+            DataError: it is damaged.
+        """
+        self._shard(k)  # which fetches what is not here
+        return open_checked(self.folder, self.entries[k], self.format)
 
     def prefetch(self, indices: np.ndarray) -> None:
         """Start to fetch the shards of these samples in the background, in the order asked; nothing for local data.
@@ -151,30 +156,35 @@ class ShardedDataset:
         fetched ahead than fits beside the shard in use.
         """
         if self._store is not None:
-            shards, firsts = np.unique(self._shards_of(self._checked(indices)), return_index=True)
+            shards, firsts = np.unique(self.shards_of(self._checked(indices)), return_index=True)
             self._store.prefetch(shards[np.argsort(firsts)].tolist())
 
     def shard_path(self, k: int) -> Path:
         """The local file of shard `k`, fetched if need be; with `cache_bytes` it may go when others are needed."""
-        return self.folder / f"{self.entries[k].shard}.tar" if self._store is None else self._store.path(k)
+        return self._file(k) if self._store is None else self._store.path(k)
+
+    @property
+    def has_sums(self) -> bool:
+        """Whether damage shows when a sample is read, or showed when its shard was brought here."""
+        return self._store is not None or all(e.sums_sha256 for e in self.entries)
 
     def verify(self, *, fetch: bool = True, since: float = 0.0) -> int:
-        """Read every shard and compare its sha256 with the manifest's.
+        """Read every shard and what is beside it, and compare their sha256 with the manifest's.
 
         Args:
             fetch: fetch remote shards to read them; without it only their sizes are looked up.
-            since: seconds since 1970; of a shard that was not written or replaced after it, the size is compared alone.
+            since: seconds since 1970; of a file that was not written or replaced after it, the size is compared alone.
 
         Returns:
             Number of shards that were read.
 
         Raises:
-            DataError: names the first shard that differs.
+            DataError: names the first file that differs.
             MissingInputError: a remote shard is missing.
         """
         read = 0
         for k, entry in enumerate(self.entries):
-            path = self.folder / f"{entry.shard}.tar"
+            path = self._file(k)
             if self._store is not None and (fetch or path.exists()):
                 self._store.path(k)  # which compares the hash
                 read += 1
@@ -183,16 +193,27 @@ class ShardedDataset:
                 if (size := remote_size(url)) != entry.bytes:
                     raise DataError(f"shard {public(url)} has {size} bytes, but the manifest says {entry.bytes}")
             else:
-                open_shard(path, entry.num_sequences, self.format)
-                if path.stat().st_ctime < since:
-                    continue
-                read += 1
-                if (found := sha256_file(path)) != entry.sha256:
-                    raise DataError(
-                        f"shard {path} has sha256 {found}, but the manifest says {entry.sha256}: it is damaged. "
-                        "Delete it, and `openlm tokenize` makes it again"
-                    )
+                read += self.check_shard(k, since)
         return read
+
+    def check_shard(self, k: int, since: float = 0.0) -> bool:
+        """Compare a local shard, its sums and its provenance with the manifest; `since` as for `verify`.
+
+        Returns:
+            Whether the shard itself was read.
+
+        Raises:
+            DataError: names a file that differs.
+        """
+        entry = self.entries[k]
+        open_shard(self._file(k), entry.num_sequences, self.format)
+        read = {name: sha256 for name, sha256 in entry.hashes.items() if _ctime(self.folder / name) >= since}
+        for name, sha256 in read.items():
+            check_hash(self.folder / name, sha256)
+        return entry.tar in read
+
+    def _file(self, k: int) -> Path:
+        return self.folder / self.entries[k].tar
 
     def _checked(self, indices: np.ndarray) -> np.ndarray:
         indices = np.asarray(indices, np.int64)
@@ -200,24 +221,37 @@ class ShardedDataset:
             raise IndexError(f"an index is not in range({len(self)})")
         return indices
 
-    def _shards_of(self, indices: Any) -> Any:
+    def shards_of(self, indices: np.ndarray) -> np.ndarray:
+        """The shard of each sample."""
         return np.searchsorted(self._first, indices, side="right") - 1
 
-    def _shard(self, k: int) -> np.ndarray:
-        """Shard `k` mapped: ids[num_sequences, seq_len + 1]."""
+    def _shard(self, k: int) -> tuple[np.ndarray, memoryview | None]:
+        """Shard `k` mapped, ids[num_sequences, seq_len + 1], and the sums of its samples."""
         if self._store is not None:
             self._store.path(k)  # notes the use
-        if (array := self._open.get(k)) is None:
+        if (opened := self._open.get(k)) is None:
+            entry = self.entries[k]
             if self._store is None:
-                array = open_shard(self.shard_path(k), self.entries[k].num_sequences, self.format)
+                array = open_shard(self._file(k), entry.num_sequences, self.format)
             else:
                 with self._store.held(k) as path:
-                    array = open_shard(path, self.entries[k].num_sequences, self.format)
+                    array = open_shard(path, entry.num_sequences, self.format)
                 # A mapped file takes its space even when it was removed.
                 for j in [j for j in list(self._open) if not self._store.has(j)]:
                     self._open.pop(j, None)
-            self._open[k] = array
-        return array
+                if entry.sums_sha256 is not None:
+                    _fetch_once(self.folder, self.remote, entry.sums)
+            opened = self._open[k] = array, read_sums(self.folder, entry)
+            while len(self._open) > _MAX_OPEN:
+                self._open.popitem(last=False)
+        else:
+            self._open.move_to_end(k)
+        return opened
+
+
+def _ctime(path: Path) -> float:
+    """When a file was last written or replaced; infinite where it is missing, so that it is looked for."""
+    return path.stat().st_ctime if path.exists() else float("inf")
 
 
 def _fetch_once(folder: Path, remote: str, name: str) -> None:

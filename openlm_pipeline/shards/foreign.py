@@ -14,8 +14,9 @@ import numpy as np
 
 from openlm_pipeline.errors import DataError, IdentityError, MissingInputError
 from openlm_pipeline.fingerprint import differences
-from openlm_pipeline.shards.dataset import DATASET, MANIFEST, ShardedDataset, ShardEntry
+from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.format import SampleFormat, write_shard
+from openlm_pipeline.shards.manifest import DATASET, MANIFEST, ShardEntry
 from openlm_pipeline.shards.openlm_formats import first_length, read_shard
 from openlm_pipeline.shards.store import FETCHED, ShardStore, only_one
 from openlm_pipeline.storage.files import read_json, write_json

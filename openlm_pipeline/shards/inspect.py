@@ -11,8 +11,9 @@ import numpy as np
 import orjson
 
 from openlm_pipeline.errors import ConfigError, DataError, IdentityError, MissingInputError
-from openlm_pipeline.shards.dataset import DATASET, QUARANTINE, ShardedDataset
+from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.format import open_shard
+from openlm_pipeline.shards.manifest import DATASET, QUARANTINE, check_hash, recorded_beside
 from openlm_pipeline.shards.provenance import provenance_path, read_spans
 from openlm_pipeline.storage.files import read_json, sha256_file
 from openlm_pipeline.storage.home import Home
@@ -24,41 +25,48 @@ _THREADS = min(8, os.cpu_count() or 1)
 
 
 def check_shards(folder: Path, *, quick: bool = False) -> Iterator[tuple[str, str | None]]:
-    """Check every shard; yields (its file's name, what is wrong with it or None) in order, then the same of
-    `dataset.json`.
+    """Check every shard; yields (its file's name, what is wrong with it or None) in order, then the same of the files
+    beside all shards that the manifest lists.
 
     Args:
-        quick: only that each file is there and has its size. Else its sha256, and that the provenance beside it, if
-            there is one, covers its tokens.
+        quick: only that each file is there, and that each shard has its size. Else the sha256 of the shard and of what
+            is beside it, and that the provenance covers its tokens.
 
     Raises:
         MissingInputError: there is no finished dataset.
     """
-    dataset = ShardedDataset(folder)
+    try:
+        dataset = ShardedDataset(folder)
+    except DataError as e:
+        yield DATASET, str(e)
+        return
+    beside = recorded_beside(dataset.entries)
 
     def check(k: int) -> str | None:
         entry = dataset.entries[k]
-        path = folder / f"{entry.shard}.tar"
         try:
-            open_shard(path, entry.num_sequences, dataset.format)
+            open_shard(folder / entry.tar, entry.num_sequences, dataset.format)
             if quick:
-                return None
-            if (found := sha256_file(path)) != entry.sha256:
-                return f"shard {path} has sha256 {found}, but the manifest says {entry.sha256}: it is damaged"
+                missing = next((name for name in entry.hashes if not (folder / name).exists()), None)
+                return f"{folder / missing} is missing though the manifest lists it" if missing else None
+            dataset.check_shard(k)
             if provenance_path(dataset, k).exists():
                 read_spans(dataset, k)
         except (DataError, OSError) as e:
             return str(e)
         return None
 
+    def check_beside(name: str) -> str | None:
+        try:
+            check_hash(folder / name, beside[name])
+        except DataError as e:
+            return str(e)
+        return None
+
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="verify") as pool:
         for entry, problem in zip(dataset.entries, pool.map(check, range(len(dataset.entries)))):
-            yield f"{entry.shard}.tar", problem
-    promised = dataset.info["totals"]["samples"]
-    wrong = (
-        f"{folder / DATASET} says {promised} samples, the manifest {len(dataset)}: one of them is of another dataset"
-    )
-    yield DATASET, wrong if promised != len(dataset) else None
+            yield entry.tar, problem
+        yield from zip(beside, pool.map(check_beside, beside))
 
 
 def summary(folder: Path, seconds: float | None = None) -> str:
@@ -183,7 +191,7 @@ def sample_spans(folder: Path, sample: int) -> list[SampleSpan]:
     if not 0 <= sample < len(dataset):
         raise ConfigError(f"{folder} has samples 0 to {len(dataset) - 1}, and no sample {sample}")
     k = int(np.searchsorted(np.cumsum(dataset.shard_sizes), sample, side="right"))
-    spans, ids, width = read_spans(dataset, k), dataset[sample], dataset.format.sample_tokens
+    spans, ids, width = read_spans(dataset, k, sample), dataset[sample], dataset.format.sample_tokens
     begin = (sample - int(dataset.shard_sizes[:k].sum())) * width
     found = []
     for row in np.flatnonzero((spans.begin >= begin) & (spans.begin < begin + width)).tolist():

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from openlm_pipeline.errors import ConfigError, MissingInputError
 from openlm_pipeline.experiments import Dataset
-from openlm_pipeline.shards.dataset import DATASET, ShardedDataset
+from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.foreign import open_foreign
+from openlm_pipeline.shards.manifest import DATASET
 from openlm_pipeline.shards.openlm_lists import is_list, open_list
 from openlm_pipeline.shards.synthetic import SCHEME, SyntheticDataset
 from openlm_pipeline.storage.home import Home

@@ -14,8 +14,9 @@ from pathlib import Path
 import bracex
 
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
-from openlm_pipeline.shards.dataset import MANIFEST, ShardedDataset
+from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.foreign import foreign_dataset, manifest_counts
+from openlm_pipeline.shards.manifest import MANIFEST
 from openlm_pipeline.shards.store import only_one
 from openlm_pipeline.storage.files import read_json, write_json
 from openlm_pipeline.storage.home import Home

@@ -4,12 +4,13 @@ The manifest goes last, so the remote folder is a dataset when, and only when, a
 stopped resumes where it was: files that the store has whole are not sent again.
 """
 
+import shutil
 import time
 from pathlib import Path
 
 from openlm_pipeline.errors import DataError, IdentityError, MissingInputError
 from openlm_pipeline.result import Say
-from openlm_pipeline.shards.dataset import DATASET, MANIFEST, QUARANTINE, read_manifest
+from openlm_pipeline.shards.manifest import DATASET, DOCUMENTS, MANIFEST, QUARANTINE, read_manifest, read_version
 from openlm_pipeline.shards.store import FETCHED
 from openlm_pipeline.storage.copies import describe_file, send
 from openlm_pipeline.storage.files import sha256_file
@@ -22,8 +23,8 @@ def publish(folder: Path, url: str, report: Say, *, delete_local: bool = False) 
     """Copy the finished dataset in `folder` to the remote folder `url`.
 
     Args:
-        delete_local: once all is there, delete the local shards and their provenance. Manifest and `dataset.json`
-            stay, so that the folder can be opened with `remote=url`.
+        delete_local: once all is there, delete the local shards, their sums and their provenance. What is beside all
+            shards stays, so that the folder can be opened with `remote=url`.
 
     Raises:
         MissingInputError: there is no finished dataset in `folder`.
@@ -31,12 +32,12 @@ def publish(folder: Path, url: str, report: Say, *, delete_local: bool = False) 
         DataError: a local file is damaged, or the store does not take a file whole.
         ConfigError: the store may not be written.
     """
-    entries = {f"{entry.shard}.tar": entry for entry in read_manifest(folder)}
+    entries = {entry.tar: entry for entry in read_manifest(folder)}
     _refuse_another(folder, url)
-    provenance = [p for e in entries.values() if (p := folder / f"{e.shard}.provenance.parquet").exists()]
-    beside = [p for p in (folder / QUARANTINE, folder / DATASET, folder / MANIFEST) if p.exists()]
+    of_shards = [p for e in entries.values() for name in (e.sums, e.provenance) if (p := folder / name).exists()]
+    beside = [p for name in (QUARANTINE, DOCUMENTS, DATASET, MANIFEST) if (p := folder / name).exists()]
     files = {name: {"bytes": e.bytes, "sha256": e.sha256} for name, e in entries.items()}
-    files |= {path.name: describe_file(path) for path in [*provenance, *beside]}
+    files |= {path.name: describe_file(path) for path in [*of_shards, *beside]}
     reported = time.monotonic()
 
     def check(name: str) -> None:
@@ -59,7 +60,7 @@ def publish(folder: Path, url: str, report: Say, *, delete_local: bool = False) 
     sent = send({name: folder / name for name in files}, url, files, [MANIFEST], before=check, after=told)
     report(f"published {len(entries)} shards in {public(url)}: {sent} files sent, {len(files) - sent} were there")
     if delete_local:
-        for path in [*(folder / name for name in entries), *provenance]:
+        for path in [*(folder / name for name in entries), *of_shards]:
             path.unlink(missing_ok=True)
 
 
@@ -71,9 +72,9 @@ def _refuse_another(folder: Path, url: str) -> None:
         return
     if holds(there, size=(folder / MANIFEST).stat().st_size, sha256=sha256_file(folder / MANIFEST)):
         return
-    fetched = folder / FETCHED / "published.jsonl"  # its store may hold it without a note of its hash
-    download(there, fetched)
-    same = fetched.read_bytes() == (folder / MANIFEST).read_bytes()
-    fetched.unlink()
+    fetched = folder / FETCHED / "published"  # its store may hold it without a note of its hash
+    download(there, fetched / MANIFEST)
+    same = read_version(fetched) == read_version(folder)  # an earlier release wrote less into it
+    shutil.rmtree(fetched)
     if not same:
         raise IdentityError(f"{public(url)} holds another finished dataset than {folder}; publish to another folder")

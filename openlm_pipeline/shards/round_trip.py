@@ -5,13 +5,13 @@ that names the wrong documents.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from openlm_pipeline.corpus.discovery import RawFile
-from openlm_pipeline.corpus.reader import RecordReader
+from openlm_pipeline.corpus.reader import texts_of
 from openlm_pipeline.errors import IdentityError, MissingInputError
 from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.inspect import tokenizer_of
@@ -35,12 +35,19 @@ class RoundTrip:
 
 
 def round_trip(
-    dataset: ShardedDataset, raw_files: Sequence[RawFile], text_key: str, *, documents: int = 16, seed: int = 0
+    dataset: ShardedDataset,
+    raw_files: Sequence[RawFile],
+    text_key: str,
+    *,
+    offsets: Callable[[str, Collection[int]], dict[int, int | None]] = lambda _, records: dict.fromkeys(records),
+    documents: int = 16,
+    seed: int = 0,
 ) -> RoundTrip:
     """Decode documents of a dataset and compare them with the raw records that they came from.
 
     Args:
         raw_files: those that the dataset was made from.
+        offsets: where in a raw file, by its name, records begin, as far as that is known.
         documents: at most so many, drawn by `seed` from up to 8 shards and 3 raw files.
 
     Raises:
@@ -57,7 +64,8 @@ def round_trip(
         if name not in by_name:
             raise MissingInputError(f"{dataset.folder} was made from a raw file {name}, which is not there any more")
         raw, wrong = by_name[name], []
-        texts = _texts(raw, text_key, {record for record, _ in drawn})
+        records = offsets(name, {record for record, _ in drawn})
+        texts = texts_of(raw.url, records, text_key=text_key, format=raw.format)
         for record, ids in drawn:
             text = texts.get(record)
             if text is None:
@@ -119,16 +127,3 @@ def _document(dataset: ShardedDataset, k: int, spans: Spans, head: int) -> list[
         spans = _spans(dataset, k)
         later = spans.heads
     return ids + shard_tokens(dataset, k)[begin : int(spans.begin[later[0]])].tolist()
-
-
-def _texts(raw: RawFile, text_key: str, records: set[int]) -> dict[int, str]:
-    """Texts of some records of a raw file, by their numbers."""
-    reader = RecordReader(raw.url, text_key=text_key, max_bad_fraction=1.0, on_bad=lambda _: None, format=raw.format)
-    found = {}
-    for record in reader:
-        if record.number in records:
-            found[record.number] = record.text
-        if record.number >= max(records):
-            break
-    reader.close()
-    return found

@@ -14,9 +14,11 @@ from openlm_pipeline.errors import DataError, IdentityError
 from openlm_pipeline.fingerprint import differences
 from openlm_pipeline.pools import Call, PoolFactory, TaskProgress
 from openlm_pipeline.result import Say, StageResult
-from openlm_pipeline.shards.dataset import MANIFEST, ShardedDataset
-from openlm_pipeline.shards.format import SampleFormat, open_shard
+from openlm_pipeline.shards.dataset import ShardedDataset
+from openlm_pipeline.shards.format import SampleFormat
+from openlm_pipeline.shards.manifest import MANIFEST, ShardEntry
 from openlm_pipeline.shards.openlm_formats import OpenLMFormat, write_openlm_shard
+from openlm_pipeline.shards.sums import open_checked
 from openlm_pipeline.storage.files import folder_lock, read_json, remove_leftovers, sha256_file, write_json, write_text
 
 EXPORT_VERSION = 1
@@ -72,8 +74,8 @@ def export_shards(
             calls: dict[str, Call] = {
                 dataset.entries[k].shard: (
                     _export_shard,
-                    dataset.shard_path(k),
-                    dataset.entries[k].num_sequences,
+                    folder,
+                    dataset.entries[k],
                     dataset.format,
                     int(first[k]),
                     targets[dataset.entries[k].shard],
@@ -109,8 +111,8 @@ def _check_folder(out: Path, identity: dict[str, object]) -> None:
 
 
 def _export_shard(
-    source: Path,
-    num_samples: int,
+    folder: Path,
+    entry: ShardEntry,
     sample_format: SampleFormat,
     first_index: int,
     target: Path,
@@ -119,5 +121,5 @@ def _export_shard(
     *,
     progress: TaskProgress,
 ) -> None:
-    samples = open_shard(source, num_samples, sample_format)
+    samples = open_checked(folder, entry, sample_format)
     write_openlm_shard(target, samples, first_index, format=format, eot_as_string=eot_as_string)

@@ -55,5 +55,10 @@ class SyntheticDataset:
         numbers = indices[:, None].astype(np.uint64) * np.uint64(self._width) + np.arange(self._width, dtype=np.uint64)
         return (mix_array(numbers ^ self._key) % np.uint64(self._vocab_size)).astype(np.uint32)
 
+    @property
+    def has_sums(self) -> bool:
+        """Nothing can be damaged."""
+        return True
+
     def prefetch(self, indices: np.ndarray) -> None:
         """Nothing: there is nothing to fetch."""

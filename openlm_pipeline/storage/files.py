@@ -61,6 +61,32 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path} is not valid JSON: {e}") from e
 
 
+_SEAL = "seal_sha256"
+
+
+def write_sealed(path: Path, value: dict[str, Any]) -> None:
+    """`write_json` of an object, with the hash of what it says as its last field."""
+    write_json(path, {**value, _SEAL: _seal(value)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What `write_sealed` wrote, or `write_json` in a release before the seal.
+
+    Raises:
+        MissingInputError: there is no such file.
+        DataError: it is not JSON, or not what was written.
+    """
+    value = read_json(path)
+    seal = value.pop(_SEAL, None)
+    if seal is not None and seal != _seal(value):
+        raise DataError(f"{path} is damaged: it is not what was written; delete it, and it is made again")
+    return value
+
+
+def _seal(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
 def sha256_file(path: Path) -> str:
     """Hex digest of a file's bytes, read in bounded memory."""
     with path.open("rb") as f:

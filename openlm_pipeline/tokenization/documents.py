@@ -1,9 +1,10 @@
 """Stage 1: one raw file -> one stream of token ids and an index of its documents.
 
 Files of `tokenized/<dataset>/<version>/`, for a raw file F: `F.tokens` (ids, little-endian, end-of-text after each
-document), `F.documents` (int64[n, 2]: record number, tokens with the end-of-text), `F.quarantine.jsonl` (bad records),
-and `F.json`, written last, with identity, counts and hashes. A file is done when its `F.json` says so for the same
-identity.
+document), `F.documents` (int64[n, 2]: record number, tokens with the end-of-text), `F.offsets` (int64[n]: the byte of
+F's decompressed content, or the row, where the record begins), `F.quarantine.jsonl` (bad records), and `F.json`,
+written last, with identity, counts, hashes and a seal over these. A file is done when its `F.json` says so for the same
+identity. The first release wrote no offsets and no seal.
 
 A large raw file is tokenized in parts, `F.part-00000.*` and so on, which are then joined; the result does not depend on
 the cuts. Work that was killed redoes at most the parts it was in. Memory: about eight times the longest document, and
@@ -13,7 +14,7 @@ never less than some 250 MiB for the engines.
 import hashlib
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +27,7 @@ from openlm_pipeline.corpus.reader import (
     BadRecord,
     Part,
     QuarantineWriter,
+    Record,
     RecordReader,
     check_bad_fraction,
 )
@@ -34,7 +36,7 @@ from openlm_pipeline.experiments import Dataset
 from openlm_pipeline.fingerprint import Tree, fingerprint, settings_tree
 from openlm_pipeline.pools import TaskProgress
 from openlm_pipeline.shards.format import SampleFormat
-from openlm_pipeline.storage.files import atomic_writer, read_json, write_json
+from openlm_pipeline.storage.files import atomic_writer, read_json, read_sealed, write_json, write_sealed
 from openlm_pipeline.storage.remote import sha256_url
 from openlm_pipeline.tokenizers.engine import EngineMismatch, load_reference, make_engine, special_strings
 from openlm_pipeline.tokenizers.engines import Encoded
@@ -46,6 +48,7 @@ STAGE_VERSION = 2
 _BATCH_CHARACTERS = 1 << 20
 _COPY_BYTES = 1 << 22
 INDEX_DTYPE = np.dtype("<i8")
+_KINDS = ("tokens", "documents", "offsets", "quarantine.jsonl", "json")
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class FileTokens:
     """Those of them in bad records."""
     index_sha256: str | None = None
     """The hash of `F.documents`; None as for `special_strings`."""
+    offsets_sha256: str | None = None
     special_strings: int | None = None
     """How often the string of a special token, such as `<|endoftext|>`, stands in a document; None in what a release
     before this field wrote."""
@@ -103,6 +107,7 @@ class PartTokens:
     content_bytes: int = 0
     bad_bytes: int = 0
     index_sha256: str | None = None
+    offsets_sha256: str | None = None
     special_strings: int | None = None
 
 
@@ -112,16 +117,19 @@ class _Paths:
 
     tokens: Path
     documents: Path
+    offsets: Path
     quarantine: Path
     done: Path
 
     @classmethod
     def of(cls, folder: Path, stem: str) -> "_Paths":
-        return cls(*(folder / f"{stem}.{kind}" for kind in ("tokens", "documents", "quarantine.jsonl", "json")))
+        return cls(*(folder / f"{stem}.{kind}" for kind in _KINDS))
 
     def sizes_fit(self, made: FileTokens | PartTokens, token_bytes: int) -> bool:
         """Whether the files are there, of the sizes that `made` says."""
         wanted = {self.tokens: made.tokens * token_bytes, self.documents: made.documents * 2 * INDEX_DTYPE.itemsize}
+        if made.offsets_sha256 is not None:
+            wanted[self.offsets] = made.documents * INDEX_DTYPE.itemsize
         return self.quarantine.exists() and all(p.exists() and p.stat().st_size == n for p, n in wanted.items())
 
 
@@ -182,7 +190,7 @@ def finished(dataset: Dataset, raw: RawFile, tokenizer: TokenizerInfo, folder: P
     paths = _Paths.of(folder, raw.name)
     if not paths.done.exists():
         return None
-    fields = read_json(paths.done)
+    fields = read_sealed(paths.done)
     if fields["identity"]["code"] != STAGE_VERSION:
         return None
     done = FileTokens(**fields)
@@ -196,8 +204,20 @@ def finished(dataset: Dataset, raw: RawFile, tokenizer: TokenizerInfo, folder: P
     limit = dataset.source.max_bad_fraction
     check_bad_fraction(raw.url, done.documents, done.quarantined, limit, first_bad, done.bad_bytes, done.content_bytes)
     if done.stamp != raw.stamp:  # touched, but the same: remember it, or it is hashed again each time
-        write_json(paths.done, {**fields, "stamp": raw.stamp})
+        write_sealed(paths.done, {**fields, "stamp": raw.stamp})
     return done
+
+
+def record_offsets(folder: Path, name: str, records: Collection[int]) -> dict[int, int | None]:
+    """Where records of a raw file begin, as `Record.offset`; None for all where stage 1 wrote no offsets."""
+    paths = _Paths.of(folder, name)
+    if not paths.offsets.exists() or not paths.documents.exists():
+        return dict.fromkeys(records)
+    numbers = np.memmap(paths.documents, INDEX_DTYPE, mode="r").reshape(-1, 2)[:, 0]
+    offsets = np.memmap(paths.offsets, INDEX_DTYPE, mode="r")
+    rows = np.searchsorted(numbers, list(records)).tolist()
+    found = {record: row for record, row in zip(records, rows) if row < len(numbers) and numbers[row] == record}
+    return {record: int(offsets[row]) for record, row in found.items()}
 
 
 _LEFT_OUT = ".left_out.json"
@@ -210,7 +230,7 @@ def results(folder: Path) -> list[FileTokens]:
         DataError, TypeError: a file is damaged.
     """
     paths = sorted(path for path in folder.rglob("*.json") if not path.name.endswith(_LEFT_OUT))
-    return [FileTokens(**read_json(path)) for path in paths if ".part-" not in path.name]
+    return [FileTokens(**read_sealed(path)) for path in paths if ".part-" not in path.name]
 
 
 def _note(folder: Path, name: str) -> Path:
@@ -268,20 +288,18 @@ def _with_ends(encoded: Encoded, tokenizer: TokenizerInfo, dtype: np.dtype) -> t
     return out, lengths
 
 
-def _batches(reader: RecordReader) -> Iterator[tuple[list[int], list[str]]]:
-    """Record numbers and texts of about a mebibyte of text at a time."""
-    numbers: list[int] = []
-    texts: list[str] = []
+def _batches(reader: RecordReader) -> Iterator[list[Record]]:
+    """Records with about a mebibyte of text at a time."""
+    batch: list[Record] = []
     characters = 0
     for record in reader:
-        numbers.append(record.number)
-        texts.append(record.text)
+        batch.append(record)
         characters += len(record.text)
         if characters >= _BATCH_CHARACTERS:
-            yield numbers, texts
-            numbers, texts, characters = [], [], 0
-    if numbers:
-        yield numbers, texts
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def part_stem(raw: RawFile, number: int) -> str:
@@ -308,7 +326,7 @@ def tokenize_part(
     paths = _Paths.of(folder, part_stem(raw, number))
     identity = _part_identity(dataset, tokenizer, raw, part)
     if paths.done.exists():
-        done = PartTokens(**read_json(paths.done))
+        done = PartTokens(**read_sealed(paths.done))
         if done.identity == identity and paths.sizes_fit(done, _token_bytes(tokenizer)):
             return done
         paths.done.unlink()
@@ -317,12 +335,13 @@ def tokenize_part(
     engine, engine_reason = make_engine(path, dataset.engine, dataset.verify_every, special_as_text=as_text)
     special = special_strings(load_reference(path))
     dtype = SampleFormat.for_vocabulary(1, tokenizer.num_rows).numpy_dtype
-    digest, index_digest = hashlib.sha256(), hashlib.sha256()
+    digest, index_digest, offsets_digest = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
     text_bytes = tokens = found = 0
     with (
         QuarantineWriter(paths.quarantine) as quarantine,
         atomic_writer(paths.tokens, shared=True) as out,
         atomic_writer(paths.documents, shared=True) as index,
+        atomic_writer(paths.offsets, shared=True) as offsets,
     ):
         reader = RecordReader(
             raw.url,
@@ -332,21 +351,25 @@ def tokenize_part(
             part=part,
             format=raw.format,
         )
-        for numbers, texts in _batches(reader):
+        for batch in _batches(reader):
+            texts = [record.text for record in batch]
             try:
                 encoded = engine.encode_batch(texts)
             except EngineMismatch as e:
                 raise DataError(
-                    f"{raw.url}, record {numbers[e.position]} from byte {part.begin} on: {e}. Set "
+                    f"{raw.url}, record {batch[e.position].number} from byte {part.begin} on: {e}. Set "
                     "execution.tokenizer_engine=huggingface to use the slower one alone, and please report the document"
                 ) from e
             stream, lengths = _with_ends(encoded, tokenizer, dtype)
             ids = stream.tobytes()
             out.write(ids)
             digest.update(ids)
-            rows = np.stack([numbers, lengths], axis=1).astype(INDEX_DTYPE).tobytes()
+            rows = np.stack([[record.number for record in batch], lengths], axis=1).astype(INDEX_DTYPE).tobytes()
             index.write(rows)
             index_digest.update(rows)
+            begins = np.array([record.offset for record in batch], INDEX_DTYPE).tobytes()
+            offsets.write(begins)
+            offsets_digest.update(begins)
             text_bytes += sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
             tokens += len(ids) // dtype.itemsize
             found += sum(special.count(text) for text in texts)
@@ -366,20 +389,21 @@ def tokenize_part(
         content_bytes=reader.bytes,
         bad_bytes=reader.bad_bytes,
         index_sha256=index_digest.hexdigest(),
+        offsets_sha256=offsets_digest.hexdigest(),
         special_strings=found,
     )
-    write_json(paths.done, asdict(result))
+    write_sealed(paths.done, asdict(result))
     return result
 
 
-def _append_tokens(paths: _Paths, part: PartTokens, out: BinaryIO, digest: "hashlib._Hash") -> None:
+def _append(paths: _Paths, path: Path, recorded: str | None, out: BinaryIO, digest: "hashlib._Hash") -> None:
     own = hashlib.sha256()
-    with paths.tokens.open("rb") as f:
+    with path.open("rb") as f:
         while block := f.read(_COPY_BYTES):
             out.write(block)
             digest.update(block)
             own.update(block)
-    _check_part(paths, paths.tokens, own, part.tokens_sha256)
+    _check_part(paths, path, own, recorded)
 
 
 def _append_index(paths: _Paths, part: PartTokens, out: BinaryIO, digest: "hashlib._Hash", first_record: int) -> None:
@@ -423,7 +447,7 @@ def join_parts(
     """
     final = _Paths.of(folder, raw.name)
     sources = [_Paths.of(folder, part_stem(raw, number)) for number in range(count)]
-    parts = [PartTokens(**read_json(paths.done)) for paths in sources]
+    parts = [PartTokens(**read_sealed(paths.done)) for paths in sources]
     documents, bad = sum(p.documents for p in parts), sum(p.quarantined for p in parts)
     first_line, first_bad = 0, None
     for p in parts:
@@ -436,26 +460,28 @@ def join_parts(
     raw_sha256 = parts[-1].raw_sha256 or sha256_url(raw.url)
     if restat(raw).stamp != raw.stamp:
         raise DataError(f"raw file {raw.url} changed while it was read; run the command again")
-    before = read_json(final.done)["identity"] if final.done.exists() else {}
+    before = read_sealed(final.done)["identity"] if final.done.exists() else {}
     final.done.unlink(missing_ok=True)  # what it describes is about to be replaced
     if count == 1:
-        tokens_sha256, index_sha256 = parts[0].tokens_sha256, parts[0].index_sha256
-        for name in ("tokens", "documents", "quarantine"):
+        hashes = parts[0].tokens_sha256, parts[0].index_sha256, parts[0].offsets_sha256
+        for name in ("tokens", "documents", "offsets", "quarantine"):
             os.replace(getattr(sources[0], name), getattr(final, name))  # noqa: PTH105 - the pair reads better
     else:
-        digest, index_digest = hashlib.sha256(), hashlib.sha256()
+        digest, index_digest, offsets_digest = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
         with (
             atomic_writer(final.tokens, shared=True) as tokens,
             atomic_writer(final.documents, shared=True) as index,
+            atomic_writer(final.offsets, shared=True) as offsets,
             atomic_writer(final.quarantine, shared=True) as quarantine,
         ):
             first_record = first_line = 0
             for paths, p in zip(sources, parts):
-                _append_tokens(paths, p, tokens, digest)
+                _append(paths, paths.tokens, p.tokens_sha256, tokens, digest)
+                _append(paths, paths.offsets, p.offsets_sha256, offsets, offsets_digest)
                 _append_index(paths, p, index, index_digest, first_record)
                 _append_quarantine(paths.quarantine, quarantine, first_line)
                 first_record, first_line = first_record + p.documents + p.quarantined, first_line + p.lines
-        tokens_sha256, index_sha256 = digest.hexdigest(), index_digest.hexdigest()
+        hashes = digest.hexdigest(), index_digest.hexdigest(), offsets_digest.hexdigest()
     result = FileTokens(
         name=raw.name,
         identity=_kept(before, _identity(dataset, tokenizer, raw_sha256)),
@@ -464,17 +490,18 @@ def join_parts(
         quarantined=bad,
         tokens=sum(p.tokens for p in parts),
         text_bytes=sum(p.text_bytes for p in parts),
-        tokens_sha256=tokens_sha256,
+        tokens_sha256=hashes[0],
         engine=parts[0].engine,
         seconds=round(sum(p.seconds for p in parts), 3),
         content_bytes=content_bytes,
         bad_bytes=bad_bytes,
-        index_sha256=index_sha256,
+        index_sha256=hashes[1],
+        offsets_sha256=hashes[2],
         special_strings=added_up(p.special_strings for p in parts),
     )
-    write_json(final.done, asdict(result))
+    write_sealed(final.done, asdict(result))
     for paths in sources:
-        for path in (paths.tokens, paths.documents, paths.quarantine, paths.done):
+        for path in (paths.tokens, paths.documents, paths.offsets, paths.quarantine, paths.done):
             path.unlink(missing_ok=True)
     return result
 

@@ -3,19 +3,33 @@
 import shutil
 import time
 from collections.abc import Collection, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from openlm_pipeline.corpus.discovery import RawFile
 from openlm_pipeline.corpus.reader import cut
-from openlm_pipeline.errors import DataError, IdentityError
+from openlm_pipeline.errors import DataError, IdentityError, MissingInputError
 from openlm_pipeline.experiments import Dataset
 from openlm_pipeline.fingerprint import Tree, differences, fingerprint
 from openlm_pipeline.pools import Call, Facts, Pool, PoolFactory, TaskProgress
 from openlm_pipeline.result import ProgressLine, Say, refusal, refuse
-from openlm_pipeline.shards.dataset import DATASET, MANIFEST, QUARANTINE, ShardEntry, read_manifest, write_manifest
-from openlm_pipeline.shards.format import SampleFormat
+from openlm_pipeline.shards.format import SampleFormat, open_shard
+from openlm_pipeline.shards.manifest import (
+    DATASET,
+    DOCUMENTS,
+    MANIFEST,
+    QUARANTINE,
+    ShardEntry,
+    check_hash,
+    finish_dataset,
+    read_dataset,
+    read_manifest,
+    recorded_beside,
+    version_of,
+    write_info_again,
+)
+from openlm_pipeline.shards.sums import write_sums
 from openlm_pipeline.storage.files import (
     atomic_writer,
     folder_lock,
@@ -37,7 +51,14 @@ from openlm_pipeline.tokenization.documents import (
     remove_parts,
     tokenize_part,
 )
-from openlm_pipeline.tokenization.packing import PACKING_VERSION, check_stream, make_shard, packing_tree, write_order
+from openlm_pipeline.tokenization.packing import (
+    PACKING_VERSION,
+    check_stream,
+    make_shard,
+    packing_tree,
+    write_document_index,
+    write_order,
+)
 from openlm_pipeline.tokenizers.tokenizer import TokenizerInfo
 from openlm_pipeline.units import format_bytes, format_seconds, format_tokens
 
@@ -268,13 +289,11 @@ def pack_shards(
     changed: list[str] = []
     with folder_lock(folder.parent / f".{folder.name}", "packing"):
         if (folder / MANIFEST).exists():
-            old = read_json(folder / DATASET)["identity"]
+            old = _recorded_info(dataset, files, tokenizer, tokenized, folder, report)["identity"]
             if old == identity:
-                lost = lost_shards(folder) if local else {}
-                if lost:
-                    _make_again(dataset, files, tokenizer, tokenized, folder, lost, pools, report)
+                remade = local and _make_whole(dataset, files, tokenizer, tokenized, folder, pools, report)
                 shutil.rmtree(folder / _BUILDING, ignore_errors=True)
-                return not lost, []
+                return not remade, []
             changed = differences(old, identity)
             what = "\n  ".join([f"{folder} holds another dataset. What differs:", *changed])
             refuse([refusal("supersede", what, "To keep it, give the source another `version` or name")], allow)
@@ -320,31 +339,41 @@ def _pack(
     report: Say,
 ) -> None:
     sample_format = SampleFormat.for_vocabulary(dataset.seq_len + 1, tokenizer.num_rows)
-    order = write_order(files, tokenized, dataset.shuffle_seed, building)
-    num_samples, tail = divmod(order.num_tokens, sample_format.sample_tokens)
-    padding = 0
-    if dataset.pad_id is not None and tail:
-        num_samples, padding, tail = num_samples + 1, sample_format.sample_tokens - tail, 0
+    info = _info(dataset, files, tokenizer, tokenized)
+    totals = info["totals"]
+    num_samples = totals["samples"]
     if num_samples == 0:
         raise DataError(
-            f"dataset {dataset.name} has {order.num_tokens} tokens, fewer than one sample of "
+            f"dataset {dataset.name} has {totals['tokens']} tokens, fewer than one sample of "
             f"{sample_format.sample_tokens}; give it more text"
         )
-    numbers = range(-(-num_samples // dataset.samples_per_shard))
+    write_order(files, tokenized, dataset.shuffle_seed, building)
+    numbers = range(totals["shards"])
     with pools(report) as pool:
         entries = _still_whole(dataset, folder, building, numbers, pool, report)
         shard_bytes = dataset.samples_per_shard * sample_format.record_bytes
         all_bytes = num_samples * sample_format.record_bytes
         make = {n: min(shard_bytes, all_bytes - n * shard_bytes) for n in numbers if n not in entries}
-        entries |= _make_shards(dataset, files, tokenizer, tokenized, folder, make, pool, report)
-    in_shards = sum(e.tokens for e in entries.values()) - padding
-    tokens = sum(f.tokens for f in files)
-    if in_shards + tail != tokens:
-        raise DataError(f"dataset {dataset.name}: {tokens} tokens in, {in_shards} in shards and {tail} in the tail")
-    skipped = notes_of_left_out(tokenized, files) if dataset.source.on_bad_file == "skip" else {}
+        entries |= _make_shards(dataset, files, tokenizer, tokenized, folder, make, pool, report, index=True)
     with atomic_writer(folder / QUARANTINE) as out:
         for f in files:
             out.write((tokenized / f"{f.name}.quarantine.jsonl").read_bytes())
+    in_shards = sum(e.tokens for e in entries.values()) - totals["padding_tokens"]
+    if in_shards + totals["tail_tokens"] != totals["tokens"]:
+        raise DataError(f"dataset {dataset.name}: {in_shards} tokens are in shards, which differs from {totals}")
+    finish_dataset(folder, [entries[n] for n in numbers], info)
+
+
+def _info(dataset: Dataset, files: list[FileTokens], tokenizer: TokenizerInfo, tokenized: Path) -> dict[str, Any]:
+    """What `dataset.json` says of the dataset that is made of these files."""
+    identity = shards_identity(dataset, files, tokenizer)
+    sample_format = SampleFormat.for_vocabulary(dataset.seq_len + 1, tokenizer.num_rows)
+    skipped = notes_of_left_out(tokenized, files) if dataset.source.on_bad_file == "skip" else {}
+    tokens = sum(f.tokens for f in files)
+    num_samples, tail = divmod(tokens, sample_format.sample_tokens)
+    padding = 0
+    if dataset.pad_id is not None and tail:
+        num_samples, padding, tail = num_samples + 1, sample_format.sample_tokens - tail, 0
     info = {
         "name": dataset.name,
         "version": dataset.version,
@@ -371,15 +400,14 @@ def _pack(
             "samples": num_samples,
             "tail_tokens": tail,
             "padding_tokens": padding,
-            "shards": len(entries),
+            "shards": -(-num_samples // dataset.samples_per_shard),
         },
         "identity": identity,
         "inputs": {f.name: f.identity for f in files},
     }
     if skipped:
         info["skipped"] = skipped
-    write_json(folder / DATASET, info)
-    write_manifest(folder, [entries[n] for n in numbers])
+    return info
 
 
 def make_and_note_shard(building: Path, number: int, *args: Any, progress: TaskProgress) -> ShardEntry:
@@ -390,9 +418,10 @@ def make_and_note_shard(building: Path, number: int, *args: Any, progress: TaskP
 
 
 def check_shard(folder: Path, entry: ShardEntry, *, progress: TaskProgress) -> bool:
-    """Whether a shard that was made earlier has its content and its provenance; runs in a worker."""
-    shard = folder / f"{entry.shard}.tar"
-    return shard.with_suffix(".provenance.parquet").exists() and sha256_file(shard) == entry.sha256
+    """Whether a shard that was made earlier, and what is beside it, has its content; runs in a worker."""
+    return all(
+        (folder / name).exists() and sha256_file(folder / name) == sha256 for name, sha256 in entry.hashes.items()
+    )
 
 
 def _still_whole(
@@ -401,6 +430,7 @@ def _still_whole(
     """The shards that an attempt that was stopped has finished, by their numbers."""
     notes = {n: building / f"{n:08d}.json" for n in numbers if (folder / f"{n:08d}.tar").exists()}
     noted = {n: ShardEntry(**read_json(note)) for n, note in notes.items() if note.exists()}
+    noted = {n: entry for n, entry in noted.items() if entry.sums_sha256}  # a release without them began to pack
     if not noted:
         return {}
     sizes = {str(n): entry.bytes for n, entry in noted.items()}
@@ -419,41 +449,141 @@ def _make_shards(
     numbers: dict[int, int],
     pool: Pool,
     report: Say,
+    *,
+    index: bool,
 ) -> dict[int, ShardEntry]:
     """Make shards, once all token streams are found as recorded.
 
     Args:
         numbers: of the shards, with their sizes in bytes, or about these.
+        index: make the index of documents too.
 
     Raises:
         DataError: a stream is damaged.
     """
-    if not numbers:
+    if not numbers and not index:
         return {}
     sample_format = SampleFormat.for_vocabulary(dataset.seq_len + 1, tokenizer.num_rows)
     building, token_bytes = folder / _BUILDING, sample_format.numpy_dtype.itemsize
     streams = {f.name: f.tokens * token_bytes for f in files}
     checks: dict[str, Call] = {f.name: (check_stream, tokenized, f.name, f.tokens_sha256) for f in files}
     meter = _Meter(f"checking {dataset.name}", sum(streams.values()), report)
-    _raise_all(_run(pool, meter, streams, checks)[1])
+    if numbers:
+        _raise_all(_run(pool, meter, streams, checks)[1])
     settings = (dataset.samples_per_shard, sample_format, dataset.pad_id, dataset.name, tokenized, building, folder)
     calls: dict[str, Call] = {str(n): (make_and_note_shard, building, n, *settings) for n in numbers}
     sizes = {str(n): size for n, size in numbers.items()}
+    if index:
+        calls[DOCUMENTS] = (write_document_index, building, folder / DOCUMENTS)
+        sizes[DOCUMENTS] = 0
     meter = _Meter(f"packing {dataset.name}", sum(sizes.values()), report)
     made, damaged = _run(pool, meter, sizes, calls)
     _raise_all(damaged)
     meter.say()
+    made.pop(DOCUMENTS, None)
     return {int(n): entry for n, entry in made.items()}
 
 
 def lost_shards(folder: Path) -> dict[int, ShardEntry]:
-    """The shards of a finished dataset that are not in its folder, or not in their size, by number."""
+    """The shards of a finished dataset that are not in its folder, or not in their size, or lack what is beside them,
+    by number."""
 
     def is_there(entry: ShardEntry) -> bool:
-        path = folder / f"{entry.shard}.tar"
-        return path.exists() and path.stat().st_size == entry.bytes
+        path = folder / entry.tar
+        return (
+            all((folder / name).exists() for name in entry.hashes)
+            and path.exists()
+            and path.stat().st_size == entry.bytes
+        )
 
     return {n: entry for n, entry in enumerate(read_manifest(folder)) if not is_there(entry)}
+
+
+def _recorded_info(
+    dataset: Dataset, files: list[FileTokens], tokenizer: TokenizerInfo, tokenized: Path, folder: Path, report: Say
+) -> dict[str, Any]:
+    """`dataset.json` of a finished dataset, written again where it is damaged.
+
+    Raises:
+        DataError: it, or the manifest, is damaged, and would be another now.
+    """
+    try:
+        return read_dataset(folder)[1]
+    except (DataError, MissingInputError) as e:
+        info = _info(dataset, files, tokenizer, tokenized)
+        if not write_info_again(folder, info):
+            raise
+        report(f"{folder / DATASET} is written again: {e}")
+        return info
+
+
+def _make_whole(
+    dataset: Dataset,
+    files: list[FileTokens],
+    tokenizer: TokenizerInfo,
+    tokenized: Path,
+    folder: Path,
+    pools: PoolFactory,
+    report: Say,
+) -> bool:
+    """Make what a finished dataset lacks; return whether shards were lost."""
+    entries = read_manifest(folder)
+    recorded = recorded_beside(entries)
+    lost = lost_shards(folder)
+    index = DOCUMENTS in recorded and not (folder / DOCUMENTS).exists()
+    if lost or index:
+        _make_again(dataset, files, tokenizer, tokenized, folder, lost, pools, report, index=index)
+        if index:
+            check_hash(folder / DOCUMENTS, recorded[DOCUMENTS])
+    if not entries[0].sums_sha256:
+        _add_sums(dataset, files, tokenizer, tokenized, folder, pools, report)
+    return bool(lost)
+
+
+def sum_shard(folder: Path, entry: ShardEntry, sample_format: SampleFormat, *, progress: TaskProgress) -> ShardEntry:
+    """Write the sums of a shard that was made without; return its entry with them; runs in a worker.
+
+    Raises:
+        DataError: the shard is damaged.
+    """
+    check_hash(folder / entry.tar, entry.sha256)
+    sums_sha256 = write_sums(folder / entry.sums, open_shard(folder / entry.tar, entry.num_sequences, sample_format))
+    provenance = folder / entry.provenance
+    return replace(
+        entry,
+        sums_sha256=sums_sha256,
+        provenance_sha256=sha256_file(provenance) if provenance.exists() else None,
+    )
+
+
+def _add_sums(
+    dataset: Dataset,
+    files: list[FileTokens],
+    tokenizer: TokenizerInfo,
+    tokenized: Path,
+    folder: Path,
+    pools: PoolFactory,
+    report: Say,
+) -> None:
+    """Give a dataset of the first release what later ones have. Its shards and its version stay what they are.
+
+    Raises:
+        DataError: a shard is damaged.
+    """
+    entries, info, version = read_dataset(folder)
+    if version_of(entries) != version:
+        return  # its manifest was formatted by somebody else, and would become another by being written again
+    report(f"{dataset.name} was made by an earlier release: its shards are checked once, and get sums of their samples")
+    sample_format = SampleFormat(info["seq_len"] + 1, info["dtype"])
+    building = folder / _BUILDING
+    write_order(files, tokenized, dataset.shuffle_seed, building)
+    sizes = {entry.shard: entry.bytes for entry in entries}
+    calls: dict[str, Call] = {entry.shard: (sum_shard, folder, entry, sample_format) for entry in entries}
+    calls[DOCUMENTS], sizes[DOCUMENTS] = (write_document_index, building, folder / DOCUMENTS), 0
+    with pools(report) as pool:
+        made, damaged = _run(pool, _Meter(f"checking {dataset.name}", sum(sizes.values()), report), sizes, calls)
+    _raise_all(damaged)
+    finish_dataset(folder, [made[entry.shard] for entry in entries], info)
 
 
 def _make_again(
@@ -465,21 +595,26 @@ def _make_again(
     lost: dict[int, ShardEntry],
     pools: PoolFactory,
     report: Say,
+    *,
+    index: bool,
 ) -> None:
-    """Make shards of a finished dataset that are lost, and nothing else.
+    """Make shards of a finished dataset that are lost, the index of its documents if it is, and nothing else.
 
     Raises:
         DataError: what is made is not what the manifest says.
     """
-    names = ", ".join(f"{entry.shard}.tar" for entry in list(lost.values())[:3]) + (", ..." if len(lost) > 3 else "")
-    report(f"{dataset.name}: {len(lost)} shards are missing or not of their size, and are made again: {names}")
+    if lost:
+        names = ", ".join(entry.tar for entry in list(lost.values())[:3]) + (", ..." if len(lost) > 3 else "")
+        report(f"{dataset.name}: {len(lost)} shards are missing or not whole, and are made again: {names}")
+    if index:
+        report(f"{dataset.name}: {DOCUMENTS} is missing, and is made again")
     write_order(files, tokenized, dataset.shuffle_seed, folder / _BUILDING)
     with pools(report) as pool:
         numbers = {n: entry.bytes for n, entry in lost.items()}
-        made = _make_shards(dataset, files, tokenizer, tokenized, folder, numbers, pool, report)
+        made = _make_shards(dataset, files, tokenizer, tokenized, folder, numbers, pool, report, index=index)
     for n, entry in made.items():
-        if entry.sha256 != lost[n].sha256:
-            path = folder / f"{entry.shard}.tar"
+        if any(entry.hashes[name] != sha256 for name, sha256 in lost[n].hashes.items()):
+            path = folder / entry.tar
             path.unlink()
             raise DataError(
                 f"shard {path}, made again, is not what {folder / MANIFEST} says: that file, or the index of a token "

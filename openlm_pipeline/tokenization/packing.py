@@ -4,7 +4,7 @@ The order is a pure function of (document counts, seed). All documents in that o
 is its k-th run of `seq_len + 1` tokens. The last incomplete run is the tail: left out and counted, or filled up with
 padding. So any worker can make any shard alone, and the bytes do not depend on who did.
 
-Memory does not grow with the corpus: the order is a permutation without memory, its tables (24 bytes per document) lie
+Memory does not grow with the corpus: the order is a permutation without memory, its tables (32 bytes per document) lie
 in files that are mapped, and a shard's tokens are read document by document. A worker needs about six times its shard's
 size; making the tables takes some 100 MiB.
 """
@@ -25,8 +25,9 @@ from openlm_pipeline.experiments import Dataset
 from openlm_pipeline.fingerprint import Tree, settings_tree
 from openlm_pipeline.ordering.permutation import permute_array
 from openlm_pipeline.pools import TaskProgress
-from openlm_pipeline.shards.dataset import ShardEntry
 from openlm_pipeline.shards.format import SampleFormat, write_shard
+from openlm_pipeline.shards.manifest import ShardEntry
+from openlm_pipeline.shards.sums import write_sums
 from openlm_pipeline.storage.files import atomic_writer, read_json, sha256_file, write_json
 from openlm_pipeline.tokenization.documents import INDEX_DTYPE, FileTokens
 
@@ -48,6 +49,10 @@ _NOT_SHARDS = {
 _CHUNK = 1 << 20
 _MAX_OPEN_FILES = 256
 _TABLES = "order.json"
+_ROW_GROUP = 4096
+"""Rows of a provenance that are read at a time: of about a thousand samples."""
+_INDEX_ROWS = 1 << 16
+"""Rows of the index of documents that are read at a time."""
 
 
 def packing_tree(dataset: Dataset) -> Tree:
@@ -58,6 +63,14 @@ def packing_tree(dataset: Dataset) -> Tree:
 def _mapped(path: Path) -> np.ndarray:
     """int64[:] in a file, mapped; an empty file can't be."""
     return np.memmap(path, INDEX_DTYPE, mode="r") if path.stat().st_size else np.zeros(0, INDEX_DTYPE)
+
+
+def _writable(path: Path, count: int) -> np.memmap:
+    """int64[count] in a new file, mapped."""
+    if count:
+        return np.memmap(path, INDEX_DTYPE, mode="w+", shape=(count,))
+    path.write_bytes(b"")
+    return np.zeros(0, INDEX_DTYPE)
 
 
 class DocumentOrder:
@@ -79,6 +92,8 @@ class DocumentOrder:
         """int64[documents] by id: record number in the raw file."""
         self.ends = _mapped(folder / "ends")
         """int64[documents] by place in the order: tokens of this and all earlier documents."""
+        self.starts = _mapped(folder / "starts")
+        """int64[documents] by id: token of the order where it begins."""
 
     @property
     def num_tokens(self) -> int:
@@ -124,12 +139,17 @@ def write_order(files: list[FileTokens], tokenized: Path, seed: int, folder: Pat
     counts = [f.documents for f in files]
     all_begins = _mapped(folder / "begins")
     end = 0
+    starts = _writable(folder / "starts", sum(counts))
     with atomic_writer(folder / "ends") as ends:
         for first in range(0, sum(counts), _CHUNK):
             ids = permute_array(np.arange(first, min(first + _CHUNK, sum(counts))), sum(counts), seed)
-            chunk = end + np.cumsum(all_begins[ids + 1] - all_begins[ids])
+            lengths = all_begins[ids + 1] - all_begins[ids]
+            chunk = end + np.cumsum(lengths)
+            starts[ids] = chunk - lengths
             ends.write(chunk.astype(INDEX_DTYPE).tobytes())
             end = int(chunk[-1])
+    if sum(counts):
+        starts.flush()  # another machine may read them
     tables = {"names": [f.name for f in files], "documents": counts, "tokens": [f.tokens for f in files]}
     write_json(folder / _TABLES, {"seed": seed, **tables})
     return DocumentOrder(folder)
@@ -203,11 +223,41 @@ def _provenance(order: DocumentOrder, spans: _Spans, begin: int, end: int, width
             "sample": _column(cuts // width, "i8"),
             "start": _column(cuts % width, "i4"),
             "length": _column(np.diff(np.append(cuts, end)), "i4"),
-            "file": pa.DictionaryArray.from_arrays(_column(spans.file[owner], "i4"), _strings(order.names)),
+            "file": _files(order, spans.file[owner]),
             "record": _column(order.records[spans.ids][owner], "i8"),
             "document_start": _column(spans.skipped[owner] + cuts - spans.begin[owner], "i8"),
         }
     )
+
+
+def write_document_index(order_folder: Path, path: Path, *, progress: TaskProgress) -> None:
+    """Write where each document of a dataset is, sorted by raw file and record; runs in a worker.
+
+    Columns: `file`, `record` (number in the raw file), `start` (token of the dataset where it begins: of its samples
+    one after the other, and then of its tail), `tokens` (end-of-text included).
+    """
+    order = DocumentOrder(order_folder)
+    numbers = {"record": pa.int64(), "start": pa.int64(), "tokens": pa.int64()}
+    schema = pa.schema({"file": pa.dictionary(pa.int32(), pa.string()), **numbers})
+    with (
+        atomic_writer(path, shared=True) as f,
+        pq.ParquetWriter(f, schema, compression="zstd", use_dictionary=["file"]) as out,
+    ):
+        for begin in range(0, len(order.starts), _INDEX_ROWS):
+            end = min(begin + _INDEX_ROWS, len(order.starts))
+            columns = {
+                "file": _files(order, np.searchsorted(order.first_ids, np.arange(begin, end), side="right") - 1),
+                "record": _column(order.records[begin:end], "i8"),
+                "start": _column(order.starts[begin:end], "i8"),
+                "tokens": _column(np.diff(order.begins[begin : end + 1]), "i8"),
+            }
+            out.write_table(pa.table(columns, schema=schema))
+
+
+def _files(order: DocumentOrder, file: np.ndarray) -> pa.Array:
+    """Names of files by their numbers; only those that occur are in its dictionary, for there may be 30,000."""
+    used, place = np.unique(file, return_inverse=True)
+    return pa.DictionaryArray.from_arrays(_column(place, "i4"), _strings([order.names[f] for f in used]))
 
 
 def _strings(values: list[str]) -> pa.Array:
@@ -263,8 +313,19 @@ def make_shard(
         tokens, spans = _gather(order, begin, end, streams)
     if padding := count * width - len(tokens):
         tokens = np.append(tokens, np.full(padding, pad_id, tokens.dtype))
+    samples = tokens.reshape(count, width)
     name = f"{number:08d}"
-    with atomic_writer(out / f"{name}.provenance.parquet", shared=True) as f:
-        pq.write_table(_provenance(order, spans, begin, end, width), f, compression="zstd")
-    made = write_shard(out / f"{name}.tar", tokens.reshape(count, width), first, sample_format)
-    return ShardEntry(shard=name, source=source, **made)
+    provenance_sha256 = _write_parquet(out / f"{name}.provenance.parquet", _provenance(order, spans, begin, end, width))
+    sums_sha256 = write_sums(out / f"{name}.sums", samples)
+    made = write_shard(out / f"{name}.tar", samples, first, sample_format)
+    return ShardEntry(shard=name, source=source, sums_sha256=sums_sha256, provenance_sha256=provenance_sha256, **made)
+
+
+def _write_parquet(path: Path, table: pa.Table) -> str:
+    """Write a table in small row groups, of which a reader needs one or two; return the sha256 of the file."""
+    out = pa.BufferOutputStream()
+    pq.write_table(table, out, compression="zstd", row_group_size=_ROW_GROUP)
+    data = out.getvalue()
+    with atomic_writer(path, shared=True) as f:
+        f.write(data)
+    return hashlib.sha256(data).hexdigest()

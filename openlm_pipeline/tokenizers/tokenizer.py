@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from openlm_pipeline.corpus.discovery import RawFile
 from openlm_pipeline.corpus.reader import RecordReader
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
@@ -217,6 +219,6 @@ def _describe(spec: TokenizerSpec, path: Path, identity: dict[str, Any]) -> Toke
 
 def _facts(path: Path) -> dict[str, Any]:
     """What the ids of a tokenizer depend on beside its file's hash."""
-    config = read_json(path)
+    config = orjson.loads(path.read_bytes())
     off = [name for name in ("truncation", "padding") if config.get(name)]
     return {"largest_id": largest_id(load_any(path)), "switched_off": off}

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,10 @@ from openlm_pipeline.pipeline import data as data_stages
 from openlm_pipeline.pools import PoolFactory
 from openlm_pipeline.result import StageResult
 from openlm_pipeline.shards.dataset import ShardedDataset
-from openlm_pipeline.storage.files import sha256_file
+from openlm_pipeline.shards.format import open_shard
+from openlm_pipeline.shards.manifest import finish_dataset, write_manifest
+from openlm_pipeline.shards.sums import write_sums
+from openlm_pipeline.storage.files import sha256_file, write_json
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.tokenization.documents import FileTokens
 
@@ -120,6 +123,27 @@ class SmallDataset:
         """The manifest's text, after reading every shard and finding it as recorded."""
         ShardedDataset(self.shards).verify()
         return (self.shards / "manifest.jsonl").read_text()
+
+    def reseal(self) -> None:
+        """Make the manifest vouch for what is in the folder now, as if the shards had been made so."""
+        made = ShardedDataset(self.shards)
+        entries = []
+        for k, entry in enumerate(made.entries):
+            samples = open_shard(made.shard_path(k), entry.num_sequences, made.format)
+            sums_sha256 = write_sums(self.shards / entry.sums, samples)
+            hashes = {"sha256": sha256_file(self.shards / entry.tar), "sums_sha256": sums_sha256}
+            entries.append(replace(entry, **hashes, provenance_sha256=sha256_file(self.shards / entry.provenance)))
+        finish_dataset(self.shards, entries, made.info)
+
+    def make_first_release(self) -> None:
+        """Take away what the first release did not write, and from the manifest what it did not say."""
+        made = ShardedDataset(self.shards)
+        info = {name: value for name, value in made.info.items() if name != "version_sha256"}
+        write_json(self.shards / "dataset.json", info)
+        entries = [replace(e, sums_sha256=None, provenance_sha256=None, beside=None) for e in made.entries]
+        write_manifest(self.shards, entries)
+        for path in [self.shards / "documents.parquet", *(self.shards / e.sums for e in entries)]:
+            path.unlink()
 
     def all_hashes(self) -> dict[str, str]:
         """sha256 of every file of the finished dataset, but the lock's."""

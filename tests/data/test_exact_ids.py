@@ -17,7 +17,7 @@ from openlm_pipeline.pipeline import data as data_stages
 from openlm_pipeline.pools import PoolFactory
 from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.round_trip import round_trip
-from openlm_pipeline.storage.files import read_json, write_json
+from openlm_pipeline.storage.files import read_json, read_sealed, write_json
 from openlm_pipeline.tokenizers.engines.huggingface import can_cut, pieces
 from openlm_pipeline.tokenizers.tokenizer import read_tokenizer_info
 
@@ -76,7 +76,7 @@ def test_streams_that_were_cut_by_an_earlier_release_are_made_again(small: Small
     made.run(inline)
     as_first_release_wrote_it(made)
     done = made.tokenized / "a.jsonl.json"
-    fields = read_json(done)
+    fields = read_sealed(done)
     del fields["identity"]["switched_off"]
     write_json(done, fields)
     assert made.tokenize(inline)[1] == ["a.jsonl"]
@@ -202,7 +202,7 @@ def test_how_often_is_not_known_of_streams_of_an_earlier_release(small: Small, i
     made.tokenizer()
     made.tokenize(inline)
     done = made.tokenized / "a.jsonl.json"
-    fields = read_json(done)
+    fields = read_sealed(done)
     del fields["special_strings"]
     write_json(done, fields)
     files, again = made.tokenize(inline)

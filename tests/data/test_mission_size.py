@@ -8,9 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 
-from openlm_pipeline.shards.dataset import DATASET, ShardedDataset, ShardEntry, write_manifest
+from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.foreign import open_foreign
 from openlm_pipeline.shards.format import SampleFormat
+from openlm_pipeline.shards.manifest import DATASET, ShardEntry, write_manifest
 from openlm_pipeline.shards.openlm_formats import write_openlm_shard
 from openlm_pipeline.storage.files import write_json
 from openlm_pipeline.tokenization.documents import INDEX_DTYPE, FileTokens

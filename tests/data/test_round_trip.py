@@ -59,6 +59,9 @@ def test_few_documents_are_drawn_by_the_seed(made: SmallDataset):
 
 def test_one_other_token_is_damage(made: SmallDataset):
     change_token(made, shard=1, sample=4, token=7)
+    with pytest.raises(DataError, match=r"00000001.tar is damaged.* 1 of its 32 samples, from sample 4 on"):
+        look(made)
+    made.reseal()
     (line,) = look(made).damaged
     assert "differs in the shards from its raw text, from token" in line
 
@@ -68,6 +71,7 @@ def test_provenance_that_names_other_documents_is_damage(made: SmallDataset):
     table = pq.read_table(path)
     record = table["record"].to_numpy()
     pq.write_table(table.set_column(4, "record", pa.array(np.where(record == record[0], record[0] ^ 1, record))), path)
+    made.reseal()
     assert look(made).damaged
 
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from openlm_pipeline.errors import DataError, MissingInputError
-from openlm_pipeline.shards.dataset import ShardedDataset, ShardEntry, read_manifest, write_manifest
+from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.format import SampleFormat, write_shard
+from openlm_pipeline.shards.manifest import ShardEntry, read_manifest, write_manifest
 from openlm_pipeline.storage.files import write_json
 
 FORMAT = SampleFormat(9, "uint16")

@@ -110,6 +110,9 @@ def test_provenance_that_is_not_the_shards_is_refused(made: SmallDataset) -> Non
     first, second = (made.shards / f"{n:08d}.provenance.parquet" for n in (0, 1))
     content = first.read_bytes()
     first.write_bytes(second.read_bytes())
+    with pytest.raises(DataError, match=f"{first} has sha256 .* it is damaged"):
+        list(iterate_documents(made.shards))
+    made.make_first_release()
     with pytest.raises(DataError, match=f"{first} is damaged, or of another shard"):
         list(iterate_documents(made.shards))
     first.write_bytes(content[:-10])
@@ -181,7 +184,7 @@ def test_verify_compares_manifest_and_dataset(made: SmallDataset) -> None:
     manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[:-1]))
     result = run("verify", made.shards, "--quick")
     assert isinstance(result.exception, DataError)
-    assert f"{made.shards}/dataset.json says" in result.stdout
+    assert f"{manifest} is not the one that {made.shards}/dataset.json was written with" in result.stdout
 
 
 @pytest.mark.parametrize("kind", ["made", "padded"])

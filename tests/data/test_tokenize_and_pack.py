@@ -131,8 +131,10 @@ def test_one_two_and_four_workers_make_the_same_bytes(
     one = made_by("one", DaskSettings(workers=1).pool)
     alone = made_by("alone", inline)
     assert one.manifest() == two.manifest() == four.manifest() == alone.manifest()
-    shards = {name: h for name, h in two.all_hashes().items() if name.endswith((".tar", ".parquet"))}
-    assert len(shards) == 2 * len(ShardedDataset(two.shards).entries) > 6
+    shards = {
+        name: h for name, h in two.all_hashes().items() if name.endswith((".tar", ".provenance.parquet", ".sums"))
+    }
+    assert len(shards) == 3 * len(ShardedDataset(two.shards).entries) > 6
     for other in (one, four, alone):
         assert {name: h for name, h in other.all_hashes().items() if name in shards} == shards
 

@@ -192,6 +192,7 @@ def test_a_lost_shard_is_made_again_alone(
 
 def test_a_lost_shard_that_comes_out_otherwise_is_refused(three_files: SmallDataset, inline: PoolFactory) -> None:
     three_files.run(inline)
+    three_files.make_first_release()
     manifest = three_files.shards / "manifest.jsonl"
     first, *others = manifest.read_text().splitlines(keepends=True)
     manifest.write_text(first.replace('"sha256": "', '"sha256": "0')[:-1] + "\n" + "".join(others))

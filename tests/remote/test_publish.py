@@ -7,8 +7,9 @@ import pytest
 from faulty_s3 import FLIP_SENT, Bucket
 
 from openlm_pipeline.errors import DataError, IdentityError, MissingInputError
-from openlm_pipeline.shards.dataset import ShardedDataset, ShardEntry, write_manifest
+from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.format import SampleFormat, write_shard
+from openlm_pipeline.shards.manifest import ShardEntry, write_manifest
 from openlm_pipeline.shards.publish import publish
 from openlm_pipeline.storage.files import write_json
 

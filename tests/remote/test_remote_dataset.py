@@ -12,8 +12,9 @@ import pytest
 from faulty_s3 import CUT, FLIP, Bucket
 
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
-from openlm_pipeline.shards.dataset import ShardedDataset, ShardEntry, write_manifest
+from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.format import SampleFormat, write_shard
+from openlm_pipeline.shards.manifest import ShardEntry, write_manifest
 from openlm_pipeline.storage.files import write_json
 
 FORMAT = SampleFormat(9, "uint16")

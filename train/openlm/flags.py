@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.models import find_config
-from openlm_pipeline.shards.dataset import DATASET, MANIFEST
+from openlm_pipeline.shards.manifest import DATASET, MANIFEST
 from openlm_pipeline.shards.opening import open_dataset
 from openlm_pipeline.shards.openlm_lists import PIPE, expand, first_member, is_list
 from openlm_pipeline.shards.synthetic import SCHEME

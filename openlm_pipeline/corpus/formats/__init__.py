@@ -73,6 +73,9 @@ class RawFormat(ABC):
     compressible: ClassVar[bool] = True
     """Whether such a file may be compressed as a whole, and is given decompressed."""
 
+    seekable: ClassVar[bool] = False
+    """Whether a plain file can be read from where a record begins, `Found.offset`."""
+
     def cut(self, size_bytes: int, count: int) -> list[Part]:
         """At most `count` parts of about the same size, in order; `[WHOLE]` where it cannot be read in parts."""
         blocks = max(1, size_bytes // limits.BLOCK_BYTES)

@@ -15,6 +15,7 @@ class JsonLines(RawFormat):
     """One JSON object per line."""
 
     suffixes = (".jsonl", ".ndjson")
+    seekable = True
 
     def records(self, file: BinaryIO, reading: Reading) -> Iterator[Found]:
         content = line_content(file, reading)

@@ -7,6 +7,7 @@ ids: it is cut between an ASCII letter and a space, at which the known pre-token
 import os
 import re
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,10 +35,13 @@ class HuggingFaceEngine(Engine):
     def __init__(self, tokenizer_json: Path, *, special_as_text: bool = False) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a Dask worker is one core; more threads cost CPU and give none
         self._tokenizer = load_reference(tokenizer_json, special_as_text=special_as_text)
-        self._can_cut = can_cut(self._tokenizer)
+
+    @cached_property
+    def _can_cut(self) -> bool:
+        return can_cut(self._tokenizer)
 
     def encode_batch(self, texts: list[str]) -> Encoded:
-        long = {i for i, text in enumerate(texts) if self._can_cut and len(text) > PIECE_CHARACTERS}
+        long = {i for i, text in enumerate(texts) if len(text) > PIECE_CHARACTERS and self._can_cut}
         short = [text for i, text in enumerate(texts) if i not in long]
         encodings = iter(self._tokenizer.encode_batch_fast(short, add_special_tokens=False))
         return Encoded.of(
