@@ -23,12 +23,11 @@ from openlm_pipeline.runs.identity import extension_refusal, run_identity
 from openlm_pipeline.runs.launch import milestone_checkpoints
 from openlm_pipeline.runs.parent import parent_identity
 from openlm_pipeline.runs.spending import spending
-from openlm_pipeline.shards.manifest import DATASET
+from openlm_pipeline.shards.manifest import DOCUMENTS, MANIFEST, read_dataset
 from openlm_pipeline.shards.opening import open_dataset, published_url
-from openlm_pipeline.storage.files import read_json
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.tokenization.documents import FileTokens, finished, left_out
-from openlm_pipeline.tokenization.job import lost_shards, shards_identity
+from openlm_pipeline.tokenization.job import lost_files, shards_identity
 from openlm_pipeline.tokenizers.tokenizer import TRAINING_VERSION, TokenizerInfo, read_tokenizer_info
 from openlm_pipeline.units import format_bytes, format_seconds, format_tokens
 
@@ -238,7 +237,7 @@ def _dataset(dataset: Dataset, home: Home, tokenizer: TokenizerInfo | None, abov
             yield Artefact(name, "fresh")
         return
     folder = home.shards(dataset.name, dataset.version)
-    there = (folder / DATASET).exists()
+    there = (folder / MANIFEST).exists()
     try:
         raw_files = discover(dataset, home)
     except MissingInputError as e:
@@ -274,7 +273,11 @@ def _dataset(dataset: Dataset, home: Home, tokenizer: TokenizerInfo | None, abov
     if not there:
         yield Artefact(name, "missing", ("they were not made yet",))
         return
-    info = read_json(folder / DATASET)
+    try:
+        _, info, _ = read_dataset(folder)
+    except (DataError, MissingInputError) as e:
+        yield Artefact(name, "stale", (str(e),))
+        return
     if len(done) < len(raw_files):
         names = {f.name for f in done}
         # A stream that is gone may be made again just as it was; one that is there is of something else.
@@ -284,11 +287,11 @@ def _dataset(dataset: Dataset, home: Home, tokenizer: TokenizerInfo | None, abov
         yield Artefact(name, "stale", (f"tokenized/{dataset.name} is not fresh",), consent)
         return
     changed = differences(info["identity"], shards_identity(dataset, done, tokenizer))
-    lost = {} if changed or published_url(dataset) else lost_shards(folder)
-    if lost:
-        shown = ", ".join(f"{entry.shard}.tar" for entry in list(lost.values())[:3])
-        why = (f"{len(lost)} shards are missing or not of their size, and alone are made again: {shown}",)
-        yield Artefact(name, "stale", why)
+    lost, index_gone = ({}, False) if changed or published_url(dataset) else lost_files(folder)
+    if lost or index_gone:
+        shown = ", ".join(entry.tar for entry in list(lost.values())[:3]) + (", ..." if len(lost) > 3 else "")
+        why = f"{len(lost)} shards are missing or not whole, and alone are made again: {shown}"
+        yield Artefact(name, "stale", (why if lost else f"{DOCUMENTS} is missing, and alone is made again",))
         return
     yield Artefact(name, "stale", tuple(changed), "supersede") if changed else Artefact(name, "fresh")
 

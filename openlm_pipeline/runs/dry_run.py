@@ -6,7 +6,7 @@ Neither a GPU nor any data has to be there. `describe` gives numbers; `TrainingC
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from openlm_pipeline.errors import ConfigError, MissingInputError
+from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
 from openlm_pipeline.experiments import Dataset, Experiment
 from openlm_pipeline.experiments.choices import unread_settings
 from openlm_pipeline.models import count_parameters
@@ -33,12 +33,12 @@ class DataNeed:
     samples_needed: int
     """Expected number drawn from it up to the last milestone."""
     samples_there: int | None
-    """None where its shards are not made yet."""
+    """None where its shards are not made yet, or damaged."""
 
     def line(self, seq_len: int) -> str:
         needed = f"{self.samples_needed:,} samples, {format_tokens(self.samples_needed * seq_len, 3)} tokens, needed"
         if self.samples_there is None:
-            return f"{self.name}: {needed}; no shards there yet (`openlm tokenize` makes them)"
+            return f"{self.name}: {needed}; no whole shards there (`openlm tokenize` makes them)"
         epochs = self.samples_needed / self.samples_there
         return f"{self.name}: {needed}; {self.samples_there:,} there, so {epochs:.3g} epochs"
 
@@ -198,12 +198,12 @@ def describe(
 
 
 def samples_there(dataset: Dataset, home: Home | None = None) -> int | None:
-    """Samples in the finished shards of a dataset, None where there are none yet.
+    """Samples in the finished shards of a dataset, None where there are none that can be read.
 
     Raises:
         ConfigError: the shards there have another sequence length.
     """
     try:
         return len(open_dataset(dataset, home or Home.from_env()))
-    except MissingInputError:
+    except (MissingInputError, DataError):  # whoever needs them says what is wrong
         return None

@@ -484,9 +484,10 @@ def _make_shards(
     return {int(n): entry for n, entry in made.items()}
 
 
-def lost_shards(folder: Path) -> dict[int, ShardEntry]:
-    """The shards of a finished dataset that are not in its folder, or not in their size, or lack what is beside them,
-    by number."""
+def lost_files(folder: Path) -> tuple[dict[int, ShardEntry], bool]:
+    """What a finished dataset lacks: the shards, by number, that are not in its folder, or not in their size, or lack
+    what is beside them; and whether the index of its documents is gone."""
+    entries = read_manifest(folder)
 
     def is_there(entry: ShardEntry) -> bool:
         path = folder / entry.tar
@@ -496,7 +497,8 @@ def lost_shards(folder: Path) -> dict[int, ShardEntry]:
             and path.stat().st_size == entry.bytes
         )
 
-    return {n: entry for n, entry in enumerate(read_manifest(folder)) if not is_there(entry)}
+    index_gone = DOCUMENTS in recorded_beside(entries) and not (folder / DOCUMENTS).exists()
+    return {n: entry for n, entry in enumerate(entries) if not is_there(entry)}, index_gone
 
 
 def _recorded_info(
@@ -528,13 +530,11 @@ def _make_whole(
 ) -> bool:
     """Make what a finished dataset lacks; return whether shards were lost."""
     entries = read_manifest(folder)
-    recorded = recorded_beside(entries)
-    lost = lost_shards(folder)
-    index = DOCUMENTS in recorded and not (folder / DOCUMENTS).exists()
+    lost, index = lost_files(folder)
     if lost or index:
         _make_again(dataset, files, tokenizer, tokenized, folder, lost, pools, report, index=index)
         if index:
-            check_hash(folder / DOCUMENTS, recorded[DOCUMENTS])
+            check_hash(folder / DOCUMENTS, recorded_beside(entries)[DOCUMENTS])
     if not entries[0].sums_sha256:
         _add_sums(dataset, files, tokenizer, tokenized, folder, pools, report)
     return bool(lost)

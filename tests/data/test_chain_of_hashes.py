@@ -1,6 +1,7 @@
 """Whoever reads a dataset refuses, by name, what is not what was written; and what is lost is made again, alone."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from small_dataset import SmallDataset, documents
 from openlm_pipeline.corpus.discovery import discover
 from openlm_pipeline.corpus.reader import RecordReader, texts_of
 from openlm_pipeline.errors import DataError, MissingInputError, OpenLMError
+from openlm_pipeline.pipeline.plan import plan
 from openlm_pipeline.pools import PoolFactory
 from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.inspect import check_shards, dataset_stats, sample_spans
@@ -272,3 +274,23 @@ def test_a_changed_word_of_a_streams_json_is_refused(made: SmallDataset, inline:
     path.unlink()
     made.run(inline)
     assert read_sealed(path)["documents"] == json.loads(path.read_text())["documents"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (other_eot, r"dataset\.json is not the one that .*manifest\.jsonl was written with"),
+        (lost_line, r"manifest\.jsonl is not the one that .*dataset\.json was written with"),
+        (lost_sums, r"1 shards are missing or not whole, and alone are made again: 00000001\.tar"),
+        (lambda made: (made.shards / "documents.parquet").unlink(), r"documents\.parquet is missing, and alone"),
+        (lambda made: (made.shards / "dataset.json").unlink(), r"dataset\.json does not exist"),
+    ],
+)
+def test_the_plan_says_what_is_damaged_or_lost(made: SmallDataset, damage: Callable, why: str) -> None:
+    def states() -> dict[str, tuple[str, str]]:
+        return {a.name: (a.state, "; ".join(a.why)) for a in plan(made.experiment, made.home).artefacts}
+
+    assert states()["shards/text"] == ("fresh", "")
+    damage(made)
+    state, reason = states()["shards/text"]
+    assert state == "stale" and re.search(why, reason)

@@ -24,6 +24,7 @@ def test_permute_is_a_permutation(size: int, seed: int) -> None:
     assert sorted(permute(i, size, seed) for i in range(size)) == list(range(size))
 
 
+@settings(deadline=None)
 @given(size=st.integers(1, 2**48), seed=seeds, data=st.data())
 def test_permute_stays_in_a_large_domain_and_hits_nothing_twice(size: int, seed: int, data: st.DataObject) -> None:
     picked = data.draw(st.sets(st.integers(0, size - 1), max_size=20))
@@ -32,6 +33,7 @@ def test_permute_stays_in_a_large_domain_and_hits_nothing_twice(size: int, seed:
     assert all(0 <= image < size for image in images)
 
 
+@settings(deadline=None)
 @given(size=st.integers(1, 2**48), seed=seeds, data=st.data())
 def test_an_array_is_permuted_as_its_elements_are(size: int, seed: int, data: st.DataObject) -> None:
     picked = data.draw(st.lists(st.integers(0, size - 1), max_size=20))

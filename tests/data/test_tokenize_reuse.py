@@ -181,7 +181,7 @@ def test_a_lost_shard_is_made_again_alone(
     shards[1].unlink()
     shards[2].write_bytes(shards[2].read_bytes()[:-512])
     [reason] = [a.why for a in plan(three_files.experiment, three_files.home).artefacts if a.name == "shards/text"]
-    assert "2 shards are missing or not of their size" in reason[0] and "00000001.tar, 00000002.tar" in reason[0]
+    assert "2 shards are missing or not whole" in reason[0] and "00000001.tar, 00000002.tar" in reason[0]
 
     again = three_files.run(inline)
     assert not again.reused

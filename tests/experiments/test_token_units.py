@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openlm_pipeline.units import format_tokens, milestone_label, parse_tokens
@@ -15,11 +15,13 @@ counts = st.integers(0, 10**15) | st.builds(
 )
 
 
+@settings(deadline=None)
 @given(tokens=counts)
 def test_what_is_formatted_parses_back(tokens: int) -> None:
     assert parse_tokens(format_tokens(tokens)) == parse_tokens(tokens) == parse_tokens(str(tokens)) == tokens
 
 
+@settings(deadline=None)
 @given(tokens=counts.filter(bool))
 def test_a_label_is_a_name_that_tells_the_count(tokens: int) -> None:
     label = milestone_label(tokens)
@@ -27,6 +29,7 @@ def test_a_label_is_a_name_that_tells_the_count(tokens: int) -> None:
     assert match and int(match[1]) * SCALE[match[2]] == tokens
 
 
+@settings(deadline=None)
 @given(tokens=st.lists(st.integers(1, 9999), min_size=2, unique=True), unit=st.sampled_from(list(SCALE)))
 def test_labels_of_one_unit_sort_as_their_counts(tokens: list[int], unit: str) -> None:
     same = [t * SCALE[unit] for t in sorted(tokens) if t % 1000]

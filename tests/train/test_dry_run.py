@@ -48,7 +48,7 @@ def test_the_size_of_a_checkpoint_is_what_one_takes_on_disk(small: SmallRun):
 def test_data_that_is_not_there_is_said_not_needed(small: SmallRun, tmp_path: Path):
     plan = describe(small.experiment(), 2, home=Home(tmp_path / "empty"))
     assert [d.samples_there for d in plan.data] == [None, None]
-    assert "no shards there yet (`openlm tokenize` makes them)" in "\n".join(plan.lines())
+    assert "no whole shards there (`openlm tokenize` makes them)" in "\n".join(plan.lines())
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
