@@ -19,7 +19,11 @@ _PLAIN_PERIOD_SECONDS = 30.0
 def download(
     urls: Annotated[
         list[str],
-        typer.Argument(metavar="URL_TEMPLATE...", help="URLs; {00..29} and {val,test} stand for several. Quote them."),
+        typer.Argument(
+            metavar="URL_TEMPLATE...",
+            help="URLs; {00..29} and {val,test} stand for several, * in a store's URL for what is there. @FILE or @URL "
+            "lists such. Quote them.",
+        ),
     ],
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder of the files; made if need be.")],
     checksums: Annotated[
@@ -33,7 +37,8 @@ def download(
 ) -> None:
     """Fetch lists of raw files over http(s)://, s3://, hf:// and all else that fsspec reads.
 
-    A file gets its name only when it is whole and checked. After any interruption the same command resumes where it
+    A file is named by its path below the folders that its template names, and gets its name only when it is whole and
+    checked. After any interruption the same command resumes where it
     stopped; a file that changed meanwhile begins anew. SHA256SUMS in the folder holds the hash of every file, so that
     `sha256sum -c SHA256SUMS` checks them.
 
@@ -51,7 +56,7 @@ def download(
     def say(line: str) -> None:
         console.print(line, markup=False)
 
-    targets = expand_templates(urls)
+    targets = expand_templates(urls, output_dir)
     states = {target.name: local_state(output_dir, target.name) for target in targets}
     if dry_run:
         for target in targets:

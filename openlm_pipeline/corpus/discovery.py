@@ -71,7 +71,7 @@ def _literal_prefix(path: str, wild: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Match:
+class Match:
     """The files that one path, URL or glob stands for."""
 
     prefix: str
@@ -80,7 +80,7 @@ class _Match:
     infos: list[dict[str, Any]]
 
 
-def _expand(where: str) -> _Match:
+def expand_pattern(where: str) -> Match:
     """What one path, URL or glob stands for, empty if there is nothing.
 
     Raises:
@@ -103,7 +103,7 @@ def _expand(where: str) -> _Match:
     except MissingInputError:
         broken_link = isinstance(fs, LocalFileSystem) and Path(path).is_symlink()
         found = [{"name": path, "islink": True}] if broken_link else []
-    return _Match(prefix, fs, [info for info in found if _is_file(info, where)])
+    return Match(prefix, fs, [info for info in found if _is_file(info, where)])
 
 
 def _is_hidden(path: str) -> bool:
@@ -149,10 +149,10 @@ def discover(dataset: Dataset, home: Home) -> list[RawFile]:
         ConfigError: a suffix or protocol can't be read.
     """
     source = dataset.source
-    matches = {place: _expand(place) for place in _patterns(source, home)}
+    matches = {place: expand_pattern(place) for place in _patterns(source, home)}
     if missing := [place for place, match in matches.items() if not match.infos]:
         raise MissingInputError(_nothing_found(source.name, missing, embedded=source.origin == "embedded"))
-    by_path: dict[str, tuple[_Match, dict[str, Any]]] = {}
+    by_path: dict[str, tuple[Match, dict[str, Any]]] = {}
     for match in matches.values():
         for info in match.infos:
             by_path.setdefault(info["name"], (match, info))

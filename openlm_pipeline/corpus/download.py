@@ -10,7 +10,7 @@ import shutil
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -18,13 +18,14 @@ import bracex
 import tenacity
 
 from openlm_pipeline.corpus.checksums import Checksum, checksum_for, hash_file, parse_checksums
+from openlm_pipeline.corpus.discovery import LIST, expand_pattern
 from openlm_pipeline.corpus.download_folder import Downloaded, Ledger, Part, is_taken
 from openlm_pipeline.corpus.download_sources import RemoteFile, TransferError, is_http, open_source, public_url
 from openlm_pipeline.errors import ConfigError, DataError, IdentityError, MissingInputError, OpenLMError
 from openlm_pipeline.result import Say
 from openlm_pipeline.storage.files import folder_lock
 
-_MAX_FILES = 100_000
+_MAX_FILES = 1_000_000
 _MAX_WAIT_SECONDS = 60.0
 
 DownloadProgress = Callable[[str, int, int | None], None]
@@ -36,7 +37,7 @@ class Target:
     """One file to fetch."""
 
     name: str
-    """Name in the output folder: the last part of the URL's path."""
+    """Path in the output folder."""
     url: str
     source: str
     """The URL without query, for records and messages."""
@@ -46,30 +47,98 @@ class _StoppedError(OpenLMError):
     """Another file's error, or the user, ended this transfer."""
 
 
-def expand_templates(templates: Sequence[str]) -> list[Target]:
-    """The files that URL templates with shell-like braces name, in order: `{00..29}` keeps its zeros, `{val,test}`.
+@dataclass(frozen=True)
+class _Found:
+    """A file that a template names, and the folders that none of its braces or wildcards are in, with a slash."""
+
+    url: str
+    prefix: str
+
+
+def expand_templates(templates: Sequence[str], folder: Path | None = None) -> list[Target]:
+    """The files that URL templates name, in order.
+
+    Braces are a shell's: `{00..29}` keeps its zeros, `{val,test}` is a list. A store's URL, such as `s3://` or `hf://`,
+    may also have `*`, `**`, `?` and `[...]`, which one listing answers. `@PATH_OR_URL` is a file that lists templates,
+    one per line. A file is named by its path below the folders that its template, or all of a list, names; if two would
+    have one name, below the folders that all have in common.
+
+    Args:
+        folder: what was fetched into it earlier under a base name keeps that.
 
     Raises:
         ConfigError: not a URL, braces that are no range or list, a name that can't be used, or one name twice.
+        MissingInputError: a list or folder is not there, or nothing in it fits.
     """
-    targets: dict[str, Target] = {}
+    found: dict[str, _Found] = {}
     for template in templates:
-        try:
-            urls = bracex.expand(template, limit=_MAX_FILES)
-        except bracex.ExpansionLimitException:
-            raise ConfigError(f"a template names more than {_MAX_FILES:,} files") from None
-        for url in urls:
-            target = _target(url)
-            other = targets.setdefault(target.name, target)
-            if other is not target:
-                raise ConfigError(
-                    f"two files would be named {target.name}: {other.source} and {target.source}. "
-                    "Fetch them into two folders."
-                )
+        if template.startswith(LIST):
+            listed = [file for line in _lines_of(template[len(LIST) :]) for file in _expand(line)]
+            common = _common([file.url.rpartition("/")[0] + "/" for file in listed])
+            found |= {file.url: replace(file, prefix=common) for file in listed}
+        else:
+            found |= {file.url: file for file in _expand(template)}
+        if len(found) > _MAX_FILES:
+            raise ConfigError(f"the templates name more than {_MAX_FILES:,} files")
+    names = {url: _name(url, file.prefix) for url, file in found.items()}
+    if len(set(names.values())) < len(names):
+        common = _common([file.prefix for file in found.values()])
+        names = {url: _name(url, common) for url in names}
+    names = _as_recorded(names, Ledger(folder)) if folder and folder.is_dir() else names
+    targets: dict[str, Target] = {}
+    for url, name in names.items():
+        target = Target(name, url, public_url(url))
+        other = targets.setdefault(name, target)
+        if other is not target:
+            raise ConfigError(
+                f"two files would be named {name}: {other.source} and {target.source}. Fetch them into two folders."
+            )
     return list(targets.values())
 
 
-def _target(url: str) -> Target:
+def _lines_of(where: str) -> list[str]:
+    lines = [line.strip() for line in _text_of(where, "list").splitlines()]
+    listed = [line for line in lines if line and not line.startswith("#")]
+    if not listed:
+        raise MissingInputError(f"the list {public_url(where)} names no files")
+    return listed
+
+
+def _expand(template: str) -> list[_Found]:
+    """The files of one template."""
+    try:
+        urls = bracex.expand(template, limit=_MAX_FILES)
+    except bracex.ExpansionLimitException:
+        raise ConfigError(f"a template names more than {_MAX_FILES:,} files") from None
+    for url in urls:
+        _refuse_url(url)
+    before = public_url(template.partition("{")[0])
+    prefix = before[: before.rfind("/") + 1]
+    found = []
+    for url in urls:
+        if is_http(url) or not any(c in url for c in "*?["):
+            found.append(_Found(url, prefix))
+            continue
+        match = expand_pattern(url)
+        if not match.infos:
+            raise MissingInputError(f"there is no file {url}")
+        places = (match.fs.unstrip_protocol(path) for path in sorted(info["name"] for info in match.infos))
+        literal = match.fs.unstrip_protocol(match.prefix.rstrip("/")) + "/"
+        found += [_Found(place, min(prefix, literal, key=len)) for place in places]
+    return found
+
+
+def _common(folders: Sequence[str]) -> str:
+    """The folders that all begin with, with the slash behind them."""
+    shared = os.path.commonprefix([folder.split("/") for folder in folders])
+    return "/".join([*shared, ""])
+
+
+def _refuse_url(url: str) -> None:
+    """
+    Raises:
+        ConfigError: it is no URL of a file, or holds a password.
+    """
     try:
         password, source = urlsplit(url).password, public_url(url)
     except ValueError as e:
@@ -80,11 +149,31 @@ def _target(url: str) -> Target:
         raise ConfigError(f"{source} is not a URL such as https://host/00.jsonl.zst, s3://... or hf://datasets/...")
     if "{" in source or "}" in source:
         raise ConfigError(f"the braces in {source} are no range such as {{00..29}} and no list such as {{val,test}}")
-    name = source.rsplit("/", 1)[-1]
-    name = unquote(name) if is_http(url) else name
-    if not name or name.startswith(".") or "/" in name or "\\" in name or not name.isprintable() or is_taken(name):
-        raise ConfigError(f"{source} gives the file name {name!r}, which can't be used here")
-    return Target(name, url, source)
+
+
+def _name(url: str, prefix: str) -> str:
+    """The path of a file in the output folder.
+
+    Raises:
+        ConfigError: it can't be used.
+    """
+    source = public_url(url)
+    parts = source[len(prefix) :].split("/")
+    parts = [unquote(part) for part in parts] if is_http(url) else parts
+    for part in parts:
+        if not part or part.startswith(".") or "/" in part or "\\" in part or not part.isprintable() or is_taken(part):
+            raise ConfigError(f"{source} gives the file name {part!r}, which can't be used here")
+    return "/".join(parts)
+
+
+def _as_recorded(names: dict[str, str], ledger: Ledger) -> dict[str, str]:
+    """`names` by URL, with the base name where the file was fetched under it."""
+    kept = {}
+    for url, name in names.items():
+        base = name.rpartition("/")[2]
+        recorded = ledger.files.get(base)
+        kept[url] = base if recorded and recorded.source == public_url(url) else name
+    return kept
 
 
 @dataclass
@@ -248,19 +337,27 @@ def _mismatch(wanted: Checksum, found: dict[str, str]) -> str:
     return f"its {wanted.algorithm} is {found[wanted.algorithm]} and should be {wanted.hexdigest}"
 
 
-def _load_checksums(where: str, targets: Sequence[Target], timeout_seconds: float) -> dict[str, Checksum]:
+def _text_of(where: str, what: str, timeout_seconds: float = 30.0) -> str:
+    """A small text file, local or remote.
+
+    Raises:
+        MissingInputError, ConfigError: it can't be read, or is no text.
+    """
     shown = public_url(where) if "://" in where else where
     try:
         if "://" in where:
             with open_source(where, timeout_seconds=timeout_seconds) as opened:
-                text = b"".join(opened.chunks).decode()
-        else:
-            text = Path(where).read_text()
+                return b"".join(opened.chunks).decode()
+        return Path(where).read_text()
     except OSError as e:
-        raise MissingInputError(f"checksum file {shown} can't be read: {e.strerror}") from e
+        raise MissingInputError(f"{what} {shown} can't be read: {e.strerror}") from e
     except UnicodeDecodeError as e:
-        raise ConfigError(f"checksum file {shown} is not text: {e}") from e
-    checksums = parse_checksums(text, shown)
+        raise ConfigError(f"{what} {shown} is not text: {e}") from e
+
+
+def _load_checksums(where: str, targets: Sequence[Target], timeout_seconds: float) -> dict[str, Checksum]:
+    shown = public_url(where) if "://" in where else where
+    checksums = parse_checksums(_text_of(where, "checksum file", timeout_seconds), shown)
     return {target.name: checksum_for(target.source, checksums, shown) for target in targets}
 
 
@@ -284,7 +381,7 @@ def download_files(
     what the server asks for.
 
     Args:
-        templates: URLs with shell-like braces (`expand_templates`).
+        templates: URLs with shell-like braces, and lists of them (`expand_templates`).
         folder: is made if need be; one process at a time may use it.
         checksums: path or URL of a file in the form of sha256sum, md5sum, sha1sum or sha512sum with all the files.
         parallel: files at a time.
@@ -299,7 +396,7 @@ def download_files(
             that class: MissingInputError (not there), DataError (wrong content), IdentityError (another file has its
             name), TransferError (network).
     """
-    targets = expand_templates(templates)
+    targets = expand_templates(templates, folder)
     with folder_lock(folder, "downloading"):
         known = _load_checksums(checksums, targets, timeout_seconds) if checksums else {}
         download = _Download(

@@ -35,9 +35,9 @@ def test_templates_name_files_as_a_shell_does() -> None:
         (["zip://a.jsonl::https://h/b.zip"], "is not a URL"),
         (["https://h/{00..}.jsonl"], "are no range"),
         (["https://h/{00,01.jsonl"], "are no range"),
-        (["https://h/{1..100001}.jsonl"], "more than 100,000"),
-        (["https://h/{a,b}/00.jsonl"], "two files would be named 00.jsonl: https://h/a/.*https://h/b/"),
-        (["https://h/00.jsonl", "https://h/00.jsonl"], "two files would be named"),
+        (["https://h/{1..1000001}.jsonl"], "more than 1,000,000"),
+        (["https://h/a%2F.."], "file name 'a/\\.\\.'"),
+        (["https://h/{a,..}/b"], r"file name '\.\.'"),
         (["https://h/file?n={0..3}"], "two files would be named"),
         (["https://h/"], "file name ''"),
         (["https://h/.."], r"file name '\.\.'"),
@@ -302,3 +302,62 @@ def test_object_stores_resume_within_one_version(s3: Any, tmp_path: Path) -> Non
     assert (tmp_path / "b.jsonl").read_bytes() == OTHER[::-1]
     with pytest.raises(MissingInputError, match=f"s3://{bucket}/none.jsonl does not exist"):
         download_files([f"s3://{bucket}/none.jsonl"], tmp_path, report=print)
+
+
+def test_base_names_may_repeat(server: FaultyServer, fetch: Callable[..., dict[str, Downloaded]], tmp_path: Path):
+    """FineWeb's and Dolma's layouts: a folder per crawl, the same names in each."""
+    for dump in ("CC-2023-06", "CC-2024-10"):
+        server.files |= {f"/data/{dump}/{n:03d}.parquet": DATA + dump.encode() for n in range(2)}
+    made = fetch("/data/{CC-2023-06,CC-2024-10}/{000..001}.parquet", parallel=2)
+    assert list(made) == [f"CC-{dump}/{n:03d}.parquet" for dump in ("2023-06", "2024-10") for n in range(2)]
+    assert (tmp_path / "CC-2024-10" / "001.parquet").read_bytes() == DATA + b"CC-2024-10"
+    checked = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=tmp_path, check=True, capture_output=True)
+    assert checked.stdout.count(b": OK") == 4
+    asked = len(server.requests)
+    assert fetch("/data/{CC-2023-06,CC-2024-10}/{000..001}.parquet") == made and len(server.requests) == asked
+
+
+def test_a_list_names_files_below_what_they_have_in_common(server: FaultyServer, tmp_path: Path) -> None:
+    """RedPajama-V2's layout: a list of URLs, one per line."""
+    paths = [f"documents/2023-{week}/{n:04d}/en_head.json.gz" for week in ("06", "14") for n in range(2)]
+    server.files |= {f"/v1/{path}": DATA for path in paths}
+    server.files["/urls.txt"] = "\n".join(["# urls", "", *(f"{server.url}/v1/{path}" for path in paths)]).encode()
+    names = [path.removeprefix("documents/") for path in paths]
+    assert [t.name for t in expand_templates([f"@{server.url}/urls.txt"])] == names
+    (tmp_path / "urls.txt").write_text(f"{server.url}/v1/documents/2023-{{06,14}}/{{0000..0001}}/en_head.json.gz\n")
+    made = download_files([f"@{tmp_path}/urls.txt"], tmp_path / "raw", report=print)
+    assert list(made) == names and (tmp_path / "raw" / names[3]).read_bytes() == DATA
+    (tmp_path / "urls.txt").write_text("# none\n")
+    with pytest.raises(MissingInputError, match="names no files"):
+        expand_templates([f"@{tmp_path}/urls.txt"])
+    with pytest.raises(MissingInputError, match=r"none\.txt can't be read"):
+        expand_templates([f"@{tmp_path}/none.txt"])
+
+
+def test_one_name_from_two_templates_is_told_apart_by_what_they_do_not_share() -> None:
+    templates = ["https://h/data/en/{00..01}.zst", "https://h/data/de/{00..01}.zst?key=1", "https://h/data/en/00.zst"]
+    assert [t.name for t in expand_templates(templates)] == [f"{x}/0{n}.zst" for x in ("en", "de") for n in range(2)]
+    assert [t.name for t in expand_templates(["https://g/00.zst", "https://h/00.zst"])] == ["g/00.zst", "h/00.zst"]
+
+
+def test_what_was_fetched_under_its_base_name_keeps_it(
+    server: FaultyServer, fetch: Callable[..., dict[str, Downloaded]], tmp_path: Path
+) -> None:
+    server.files |= {"/train/00.jsonl": DATA, "/val/01.jsonl": OTHER}
+    fetch("/train/00.jsonl", "/val/01.jsonl")
+    assert list(fetch("/{train/00,val/01}.jsonl")) == ["00.jsonl", "01.jsonl"]
+    assert not (tmp_path / "train").exists()
+
+
+def test_wildcards_of_a_store_are_listed(s3: Any, tmp_path: Path) -> None:
+    bucket = tmp_path.name.replace("_", "-")
+    s3.mkdir(bucket)
+    s3.pipe({f"{bucket}/data/{dump}/{n}.parquet": DATA for dump in ("a", "b") for n in range(2)})
+    names = ["a/0.parquet", "a/1.parquet", "b/0.parquet", "b/1.parquet"]
+    for template in (f"s3://{bucket}/data/*/*.parquet", f"s3://{bucket}/data/{{a,b}}/*.parquet"):
+        assert [t.name for t in expand_templates([template])] == names
+    assert [t.name for t in expand_templates([f"s3://{bucket}/data/**"])] == names
+    made = download_files([f"s3://{bucket}/data/*/*.parquet"], tmp_path, report=print)
+    assert (tmp_path / "b/1.parquet").read_bytes() == DATA and list(made) == names
+    with pytest.raises(MissingInputError, match=rf"there is no file s3://{bucket}/data/\*\.zst"):
+        expand_templates([f"s3://{bucket}/data/*.zst"])
