@@ -33,6 +33,7 @@ PRELOADED = (
     "openlm_pipeline.runs.launchers.kubernetes",
     "openlm_pipeline.runs.upload",
     "openlm_pipeline.tokenization.job",
+    "openlm_pipeline.tokenization.packing_job",
     "torch._dynamo",
     "torch.distributed.run",
     "train.hooks.averages",

@@ -18,7 +18,8 @@ from openlm_pipeline.shards.opening import open_dataset, published_url
 from openlm_pipeline.shards.publish import publish
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.tokenization.documents import FileTokens
-from openlm_pipeline.tokenization.job import pack_shards, tokenize_files
+from openlm_pipeline.tokenization.job import tokenize_files
+from openlm_pipeline.tokenization.packing_job import pack_shards
 from openlm_pipeline.tokenizers.tokenizer import make_tokenizer, read_tokenizer_info, tokenizer_file
 
 

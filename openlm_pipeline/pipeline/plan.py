@@ -27,7 +27,7 @@ from openlm_pipeline.shards.manifest import DOCUMENTS, MANIFEST, read_dataset
 from openlm_pipeline.shards.opening import open_dataset, published_url
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.tokenization.documents import FileTokens, finished, left_out
-from openlm_pipeline.tokenization.job import lost_files, shards_identity
+from openlm_pipeline.tokenization.packing_job import lost_files, shards_identity
 from openlm_pipeline.tokenizers.tokenizer import TRAINING_VERSION, TokenizerInfo, read_tokenizer_info
 from openlm_pipeline.units import format_bytes, format_seconds, format_tokens
 

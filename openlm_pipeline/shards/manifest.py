@@ -61,6 +61,11 @@ class ShardEntry:
         return f"{self.shard}.provenance.parquet"
 
     @property
+    def samples(self) -> dict[str, str]:
+        """Those of `hashes` that speak for the samples themselves, whoever wrote them."""
+        return {name: sha256 for name, sha256 in self.hashes.items() if name != self.provenance}
+
+    @property
     def hashes(self) -> dict[str, str]:
         """Recorded sha256 of each of its files, by name, the shard's first."""
         known = {self.tar: self.sha256, self.sums: self.sums_sha256, self.provenance: self.provenance_sha256}

@@ -22,7 +22,8 @@ from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.publish import publish
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.strict import explain
-from openlm_pipeline.tokenization.job import pack_shards, tokenize_files
+from openlm_pipeline.tokenization.job import tokenize_files
+from openlm_pipeline.tokenization.packing_job import pack_shards
 from openlm_pipeline.tokenizers.tokenizer import make_tokenizer
 
 S3_BASE = "S3_BASE"

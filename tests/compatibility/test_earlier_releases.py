@@ -26,7 +26,7 @@ from openlm_pipeline.registry import TASK_TYPES
 from openlm_pipeline.runs.identity import run_identity
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.tokenization.documents import FileTokens, _identity
-from openlm_pipeline.tokenization.job import shards_identity
+from openlm_pipeline.tokenization.packing_job import shards_identity
 from openlm_pipeline.tokenizers.tokenizer import TokenizerInfo
 from orchestration.definitions import build_definitions
 

@@ -294,3 +294,19 @@ def test_the_plan_says_what_is_damaged_or_lost(made: SmallDataset, damage: Calla
     damage(made)
     state, reason = states()["shards/text"]
     assert state == "stale" and re.search(why, reason)
+
+
+def test_another_release_of_the_parquet_library_may_write_other_bytes(made: SmallDataset, inline: PoolFactory) -> None:
+    """What is lost is made again then too; the manifest follows, and the version stays."""
+    first = made.run(inline)
+    for name in ("00000001.provenance.parquet", "documents.parquet"):
+        path = made.shards / name
+        pq.write_table(pq.read_table(path), path, compression="gzip")
+        manifest = made.shards / "manifest.jsonl"
+        old = sha256_file(path)
+        made.make_first_release() if name == "documents.parquet" else made.reseal()
+        made.run(inline)
+        path.unlink()
+        again = made.run(inline)
+        assert again.version == first.version and old not in manifest.read_text()
+        verify(made)
