@@ -26,8 +26,8 @@ EOT = "<|endoftext|>"
 BATCH_CHARACTERS = 1 << 20
 
 
-def openlm_tokens(home: Path) -> int:
-    return json.loads((home / "shards" / "raw" / "v1" / "dataset.json").read_text())["totals"]["tokens"]
+def openlm_totals(home: Path) -> dict[str, int]:
+    return json.loads((home / "shards" / "raw" / "v1" / "dataset.json").read_text())["totals"]
 
 
 def encode(raw: Path, tokenizer_file: Path) -> None:
@@ -70,9 +70,11 @@ def datatrove(raw: Path, tokenizer_file: Path, out: Path, merge: bool) -> None:
     print(sum(path.stat().st_size for path in written.glob("*.ds")) // 2)
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, list[Usage]]:
-    """Rounds of all engines, each round in another order; checks that they agree on the number of tokens."""
+def measure(arguments: argparse.Namespace) -> tuple[dict[str, list[Usage]], int]:
+    """Rounds of all engines, each round in another order, and the bytes of the text; checks that they agree on the
+    number of tokens."""
     raw, tokenizer = arguments.input.resolve(), arguments.tokenizer.resolve()
+    text_bytes: set[int] = set()
 
     def child(python: str, name: str, *more: str) -> list[str]:
         return [python, __file__, "--child", name, "--input", str(raw), "--tokenizer", str(tokenizer), *more]
@@ -80,7 +82,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, list[Usage]]:
     def ours(workers: int) -> Callable[[Path], tuple[Usage, int]]:
         def go(folder: Path) -> tuple[Usage, int]:
             usage = run(openlm_tokenize(raw, tokenizer, folder, workers=workers), OPENLM_HOME=str(folder))
-            return usage, openlm_tokens(folder)
+            totals = openlm_totals(folder)
+            text_bytes.add(totals["text_bytes"])
+            return usage, totals["tokens"]
 
         return go
 
@@ -118,7 +122,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, list[Usage]]:
             if len(counts) > 1:
                 raise SystemExit(f"{name} made {tokens} tokens, another engine did not: {counts}")
     print(f"all made {counts.pop():,} tokens")
-    return usages
+    return usages, text_bytes.pop()
 
 
 def main() -> None:
@@ -137,19 +141,23 @@ def main() -> None:
         return encode(arguments.input, arguments.tokenizer)
     if arguments.child == "datatrove":
         return datatrove(arguments.input, arguments.tokenizer, arguments.out, arguments.merge)
-    usages = measure(arguments)
+    usages, text_bytes = measure(arguments)
+    hours_per_tb = 1e12 / text_bytes / 3600
     cpu = {name: [u.cpu_seconds for u in series] for name, series in usages.items()}
     against = ratios(cpu, "openlm")
     rows = [
-        [name, spread(cpu[name]), spread(against[name], 1), f"{max(u.peak_mib for u in usages[name]):.0f}"]
+        [
+            name,
+            spread(cpu[name]),
+            spread([seconds * hours_per_tb for seconds in cpu[name]], 1),
+            spread(against[name], 1),
+            f"{max(u.peak_mib for u in usages[name]):.0f}",
+        ]
         for name in usages
     ]
-    text = "\n\n".join(
-        [
-            f"{machine('gigatoken', 'tokenizers', 'datatrove', 'numpy')}; {arguments.input.name}, n = {arguments.runs}",
-            table(["engine", "CPU-seconds, median (range)", "times openlm's, paired", "peak MiB"], rows),
-        ]
-    )
+    about = f"{arguments.input.name}, {text_bytes / 1e6:.1f} MB of text, n = {arguments.runs}"
+    header = ["engine", "CPU-seconds, median (range)", "CPU-hours per TB", "times openlm's, paired", "peak MiB"]
+    text = f"{machine('gigatoken', 'tokenizers', 'datatrove', 'numpy')}; {about}\n\n{table(header, rows)}"
     show(text, arguments.markdown)
     return None
 
