@@ -12,7 +12,7 @@ import numpy as np
 
 from openlm_pipeline.errors import ConfigError, DataError
 from openlm_pipeline.registry import ENGINES
-from openlm_pipeline.tokenizers.engines import Encoded, Engine
+from openlm_pipeline.tokenizers.engines import Encoded, Engine, pieces
 from openlm_pipeline.tokenizers.strings import Strings
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 VERIFY_EVERY = 500
 """One in so many documents is encoded by both engines, the first of each file among them."""
+_PIECE_CHARACTERS = 4096
+"""Of a doubtful document, that are judged and encoded for themselves."""
 _REFERENCE, _FAST = "huggingface", "gigatoken"
 
 
@@ -121,13 +123,22 @@ class CheckedEngine:
         return encoded
 
     def _encode_apart(self, texts: list[str], doubtful: list[int]) -> Encoded:
-        """Encode all, those in `doubtful` by the reference."""
-        ids: dict[int, np.ndarray] = dict(
-            zip(doubtful, self._reference.encode_batch([texts[i] for i in doubtful]).split())
-        )
-        plain = [i for i in range(len(texts)) if i not in ids]
-        ids |= zip(plain, self._engine.encode_batch([texts[i] for i in plain]).split())
-        return Encoded.of([ids[i] for i in range(len(texts))])
+        """Encode all, of those in `doubtful` by the reference what is."""
+        parts: list[list[str]] = [[text] for text in texts]
+        if self._reference.can_cut:
+            for i in doubtful:
+                parts[i] = list(pieces(texts[i], _PIECE_CHARACTERS))
+        places = [(i, j) for i, text in enumerate(parts) for j in range(len(text))]
+        apart = {(i, j) for i in doubtful for j, part in enumerate(parts[i]) if self._engine.is_doubtful(part)}
+        ids: dict[tuple[int, int], np.ndarray] = {}
+        for engine, chosen in (
+            (self._reference, sorted(apart)),
+            (self._engine, [p for p in places if p not in apart]),
+        ):
+            ids |= zip(chosen, engine.encode_batch([parts[i][j] for i, j in chosen]).split())
+        made = Encoded.of([ids[place] for place in places])
+        firsts = np.cumsum([0, *map(len, parts)])[:-1]
+        return Encoded(made.ids, np.add.reduceat(made.lengths, firsts))
 
 
 def make_engine(

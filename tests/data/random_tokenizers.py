@@ -9,10 +9,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from tokenizers.pre_tokenizers import ByteLevel
 
+from openlm_pipeline.tokenizers import engine as engines
 from openlm_pipeline.tokenizers.engines.gigatoken import SPLITS, GigatokenEngine
 from openlm_pipeline.tokenizers.engines.huggingface import HuggingFaceEngine
 
@@ -138,7 +140,7 @@ class Search:
     tokenizers: int = 0
     documents: int = 0
     doubtful: int = 0
-    """Documents that the engine left to the reference."""
+    """Documents that the engine left to the reference, or in pieces."""
     refused: Counter[str] = field(default_factory=Counter)
     differences: list[tuple[int, str, list[int], list[int]]] = field(default_factory=list)
     """Seed, text, ids of the engine, ids of the reference."""
@@ -162,7 +164,11 @@ class Search:
         self.tokenizers += 1
         self.documents += len(made)
         self.doubtful += len(made) - len(trusted)
-        for t, got, want in zip(trusted, *(e.encode_batch(trusted).split() for e in (engine, reference))):
+        with mock.patch.object(engines, "_PIECE_CHARACTERS", 2):
+            in_pieces = engines.CheckedEngine(engine, reference, 10**9).encode_batch(made).split()
+        whole = reference.encode_batch(made).split()
+        alone = zip(trusted, *(e.encode_batch(trusted).split() for e in (engine, reference)))
+        for t, got, want in [*alone, *zip(made, in_pieces, whole)]:
             if not np.array_equal(got, want):
                 self.differences.append((seed, t, got.tolist(), want.tolist()))
 

@@ -3,8 +3,9 @@
 All must give the ids of Hugging Face `tokenizers`, the reference, against which `tokenizers.engine` checks the others.
 """
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,18 @@ class Encoded:
     def of(cls, ids: Sequence[np.ndarray]) -> "Encoded":
         lengths = np.array([len(x) for x in ids], dtype=np.int64)
         return cls(np.concatenate([np.zeros(0, np.uint32), *ids]), lengths)
+
+
+CUT = re.compile(r"[A-Za-z](?= )")
+
+
+def pieces(text: str, characters: int) -> Iterator[str]:
+    """A text cut between letters and spaces, at the first such place after each so many characters."""
+    begin = 0
+    while cut := CUT.search(text, begin + characters - 1):
+        yield text[begin : cut.end()]
+        begin = cut.end()
+    yield text[begin:]
 
 
 class Engine(ABC):
@@ -55,6 +68,11 @@ class Engine(ABC):
     @abstractmethod
     def encode_batch(self, texts: list[str]) -> Encoded:
         """Token ids of the texts, without special tokens added."""
+
+    @property
+    def can_cut(self) -> bool:
+        """Whether the ids of a text are those of its `pieces`, one after the other."""
+        return False
 
     def is_doubtful(self, text: str) -> bool:
         """Whether it may give other ids than the reference for a text, which then goes to the reference."""

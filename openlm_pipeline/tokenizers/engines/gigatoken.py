@@ -27,6 +27,7 @@ _RESET_BYTES = 256 << 20
 """gigatoken 0.10 caches every distinct word it sees; a new tokenizer starts with an empty cache."""
 _MAX_ID = 1 << 21
 """gigatoken makes a table of as many rows as the largest id says, and `tokenizers` counts up to it when it is saved."""
+_ASCII = 127
 _ALWAYS, _MARK, _ENDS_IN_MARK = 1, 2, 4
 
 _REST = r"[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -58,13 +59,22 @@ def _guarded_code_points() -> np.ndarray:
     return table
 
 
+@cache
+def _guarded_units() -> np.ndarray:
+    """uint8[0x10000]: not 0 for the UTF-16 code units of guarded code points, and for all surrogates."""
+    table = _guarded_code_points()[:0x10000].copy()
+    table[0xD800:0xE000] = _ALWAYS
+    return table
+
+
 def is_guarded(text: str, nfc: bool = True) -> bool:
     """Whether a text holds a code point, or with `nfc` a run of combining marks, on which the engines may differ."""
     if text.isascii():
         return False
-    flags = _guarded_code_points()[np.frombuffer(text.encode("utf-32-le"), np.uint32)]
-    if not flags.any():
+    units = np.frombuffer(text.encode("utf-16-le"), np.uint16)
+    if not _guarded_units()[units[units > _ASCII]].any():  # most are ASCII in most texts
         return False
+    flags = _guarded_code_points()[np.frombuffer(text.encode("utf-32-le"), np.uint32)]
     if (flags & _ALWAYS).any():
         return True
     return nfc and bool(((flags[1:] & _MARK) & ((flags[:-1] & _ENDS_IN_MARK) >> 1)).any())

@@ -5,8 +5,6 @@ ids: it is cut between an ASCII letter and a space, at which the known pre-token
 """
 
 import os
-import re
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,14 +14,13 @@ import orjson
 
 from openlm_pipeline.registry import ENGINES
 from openlm_pipeline.tokenizers.engine import load_reference
-from openlm_pipeline.tokenizers.engines import Encoded, Engine
+from openlm_pipeline.tokenizers.engines import CUT, Encoded, Engine, pieces
 from openlm_pipeline.tokenizers.engines.gigatoken import Unfit, check_parts
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 PIECE_CHARACTERS = 1 << 18
-_CUT = re.compile(r"[A-Za-z](?= )")
 
 
 @ENGINES.register("huggingface")
@@ -37,11 +34,11 @@ class HuggingFaceEngine(Engine):
         self._tokenizer = load_reference(tokenizer_json, special_as_text=special_as_text)
 
     @cached_property
-    def _can_cut(self) -> bool:
+    def can_cut(self) -> bool:
         return can_cut(self._tokenizer)
 
     def encode_batch(self, texts: list[str]) -> Encoded:
-        long = {i for i, text in enumerate(texts) if len(text) > PIECE_CHARACTERS and self._can_cut}
+        long = {i for i, text in enumerate(texts) if len(text) > PIECE_CHARACTERS and self.can_cut}
         short = [text for i, text in enumerate(texts) if i not in long]
         encodings = iter(self._tokenizer.encode_batch_fast(short, add_special_tokens=False))
         return Encoded.of(
@@ -57,15 +54,6 @@ class HuggingFaceEngine(Engine):
         return np.concatenate([np.array(some, dtype=np.uint32) for some in ids])
 
 
-def pieces(text: str, characters: int) -> Iterator[str]:
-    """A text cut between letters and spaces, at the first such place after each so many characters."""
-    begin = 0
-    while cut := _CUT.search(text, begin + characters - 1):
-        yield text[begin : cut.end()]
-        begin = cut.end()
-    yield text[begin:]
-
-
 def can_cut(tokenizer: "Tokenizer") -> bool:
     """Whether the ids of a text are those of its `pieces`, one after the other."""
     try:
@@ -74,6 +62,6 @@ def can_cut(tokenizer: "Tokenizer") -> bool:
         return False
     # Such a token would reach over a cut, take the spaces behind it, or ask what stands before it.
     return not any(
-        _CUT.search(token.content) or token.single_word or (token.rstrip and token.content[-1:].isalpha())
+        CUT.search(token.content) or token.single_word or (token.rstrip and token.content[-1:].isalpha())
         for token in tokenizer.get_added_tokens_decoder().values()
     )
