@@ -38,8 +38,8 @@ from openlm_pipeline.pools import TaskProgress
 from openlm_pipeline.shards.format import SampleFormat
 from openlm_pipeline.storage.files import atomic_writer, read_json, read_sealed, write_json, write_sealed
 from openlm_pipeline.storage.remote import sha256_url
-from openlm_pipeline.tokenizers.engine import EngineMismatch, load_reference, make_engine, special_strings
-from openlm_pipeline.tokenizers.engines import Encoded
+from openlm_pipeline.tokenizers.engine import load_reference, make_engine, special_strings
+from openlm_pipeline.tokenizers.engines import Encoded, EncodingError
 from openlm_pipeline.tokenizers.tokenizer import TokenizerInfo, tokenizer_file
 
 STAGE_VERSION = 2
@@ -355,10 +355,10 @@ def tokenize_part(
             texts = [record.text for record in batch]
             try:
                 encoded = engine.encode_batch(texts)
-            except EngineMismatch as e:
+            except EncodingError as e:
                 raise DataError(
-                    f"{raw.url}, record {batch[e.position].number} from byte {part.begin} on: {e}. Set "
-                    "execution.tokenizer_engine=huggingface to use the slower one alone, and please report the document"
+                    f"{raw.url}, record {batch[e.position].number} from byte {part.begin} on: {e}; and please report "
+                    "the document"
                 ) from e
             stream, lengths = _with_ends(encoded, tokenizer, dtype)
             ids = stream.tobytes()

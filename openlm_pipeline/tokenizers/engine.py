@@ -4,15 +4,17 @@ An engine that is not the reference never stands alone: documents on which it sa
 `tokenizers`, and a sample of the others is encoded by both.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from openlm_pipeline.errors import ConfigError, DataError
+from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.registry import ENGINES
-from openlm_pipeline.tokenizers.engines import Encoded, Engine, pieces
+from openlm_pipeline.tokenizers.engines import Encoded, EncodingError, Engine, pieces
 from openlm_pipeline.tokenizers.strings import Strings
 
 if TYPE_CHECKING:
@@ -25,15 +27,8 @@ _PIECE_CHARACTERS = 4096
 _REFERENCE, _FAST = "huggingface", "gigatoken"
 
 
-class EngineMismatch(DataError):
-    """The fast engine gave other ids than the reference; `position` is the document's place in its batch."""
-
-    def __init__(self, message: str, position: int = 0) -> None:
-        super().__init__(message, position)
-        self.position = position
-
-    def __str__(self) -> str:
-        return str(self.args[0])
+class EngineMismatch(EncodingError):
+    """The fast engine gave other ids than the reference."""
 
 
 def load_reference(tokenizer_json: Path, *, special_as_text: bool = False) -> "Tokenizer":
@@ -93,6 +88,15 @@ def special_strings(tokenizer: "Tokenizer") -> Strings:
     return Strings(token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special)
 
 
+@contextmanager
+def _at(places: Sequence[int]) -> Iterator[None]:
+    """An error's position is that of a text chosen from others; it leaves as the place among these."""
+    try:
+        yield
+    except EncodingError as e:
+        raise EncodingError(str(e), places[e.position]) from e
+
+
 class CheckedEngine:
     """An engine with the reference beside it."""
 
@@ -115,10 +119,15 @@ class CheckedEngine:
         sampled = set(range(-self._documents % self._verify_every, len(texts), self._verify_every)) - set(doubtful)
         if sampled:
             found = encoded.split()
-            expected = self._reference.encode_batch([texts[i] for i in sorted(sampled)]).split()
+            with _at(sorted(sampled)):
+                expected = self._reference.encode_batch([texts[i] for i in sorted(sampled)]).split()
             for i, ids in zip(sorted(sampled), expected):
                 if not np.array_equal(found[i], ids):
-                    raise EngineMismatch("the fast tokenizer engine and Hugging Face tokenizers give different ids", i)
+                    raise EngineMismatch(
+                        "the fast tokenizer engine and Hugging Face tokenizers give different ids. Set "
+                        "execution.tokenizer_engine=huggingface to use the slower one alone",
+                        i,
+                    )
         self._documents += len(texts)
         return encoded
 
@@ -135,7 +144,8 @@ class CheckedEngine:
             (self._reference, sorted(apart)),
             (self._engine, [p for p in places if p not in apart]),
         ):
-            ids |= zip(chosen, engine.encode_batch([parts[i][j] for i, j in chosen]).split())
+            with _at([i for i, _ in chosen]):
+                ids |= zip(chosen, engine.encode_batch([parts[i][j] for i, j in chosen]).split())
         made = Encoded.of([ids[place] for place in places])
         firsts = np.cumsum([0, *map(len, parts)])[:-1]
         return Encoded(made.ids, np.add.reduceat(made.lengths, firsts))

@@ -18,7 +18,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.tokenizers import engine as engines
 from openlm_pipeline.tokenizers.engine import load_reference, make_engine
-from openlm_pipeline.tokenizers.engines import gigatoken
+from openlm_pipeline.tokenizers.engines import EncodingError, gigatoken
 from openlm_pipeline.tokenizers.engines.gigatoken import SPLITS, GigatokenEngine
 from openlm_pipeline.tokenizers.engines.huggingface import HuggingFaceEngine
 from openlm_pipeline.tokenizers.strings import Strings
@@ -244,3 +244,19 @@ def test_an_engine_without_the_option_is_not_used_where_special_tokens_are_text(
 def test_strings_are_counted(strings, text, count):
     found = Strings(strings)
     assert (found.count(text), found.are_in(text), bool(found)) == (count, count > 0, bool(strings))
+
+
+def strips_what_another_strips(config: dict[str, Any]) -> None:
+    added(config, "\n", lstrip=True, normalized=True)
+    added(config, "|>", rstrip=True, single_word=True, normalized=True)
+
+
+def test_a_document_on_which_tokenizers_itself_fails_is_named(tmp_path):
+    """It panics where one added token takes the white space that another has taken."""
+    engine, line = make_engine(made(tmp_path, strips_what_another_strips))
+    assert line.startswith("Hugging Face tokenizers, because")
+    documents = ["fine", "fine too", "|>\r\n\u00a0'"]
+    with pytest.raises(EncodingError, match="Hugging Face tokenizers can't encode it") as raised:
+        engine.encode_batch(documents)
+    assert raised.value.position == 2
+    assert len(engine.encode_batch(documents[:2]).lengths) == 2

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from openlm_pipeline.errors import DataError
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -29,6 +31,17 @@ class Encoded:
     def of(cls, ids: Sequence[np.ndarray]) -> "Encoded":
         lengths = np.array([len(x) for x in ids], dtype=np.int64)
         return cls(np.concatenate([np.zeros(0, np.uint32), *ids]), lengths)
+
+
+class EncodingError(DataError):
+    """A document can't be encoded; `position` is its place in its batch."""
+
+    def __init__(self, message: str, position: int = 0) -> None:
+        super().__init__(message, position)
+        self.position = position
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 CUT = re.compile(r"[A-Za-z](?= )")

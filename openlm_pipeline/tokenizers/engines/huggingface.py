@@ -14,11 +14,11 @@ import orjson
 
 from openlm_pipeline.registry import ENGINES
 from openlm_pipeline.tokenizers.engine import load_reference
-from openlm_pipeline.tokenizers.engines import CUT, Encoded, Engine, pieces
+from openlm_pipeline.tokenizers.engines import CUT, Encoded, EncodingError, Engine, pieces
 from openlm_pipeline.tokenizers.engines.gigatoken import Unfit, check_parts
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
 PIECE_CHARACTERS = 1 << 18
 
@@ -38,19 +38,33 @@ class HuggingFaceEngine(Engine):
         return can_cut(self._tokenizer)
 
     def encode_batch(self, texts: list[str]) -> Encoded:
+        """Token ids of the texts, without special tokens added.
+
+        Raises:
+            EncodingError: the library fails on a text, as it does on some added tokens that overlap.
+        """
         long = {i for i, text in enumerate(texts) if len(text) > PIECE_CHARACTERS and self.can_cut}
-        short = [text for i, text in enumerate(texts) if i not in long]
-        encodings = iter(self._tokenizer.encode_batch_fast(short, add_special_tokens=False))
+        short = [i for i in range(len(texts)) if i not in long]
+        encodings = dict(zip(short, self._encode([texts[i] for i in short], short)))
         return Encoded.of(
             [
-                self._in_pieces(text) if i in long else np.array(next(encodings).ids, dtype=np.uint32)
+                self._in_pieces(text, i) if i in long else np.array(encodings[i].ids, dtype=np.uint32)
                 for i, text in enumerate(texts)
             ]
         )
 
-    def _in_pieces(self, text: str) -> np.ndarray:
-        encode = self._tokenizer.encode
-        ids = (encode(piece, add_special_tokens=False).ids for piece in pieces(text, PIECE_CHARACTERS))
+    def _encode(self, texts: list[str], places: list[int]) -> "list[Encoding]":
+        try:
+            return self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except BaseException as e:
+            if type(e).__name__ != "PanicException":  # which is no Exception, and has no public name
+                raise
+            if len(texts) == 1:
+                raise EncodingError(f"Hugging Face tokenizers can't encode it ({e})", places[0]) from None
+            return [encoding for text, place in zip(texts, places) for encoding in self._encode([text], [place])]
+
+    def _in_pieces(self, text: str, place: int) -> np.ndarray:
+        ids = (self._encode([piece], [place])[0].ids for piece in pieces(text, PIECE_CHARACTERS))
         return np.concatenate([np.array(some, dtype=np.uint32) for some in ids])
 
 
