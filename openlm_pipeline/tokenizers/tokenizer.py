@@ -6,6 +6,7 @@ A tokenizer folder holds `tokenizer.json` and, written last, `tokenizer_info.jso
 import os
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def read_tokenizer_info(folder: Path) -> TokenizerInfo:
     path = tokenizer_file(folder)
     if not path.exists() or sha256_file(path) != info.sha256:
         raise DataError(f"{path} is not the file that {folder / _INFO} describes; delete the folder to make it again")
-    return info if info.largest_id is not None else replace(info, **_facts(path))
+    return info if info.largest_id is not None else replace(info, **_facts(path, info.sha256))
 
 
 def _texts(files: Iterable[RawFile], text_key: str) -> Iterator[str]:
@@ -214,11 +215,12 @@ def _describe(spec: TokenizerSpec, path: Path, identity: dict[str, Any]) -> Toke
         )
     bos_id = None if spec.bos is None else tokenizer.token_to_id(spec.bos)
     sha256, size = sha256_file(path), tokenizer.get_vocab_size()
-    return TokenizerInfo(spec.name, sha256, size, eot_id, identity, bos_id=bos_id, **_facts(path))
+    return TokenizerInfo(spec.name, sha256, size, eot_id, identity, bos_id=bos_id, **_facts(path, sha256))
 
 
-def _facts(path: Path) -> dict[str, Any]:
-    """What the ids of a tokenizer depend on beside its file's hash."""
+@lru_cache(maxsize=4)
+def _facts(path: Path, sha256: str) -> dict[str, Any]:
+    """What the ids of a tokenizer depend on beside its file's hash, `sha256`."""
     config = orjson.loads(path.read_bytes())
     off = [name for name in ("truncation", "padding") if config.get(name)]
     return {"largest_id": largest_id(load_any(path)), "switched_off": off}
