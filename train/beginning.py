@@ -1,5 +1,6 @@
 """Where a run begins: at the weights of checkpoints of any kind, or at its parent's milestone."""
 
+import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from openlm_pipeline.errors import ConfigError, MissingInputError
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.fingerprint import Tree, differences, fingerprint, settings_tree
 from openlm_pipeline.models import ModelConfig
+from openlm_pipeline.models.init import initialize
 from openlm_pipeline.models.transformer import Transformer
 from openlm_pipeline.registry import SCHEDULES
 from openlm_pipeline.runs.folder import RunFolder
@@ -46,7 +48,7 @@ def learning_rates(experiment: Experiment, start_tokens: int) -> Callable[[int],
 
 @dataclass
 class Beginning:
-    """The weights that a new run begins with: given ones, its parent's, or those that its model was made with."""
+    """The weights that a new run begins with: given ones, its parent's, or those that are drawn by its seed."""
 
     experiment: Experiment
     home: Home
@@ -58,14 +60,12 @@ class Beginning:
 
     def load(
         self, model: Transformer, optimizer: Optimizers, extra: checkpoints.Extra, console: Console
-    ) -> Collection[str] | None:
-        """Load them; once `is_over`, or where they are the model's own, nothing is done.
+    ) -> Collection[str]:
+        """Load them, or draw them by the recipe's seed.
 
         Returns:
-            Names of the states in `extra` that were loaded as well; None where nothing was done.
+            Names of the states in `extra` that were loaded as well.
         """
-        if self.is_over:
-            return None
         if self.initial_weights:
             config = self.experiment.model_config_resolved()
             _load_initial_weights(model, config, self.initial_weights, self.world)
@@ -75,7 +75,9 @@ class Beginning:
             loaded = _begin_from(parent, self.experiment, self.world, model, optimizer, extra)
             console.print(f"begins at {parent.path} ({format_tokens(parent.tokens)} tokens)")
             return loaded
-        return None
+        config = self.experiment.model_config_resolved()
+        initialize(model, config, self.experiment.seed, threads=max(1, (os.cpu_count() or 1) // self.world.per_node))
+        return ()
 
 
 def _begin_from(

@@ -15,6 +15,7 @@ import torch
 from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.ordering import order_of
+from openlm_pipeline.runs.layout import layout
 from openlm_pipeline.shards.dataset import ShardedDataset
 
 _SHARDS_AHEAD_STEPS = 16
@@ -44,19 +45,12 @@ class Batches:
     def __init__(self, experiment: Experiment, datasets: list[ShardedDataset], rank: int, world_size: int) -> None:
         """
         Raises:
-            ConfigError: the global batch does not divide over the ranks and their micro-batches, or a dataset's
-                vocabulary is larger than the model's.
+            ConfigError: the global batch does not divide over the ranks, or a dataset's vocabulary is larger than the
+                model's.
         """
-        sequences = experiment.training.global_batch // experiment.seq_len
-        if sequences % world_size:
-            raise ConfigError(f"a global batch of {sequences} sequences does not divide over {world_size} processes")
-        self.global_sequences, self.local_sequences = sequences, sequences // world_size
-        self.micro_batch = experiment.execution.micro_batch or self.local_sequences
-        if self.local_sequences % self.micro_batch:
-            raise ConfigError(
-                f"the {self.local_sequences} sequences of a process do not divide into micro-batches of "
-                f"{self.micro_batch}"
-            )
+        laid = layout(experiment, world_size)
+        self.global_sequences, self.local_sequences = laid.sequences, laid.local_sequences
+        self.micro_batch = laid.micro_batch
         for d in datasets:
             check_ids(d, experiment.model_config_resolved().vocab_size)
         self.datasets = datasets

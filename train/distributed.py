@@ -1,10 +1,18 @@
 """The process group, the device of this rank, and how ranks agree."""
 
 import os
+import resource
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from openlm_pipeline.errors import DataError
+
+FIRST_STEP_TIMEOUT = timedelta(minutes=30)
+"""A collective may take so long until the first step is made: meanwhile ranks hash checkpoints and compile kernels."""
 
 
 @dataclass(frozen=True)
@@ -14,6 +22,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    per_node: int
+    """Processes on this machine."""
     cpu_group: dist.ProcessGroup
     """A gloo group, so that small agreements never wait for the GPU's stream."""
 
@@ -26,6 +36,17 @@ class World:
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(values)
         return values
+
+    def first_error(self, check: Callable[[], None]) -> DataError | None:
+        """Call `check()` on every rank; on every rank the error of the first that had one."""
+        mine = None
+        try:
+            check()
+        except DataError as e:
+            mine = e
+        found: list[DataError | None] = [None] * self.size
+        dist.all_gather_object(found, mine, group=self.cpu_group)
+        return next((error for error in found if error), None)
 
     def from_rank0(self, make):
         """Call `make()` on rank 0 and give its result, or raise its error, on every rank."""
@@ -41,6 +62,12 @@ class World:
         return box[0]
 
 
+def raise_file_limit() -> None:
+    """As many open files as the system allows this process: shards, sockets and compiled kernels are many."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def start() -> World:
     """Join the process group torchrun describes, or make one of a single process."""
     size = int(os.environ.get("WORLD_SIZE", 1))
@@ -53,11 +80,19 @@ def start() -> World:
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             # Workers that one torchrun starts again find its store with the addresses of those that died.
             store = dist.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=FIRST_STEP_TIMEOUT,
+            device_id=torch.device("cuda", torch.cuda.current_device()) if cuda else None,
+        )
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    return World(dist.get_rank(), size, device, dist.new_group(backend="gloo"))
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    return World(dist.get_rank(), size, device, per_node, dist.new_group(backend="gloo"))
 
 
 def leave_process_group() -> None:

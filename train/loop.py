@@ -5,19 +5,28 @@ import time
 from collections.abc import Collection, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from torch.distributed.tensor import DTensor
 
-from openlm_pipeline.checkpoints.folders import Checkpoint, list_checkpoints, newest_intact, promote, rotate
+from openlm_pipeline.checkpoints.folders import (
+    Checkpoint,
+    list_checkpoints,
+    promote,
+    put_away_damaged,
+    rotate,
+    verify,
+)
 from openlm_pipeline.errors import TrainingError
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.experiments.choices import unread_settings
 from openlm_pipeline.models.transformer import IGNORE_INDEX
 from openlm_pipeline.runs.dry_run import size_line
 from openlm_pipeline.runs.folder import RunFolder
+from openlm_pipeline.runs.layout import layout
 from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.opening import open_dataset
 from openlm_pipeline.storage.home import Home
@@ -101,6 +110,8 @@ class Trainer:
             f"{experiment.name}: {size_line(self.model.config, experiment.seq_len)}; on {world.size} x "
             f"{world.device.type}, {self.batches.global_sequences} sequences of {experiment.seq_len} tokens per step"
         )
+        for note in layout(experiment, world.size, world.per_node).notes:
+            self.console.print(note)
 
     @property
     def tokens(self) -> int:
@@ -122,10 +133,14 @@ class Trainer:
             for label, tokens in self.experiment.labelled_milestones()
             if tokens <= until
         }
+        being_saved: dict[str, int] = {}
         while True:
-            self.saver.wait()
-            there = {c.milestone: c.step for c in self.world.from_rank0(self._list)}
+            there = {c.milestone: c.step for c in self.world.from_rank0(self._list)} | being_saved
             label = next((m for m, step in milestones.items() if there.get(m) != step), None)
+            if label is None and being_saved:
+                being_saved = {}
+                self.saver.wait()
+                continue
             if label is None:
                 step = max([self.step, *milestones.values()])
                 return Outcome("completed", step, step * self.experiment.training.global_batch)
@@ -136,6 +151,7 @@ class Trainer:
                 self.saver.wait()
                 return Outcome("preempted", self.step, self.tokens)
             self._reach_milestone(label)
+            being_saved[label] = self.step
 
     def _list(self) -> list[Checkpoint]:
         return list_checkpoints(self.run.checkpoints, self.run.fingerprint, self.warn)
@@ -149,28 +165,41 @@ class Trainer:
         False, with nothing loaded, where a milestone turned out to be damaged and was set aside.
         """
 
-        def choose() -> tuple[Checkpoint | None, bool]:
-            before = self._list()
-            newest = newest_intact(before, target, self.warn, self.allow)
-            return newest, any(c.milestone and not c.path.exists() for c in before)
-
-        newest, milestone_lost = self.world.from_rank0(choose)
+        here = self.step if self.step <= target else -1
+        newest, milestone_lost = self._newest_intact(here, target)
         if milestone_lost:
             return False
-        here = self.step if self.step <= target else -1
-        if newest is not None and newest.step > here:
+        if newest is not None:
             checkpoints.load(newest, self.model, self.optimizer, self.hooks.state())
             self.step = newest.step
             self.console.print(f"resumed from {newest.path.name} ({format_tokens(newest.tokens)} tokens)")
         elif here < 0:
             raise TrainingError(f"no intact checkpoint to go back to step {target} from; start the run again")
-        elif (loaded := self.beginning.load(self.model, self.optimizer, self.hooks.state(), self.console)) is not None:
+        elif not self.beginning.is_over:
+            loaded = self.beginning.load(self.model, self.optimizer, self.hooks.state(), self.console)
             for hook in self.hooks:
                 hook.at_beginning(loaded)
         self.beginning.is_over = True
         for hook in self.hooks:
             hook.at_resume()
         return True
+
+    def _newest_intact(self, after: int, up_to: int) -> tuple[Checkpoint | None, bool]:
+        """The newest checkpoint of a step after `after` and up to `up_to` whose files all verify, each rank looking at
+        its share; and whether a damaged milestone was put away on the way to it."""
+        milestone_lost = False
+
+        def newest() -> Checkpoint | None:
+            return next((c for c in reversed(self._list()) if after < c.step <= up_to), None)
+
+        while (checkpoint := self.world.from_rank0(newest)) is not None:
+            share = {"rank": self.world.rank, "world_size": self.world.size}
+            damage = self.world.first_error(partial(verify, checkpoint, **share))
+            if damage is None:
+                break
+            self.world.from_rank0(partial(put_away_damaged, checkpoint, damage, self.warn, self.allow))
+            milestone_lost = milestone_lost or checkpoint.milestone is not None
+        return checkpoint, milestone_lost
 
     def _train_to(self, target: int) -> bool:
         """Step until `target`; False if a signal asked to stop before."""
@@ -207,8 +236,8 @@ class Trainer:
         loss = torch.zeros((), device=self.world.device)
         for i, x in enumerate(inputs):
             self.model.set_requires_gradient_sync(i == len(inputs) - 1)
-            ce_sum, z_sum = self.model(x.ids_BS, x.targets_BS, documents_BS=x.documents_BS)
-            total = ce_sum + training.z_loss * z_sum if training.z_loss else ce_sum
+            ce_sum, z_sum = self.model(x.ids_BS, x.targets_BS, documents_BS=x.documents_BS, with_z=training.z_loss > 0)
+            total = ce_sum if z_sum is None else ce_sum + training.z_loss * z_sum
             # FSDP averages gradients over ranks; times world size this is the mean over the global batch's targets.
             (total * self.world.size / num_targets).backward()
             loss += ce_sum.detach() / num_targets
@@ -279,8 +308,6 @@ class Trainer:
             milestone=milestone,
             metrics=metrics or {},
         )
-        if milestone:
-            self.saver.wait()
 
     def _on_saved(self, saved: checkpoints.Saved) -> None:
         """On rank 0, in the thread that wrote the checkpoint."""

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.experiments import Experiment
-from openlm_pipeline.models.init import initialize
 from openlm_pipeline.models.transformer import Transformer
+from openlm_pipeline.runs.layout import layout
 from train.distributed import World
 
 _aten = torch.ops.aten
@@ -52,16 +52,9 @@ def use_deterministic_algorithms() -> None:
 def make_mesh(world: World, replicas: int) -> DeviceMesh:
     """All processes as one axis `shard`, or as `replicate` x `shard` where each of `replicas` groups has all weights.
 
-    Neighbouring ranks are in one group, so a group of a node's size keeps gathering inside the node.
-
-    Raises:
-        ConfigError: the processes do not divide into so many groups.
+    Neighbouring ranks are in one group, so a group of a node's size keeps gathering inside the node. `replicas` divides
+    the processes.
     """
-    if world.size % replicas:
-        raise ConfigError(
-            f"{world.size} processes do not divide into execution.replicas={replicas} groups; "
-            "take a divisor of the number of processes"
-        )
     if replicas == 1:
         return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
     shape = (replicas, world.size // replicas)
@@ -71,13 +64,13 @@ def make_mesh(world: World, replicas: int) -> DeviceMesh:
 
 
 def build_model(experiment: Experiment, world: World) -> Transformer:
-    """The experiment's model, sharded by block and initialised from its seed, the same at any world size.
+    """The experiment's model, sharded by block; its weights are not set yet.
 
     Raises:
-        ConfigError: the processes do not divide into `execution.replicas`, or float8 is not to be had here.
+        ConfigError: the batch does not divide over the processes, or float8 is not to be had here.
     """
     training, execution = experiment.training, experiment.execution
-    mesh = make_mesh(world, execution.replicas)
+    mesh = make_mesh(world, layout(experiment, world.size, world.per_node).replicas)
     config = experiment.model_config_resolved()
     with torch.device("meta"):
         model = Transformer(config)
@@ -96,9 +89,12 @@ def build_model(experiment: Experiment, world: World) -> Transformer:
         if execution.compile:
             block.compile(fullgraph=True)
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=execution.reshard_after_forward)
+    if execution.compile:
+        model.final_norm = torch.compile(model.final_norm, fullgraph=True)
+        model.chunk_loss = torch.compile(model.chunk_loss, fullgraph=True)
     fully_shard(model, mesh=mesh, mp_policy=policy)  # the root's part stays gathered: the backward pass begins with it
     model.to_empty(device=world.device)
-    initialize(model, config, experiment.seed)
+    model.init_buffers()
     return model
 
 

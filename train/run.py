@@ -11,7 +11,7 @@ from openlm_pipeline.runs.parent import parent_identity
 from openlm_pipeline.shards.opening import open_dataset
 from openlm_pipeline.storage.home import Home
 from train.beginning import weights_identity
-from train.distributed import World, start
+from train.distributed import World, raise_file_limit, start
 from train.hooks.watchdog import record_collectives
 from train.loop import Outcome, Trainer
 
@@ -35,8 +35,8 @@ def run_training(
     Raises:
         OpenLMError: what is wrong with the recipe, the data, the folder or the run.
     """
-    if experiment.execution.hang_seconds is not None:
-        record_collectives()
+    record_collectives()
+    raise_file_limit()
     world = start()
     run = RunFolder(run_path or home.run(experiment.name, experiment.version))
     datasets = [open_dataset(d, home) for d in experiment.training_datasets()]

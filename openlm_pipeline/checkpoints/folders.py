@@ -165,8 +165,12 @@ def list_checkpoints(folder: Path, run_fingerprint: str, warn: Callable[[str], N
     return found
 
 
-def verify(checkpoint: Checkpoint, *, hashes: bool = True) -> None:
+def verify(checkpoint: Checkpoint, *, hashes: bool = True, rank: int = 0, world_size: int = 1) -> None:
     """Compare every file with its recorded size and, unless told not to, its hash.
+
+    Args:
+        rank, world_size: of the processes that share out the hashes; what a rank wrote itself comes to it where as many
+            wrote the checkpoint.
 
     Raises:
         DataError: names the first file that is missing or differs.
@@ -177,38 +181,29 @@ def verify(checkpoint: Checkpoint, *, hashes: bool = True) -> None:
             raise DataError(f"checkpoint file {path} is missing or has the wrong size")
     if not hashes:
         return
+    mine = [path for i, path in enumerate(paths) if i % world_size == rank]
     with ThreadPoolExecutor() as pool:  # hashing gives the interpreter's lock back
-        for path, found in zip(paths, pool.map(sha256_file, paths)):
+        for path, found in zip(mine, pool.map(sha256_file, mine)):
             if found != paths[path]["sha256"]:
                 raise DataError(f"checkpoint file {path} does not have its recorded sha256: it is damaged")
 
 
-def newest_intact(
-    checkpoints: list[Checkpoint], max_step: int, warn: Callable[[str], None], allow: Collection[str] = ()
-) -> Checkpoint | None:
-    """The newest checkpoint up to `max_step` whose files all verify.
-
-    Damaged ones are reported and set aside, so that nothing counts on them any more: neither a milestone nor the
-    number of checkpoints that are kept.
+def put_away_damaged(
+    checkpoint: Checkpoint, damage: DataError, warn: Callable[[str], None], allow: Collection[str] = ()
+) -> None:
+    """Set a damaged checkpoint aside and say so; nothing counts on it any more: neither a milestone nor the number of
+    checkpoints that are kept.
 
     Args:
         allow: consents; a damaged milestone is set aside only with `remake`.
 
     Raises:
-        ConsentError: a milestone is damaged.
+        ConsentError: it is a milestone.
     """
-    for checkpoint in reversed(checkpoints):
-        if checkpoint.step > max_step:
-            continue
-        try:
-            verify(checkpoint)
-            return checkpoint
-        except DataError as e:
-            if checkpoint.milestone:
-                what = f"milestone {checkpoint.milestone} is damaged: {e}"
-                refuse([refusal("remake", what, KEEP_DAMAGED)], allow)
-            warn(f"{e}. Falling back to an earlier checkpoint; it is now {set_aside(checkpoint.path).name}")
-    return None
+    if checkpoint.milestone:
+        what = f"milestone {checkpoint.milestone} is damaged: {damage}"
+        refuse([refusal("remake", what, KEEP_DAMAGED)], allow)
+    warn(f"{damage}. Falling back to an earlier checkpoint; it is now {set_aside(checkpoint.path).name}")
 
 
 def rotate(checkpoints: list[Checkpoint], keep: int, in_use: Collection[int] = ()) -> None:

@@ -208,7 +208,8 @@ class Execution(Strict):
     """How to run training; nothing here changes results."""
 
     micro_batch: int | None = Field(default=None, ge=1)
-    """Sequences a process handles at once; by default its whole share of the global batch."""
+    """Sequences a process handles at once, or the largest divisor of its share of the global batch below that; by
+    default the whole share."""
     checkpoint_every: Tokens | None = None
     """Tokens between rotating checkpoints; by default only milestones are saved."""
     keep_checkpoints: int = Field(default=2, ge=1)
@@ -216,11 +217,12 @@ class Execution(Strict):
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """`full`: keep each block's input only; `selective`: keep matrix products and attention, make the rest again."""
     compile: bool = False
-    """Compile each block with torch.compile."""
+    """Compile blocks, final norm, head and loss with torch.compile."""
     loss_chunk: int = Field(default=2048, ge=1)
     """Positions whose logits exist at one time in the loss."""
-    replicas: int = Field(default=1, ge=1)
-    """Groups of processes that each hold all weights (HSDP); 1 shards over all."""
+    replicas: int | None = Field(default=None, ge=1)
+    """Groups of processes that each hold all weights (HSDP), or the largest divisor of the processes below that; 1
+    shards over all. By default one per machine where micro-batches are too short to hide gathering, else 1."""
     reshard_after_forward: bool = True
     """Give gathered weights back between the forward and backward pass: less memory, more communication."""
     deterministic: bool = False

@@ -4,8 +4,11 @@ So they are bitwise the same on every mesh, at any world size and in any order o
 are open_lm's.
 """
 
+import itertools
 import math
 import zlib
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -65,16 +68,37 @@ def initial_values(name: str, shape: torch.Size, config: ModelConfig, seed: int)
 
 
 @torch.no_grad()
-def initialize(model: Transformer, config: ModelConfig, seed: int) -> None:
+def initialize(model: Transformer, config: ModelConfig, seed: int, threads: int = 1) -> None:
     """Fill parameters and buffers in place; `model` may be sharded by `fully_shard` and come from `to_empty`.
 
-    Every rank draws each full tensor on the CPU and keeps its part, so nothing is communicated, and a GPU starts from
-    the same weights as a CPU.
+    The ranks that share a copy of the weights draw one tensor each, in turn, whole and on the CPU, and send the others
+    their rows; so a GPU starts from the same weights as a CPU.
+
+    Args:
+        threads: in which a rank draws tensors ahead; each takes the memory of one.
     """
-    for wrapped_name, parameter in model.named_parameters():
-        full = initial_values(parameter_name(wrapped_name), parameter.shape, config, seed)
-        if isinstance(parameter, DTensor):
-            mesh, placements = parameter.device_mesh, parameter.placements
-            full = distribute_tensor(full.to(parameter.device), mesh, placements, src_data_rank=None)
-        parameter.copy_(full)
+    named = [(parameter_name(name), parameter) for name, parameter in model.named_parameters()]
+    meshes = [parameter.device_mesh for _, parameter in named if isinstance(parameter, DTensor)]
+    group = meshes[0] if meshes else None
+    if group and group.ndim > 1:
+        group = group[group.mesh_dim_names[-1]]  # inside a replica
+    rank, size = (group.get_local_rank(), group.size()) if group else (0, 1)
+    with ThreadPoolExecutor(threads, thread_name_prefix="init") as pool:
+        ahead: deque[Future[Tensor]] = deque()
+        mine = iter([(name, p.shape) for i, (name, p) in enumerate(named) if i % size == rank])
+
+        def draw_ahead() -> None:
+            for name, shape in itertools.islice(mine, threads - len(ahead)):
+                ahead.append(pool.submit(initial_values, name, shape, config, seed))
+
+        for i, (_, parameter) in enumerate(named):
+            draw_ahead()
+            if not isinstance(parameter, DTensor):
+                parameter.copy_(ahead.popleft().result())
+                continue
+            drawn = ahead.popleft().result() if i % size == rank else torch.empty(parameter.shape)
+            part = distribute_tensor(
+                drawn.to(parameter.device), group, parameter.placements[-1:], src_data_rank=i % size
+            )
+            parameter.to_local().copy_(part.to_local())
     model.init_buffers()

@@ -5,6 +5,7 @@ Shape suffixes: B batch, S sequence, D hidden_dim, F feed-forward width, V vocab
 the positions in the cache.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -84,6 +85,14 @@ class Block(nn.Module):
         return x_BSD + self.feed_forward(self.ffn_norm(x_BSD))
 
 
+ChunkLoss = Callable[[Tensor, nn.Module, Tensor, bool], tuple[Tensor, Tensor | None]]
+
+
+def apply_norm(norm: nn.Module, x_BSD: Tensor) -> Tensor:
+    """A function of its own, because torch's norms can't be compiled as modules."""
+    return norm(x_BSD)
+
+
 class Transformer(nn.Module):
     """A language model. After construction on the meta device and `to_empty`, call `init_buffers` before use."""
 
@@ -92,6 +101,8 @@ class Transformer(nn.Module):
         self.config = config
         self.loss_chunk = LOSS_CHUNK
         """Positions whose logits exist at one time in the loss."""
+        self.chunk_loss, self.final_norm = chunk_loss_sums, apply_norm
+        """The loss of such a chunk, and the norm before it; both may be compiled."""
         self.post_embed_norm = make_norm(config, config.hidden_dim) if config.post_embed_norm else nn.Identity()
         output = nn.Linear(config.hidden_dim, config.vocab_size, bias=False)
         # One module under two names, not two modules with one weight: `to_empty` would separate those.
@@ -159,7 +170,7 @@ class Transformer(nn.Module):
             x_BSD = layer(x_BSD, rotation, mask, None if cache is None else partial(cache.append, i))
         if cache is not None:
             cache.length += seq_len
-        return self.norm(x_BSD)
+        return self.final_norm(self.norm, x_BSD)
 
     def forward(
         self,
@@ -170,45 +181,57 @@ class Transformer(nn.Module):
         positions_BS: Tensor | None = None,
         valid_BT: Tensor | None = None,
         cache: KVCache | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        with_z: bool = True,
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
         """Logits, or with targets the loss sums.
 
         Args:
             ids_BS: token ids, int64 or int32.
             targets_BS: the id each position should predict, int64; -100 where there is none.
             documents_BS, positions_BS, valid_BT, cache: as for `hidden`.
+            with_z: give the second sum. Without a backward pass of its own it would keep the logits of every chunk.
 
         Returns:
             Without targets: logits [B, S, V], fp32.
             With targets: 0-d fp32 sums over the positions that have a target: of the cross-entropy in nats, and of the
-            squared log-partition for the z-loss. Leave the second out of the loss where its coefficient is 0: it costs
-            a backward pass of its own through the logits.
+            squared log-partition for the z-loss, or None.
         """
         x_BSD = self.hidden(
             ids_BS, documents_BS=documents_BS, positions_BS=positions_BS, valid_BT=valid_BT, cache=cache
         )
         if targets_BS is None:
             return self.output(x_BSD).float()
-        return loss_sums(x_BSD.flatten(0, 1), self.output, targets_BS.flatten(), self.loss_chunk)
+        x_ND, targets_N = x_BSD.flatten(0, 1), targets_BS.flatten()
+        return loss_sums(x_ND, self.output, targets_N, self.loss_chunk, with_z, self.chunk_loss)
 
 
-def loss_sums(x_ND: Tensor, output: nn.Module, targets_N: Tensor, chunk: int = LOSS_CHUNK) -> tuple[Tensor, Tensor]:
+def loss_sums(
+    x_ND: Tensor,
+    output: nn.Module,
+    targets_N: Tensor,
+    chunk: int = LOSS_CHUNK,
+    with_z: bool = True,
+    chunk_loss: ChunkLoss | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """Sums of cross-entropy and of squared log-partition, see `Transformer.forward`.
 
     More than `chunk` positions are taken in chunks whose logits are made again in the backward pass.
     """
+    chunk_loss = chunk_loss or chunk_loss_sums
     if len(x_ND) <= chunk:
-        return _chunk_loss_sums(x_ND, output, targets_N)
-    chunks = zip(x_ND.split(chunk), targets_N.split(chunk))
+        return chunk_loss(x_ND, output, targets_N, with_z)
     sums = [
-        checkpoint(_chunk_loss_sums, x, output, t, use_reentrant=False, preserve_rng_state=False) for x, t in chunks
+        checkpoint(chunk_loss, x, output, t, with_z, use_reentrant=False, preserve_rng_state=False)
+        for x, t in zip(x_ND.split(chunk), targets_N.split(chunk))
     ]
-    return torch.stack([ce for ce, _ in sums]).sum(), torch.stack([z for _, z in sums]).sum()
+    return torch.stack([ce for ce, _ in sums]).sum(), torch.stack([z for _, z in sums]).sum() if with_z else None
 
 
-def _chunk_loss_sums(x_ND: Tensor, output: nn.Module, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+def chunk_loss_sums(x_ND: Tensor, output: nn.Module, targets_N: Tensor, with_z: bool) -> tuple[Tensor, Tensor | None]:
     logits_NV = output(x_ND).float()
     ce_N = F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORE_INDEX, reduction="none")
+    if not with_z:
+        return ce_N.sum(), None
     valid_N = targets_N != IGNORE_INDEX
     target_logit_N = logits_NV.gather(1, targets_N.where(valid_N, 0)[:, None])[:, 0]
     # Cross-entropy is log-partition minus target logit, so the log-partition needs no second pass over the logits.

@@ -20,6 +20,7 @@ from openlm_pipeline.runs.estimates import (
     optimizer_flops,
     peak_flops,
 )
+from openlm_pipeline.runs.layout import Layout, layout
 from openlm_pipeline.shards.opening import open_dataset
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.units import format_bytes, format_seconds, format_tokens
@@ -53,8 +54,7 @@ class TrainingCost:
     parameters: int
     flops_per_token: int
     processes: int
-    micro_batch: int
-    sequences_per_step: int
+    layout: Layout
     steps: int
     tokens: int
     """Up to the last milestone, whole steps; of a fork, those after its parent's."""
@@ -79,12 +79,12 @@ class TrainingCost:
         memory = self.memory
         yield f"{self.name}: {size_line(self.model, self.seq_len)}"
         yield (
-            f"{format_tokens(self.tokens, 4)} tokens: {self.steps:,} steps of {self.sequences_per_step:,} sequences of "
+            f"{format_tokens(self.tokens, 4)} tokens: {self.steps:,} steps of {self.layout.sequences:,} sequences of "
             f"{self.seq_len:,} tokens, {self.samples:,} samples"
         )
         yield (
-            f"{self.processes} process{'es' if self.processes > 1 else ''}, {self.micro_batch} sequences at a time in "
-            f"each, {self.sequences_per_step // (self.processes * self.micro_batch)} micro-batches per step"
+            f"{self.processes} process{'es' if self.processes > 1 else ''}, {self.layout.micro_batch} sequences at a "
+            f"time in each, {self.layout.micro_batches} micro-batches per step"
         )
         yield (
             f"memory per GPU: {format_bytes(memory.total)} within a factor of {TOLERANCE} (weights "
@@ -131,6 +131,7 @@ def describe(
     device_name: str | None = None,
     mfu: float = 0.4,
     home: Home | None = None,
+    per_node: int | None = None,
 ) -> TrainingCost:
     """What training up to the last milestone takes.
 
@@ -138,6 +139,7 @@ def describe(
         device_name: a GPU as torch or a person calls it (`H100`); only the time depends on it.
         mfu: share of the device's peak that is reached, 0 to 1.
         home: where shards are looked for; by default `OPENLM_HOME`.
+        per_node: processes on a machine; by default all are on one.
 
     Raises:
         ConfigError: the device is not known, or the batch does not divide over the processes.
@@ -145,15 +147,7 @@ def describe(
     if not 0 < mfu <= 1:
         raise ConfigError(f"MFU is a share of a device's peak, above 0 and up to 1, not {mfu}")
     config, training, execution = experiment.model_config_resolved(), experiment.training, experiment.execution
-    sequences = training.global_batch // experiment.seq_len
-    micro_batch = execution.micro_batch or sequences // processes
-    if sequences % processes or not micro_batch or (sequences // processes) % micro_batch:
-        raise ConfigError(
-            f"a global batch of {sequences} sequences does not divide over {processes} processes and micro-batches of "
-            f"{micro_batch}"
-        )
-    if processes % execution.replicas:
-        raise ConfigError(f"{processes} processes do not divide into execution.replicas={execution.replicas} groups")
+    laid = layout(experiment, processes, per_node)
     peak = None
     if device_name is not None:
         peak = peak_flops(device_name, training.precision)
@@ -165,8 +159,8 @@ def describe(
     steps = experiment.steps(experiment.milestones[-1]) - experiment.steps(experiment.start_tokens())
     tokens = steps * training.global_batch
     parameters, flops = count_parameters(config), flops_per_token(config, experiment.seq_len)
-    memory, in_optimizer = estimate_memory(experiment, processes), optimizer_flops(experiment)
-    shards = max(1, processes // execution.replicas)
+    memory, in_optimizer = estimate_memory(experiment, processes, per_node), optimizer_flops(experiment)
+    shards = processes // laid.replicas
     rotating = execution.keep_checkpoints if execution.checkpoint_every else 0
     datasets = experiment.training_datasets()
     weight_sum = sum(d.source.weight for d in datasets)
@@ -177,13 +171,12 @@ def describe(
         parameters=parameters,
         flops_per_token=flops,
         processes=processes,
-        micro_batch=micro_batch,
-        sequences_per_step=sequences,
+        layout=laid,
         steps=steps,
         tokens=tokens,
-        samples=steps * sequences,
+        samples=steps * laid.sequences,
         data=tuple(
-            DataNeed(d.name, round(steps * sequences * d.source.weight / weight_sum), samples_there(d, home))
+            DataNeed(d.name, round(steps * laid.sequences * d.source.weight / weight_sum), samples_there(d, home))
             for d in datasets
         ),
         memory=memory,

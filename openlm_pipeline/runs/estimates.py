@@ -19,6 +19,7 @@ from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.models import count_parameters
 from openlm_pipeline.models.config import ModelConfig
 from openlm_pipeline.registry import OPTIMIZERS
+from openlm_pipeline.runs.layout import layout
 
 Arithmetic = Literal["bf16", "tf32", "fp32"]
 """What matrix products are computed in; `tf32` is what torch does with fp32 tensors where it is allowed to."""
@@ -147,19 +148,18 @@ def block_activations(config: ModelConfig, element_bytes: int, keep: str) -> int
     return kept * element_bytes
 
 
-def estimate_memory(experiment: Experiment, processes: int) -> MemoryEstimate:
-    """What each of `processes` needs."""
+def estimate_memory(experiment: Experiment, processes: int, per_node: int | None = None) -> MemoryEstimate:
+    """What each of `processes` needs, of which `per_node` are on a machine, or all."""
     config, training, execution = experiment.model_config_resolved(), experiment.training, experiment.execution
     num_parameters, compute_bytes = count_parameters(config), _BYTES[training.precision]
     state_bytes = _BYTES[training.state_precision]
-    shards = max(1, processes // execution.replicas)
+    laid = layout(experiment, processes, per_node)
+    shards = processes // laid.replicas
     embeddings = (1 if config.weight_tying else 2) * config.vocab_size * config.hidden_dim
     blocks = num_parameters - embeddings
-    local_sequences = training.global_batch // experiment.seq_len // processes
-    micro_batch = execution.micro_batch or local_sequences
-    tokens = micro_batch * experiment.seq_len
+    tokens = laid.micro_batch * experiment.seq_len
     # FSDP adds up micro-batches' gradients whole, in the type it will reduce them in.
-    gradients = num_parameters * (4 if micro_batch < local_sequences else state_bytes / shards)
+    gradients = num_parameters * (4 if laid.micro_batches > 1 else state_bytes / shards)
     in_blocks, elsewhere = OPTIMIZERS[training.optimizer](training).state_values()
     alive = embeddings + (2 * blocks // config.n_layers if execution.reshard_after_forward else blocks)
     per_token = config.n_layers * block_activations(config, compute_bytes, execution.activation_checkpointing)

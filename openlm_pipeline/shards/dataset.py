@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 
@@ -18,8 +19,9 @@ from openlm_pipeline.shards.store import ShardStore, only_one
 from openlm_pipeline.shards.sums import agree, damaged_sample, open_checked, read_sums
 from openlm_pipeline.storage.remote import download, join, public, remote_size
 
-_MAX_OPEN = 256
-"""Shards that a dataset has mapped at a time; each takes a file descriptor, of which a process often has 1,024."""
+_MAX_OPEN = 512
+"""Shards that all datasets of a process have mapped at a time; each takes one of maybe 1,024 file descriptors."""
+_datasets: "WeakSet[ShardedDataset]" = WeakSet()
 
 
 class ShardedDataset:
@@ -81,6 +83,7 @@ class ShardedDataset:
         """Samples in each shard."""
         self._first = np.concatenate([[0], np.cumsum(self.shard_sizes)])
         self._store = store
+        _datasets.add(self)
         self._open: OrderedDict[int, tuple[np.ndarray, memoryview | None]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -242,7 +245,7 @@ class ShardedDataset:
                 if entry.sums_sha256 is not None:
                     _fetch_once(self.folder, self.remote, entry.sums)
             opened = self._open[k] = array, read_sums(self.folder, entry)
-            while len(self._open) > _MAX_OPEN:
+            while len(self._open) > max(1, _MAX_OPEN // len(_datasets)):
                 self._open.popitem(last=False)
         else:
             self._open.move_to_end(k)

@@ -62,8 +62,8 @@ def test_a_compiled_model_has_the_same_losses_with_one_graph_for_all_blocks(
     counters = torch._dynamo.utils.counters
     counters.clear()
     small.train("execution.compile=true", "execution.activation_checkpointing=selective", "milestones=[1024]")
-    # Training, validation, and validation's last batch of another size.
-    assert 1 <= counters["stats"]["unique_graphs"] <= 3
+    # Block, norm and loss, each for training, validation, and validation's last batch of another size.
+    assert 1 <= counters["stats"]["unique_graphs"] <= 9
     expected = {step: loss for step, loss in plain.losses().items() if step <= 4}
     assert small.losses() == pytest.approx(expected, rel=1e-6)
 
@@ -75,15 +75,15 @@ def test_code_generated_for_blocks_gives_the_same_losses(plain: SmallRun, small:
     counters.clear()
     compiled = ("execution.compile=true", "execution.activation_checkpointing=selective")
     small.train(*compiled, "milestones=[1024]", "validation=null")
-    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["stats"]["unique_graphs"] == 3  # block, norm, loss
     assert counters["inductor"]
     expected = {step: loss for step, loss in plain.losses().items() if step <= 4}
     assert small.losses() == pytest.approx(expected, rel=1e-6)
 
 
-def test_replicas_that_do_not_divide_the_processes_are_refused(small: SmallRun):
-    with pytest.raises(ConfigError, match="1 processes do not divide into execution.replicas=2 groups"):
-        small.train("execution.replicas=2")
+def test_replicas_that_do_not_divide_the_processes_become_fewer(small: SmallRun, capfd):
+    small.train("execution.replicas=2", "milestones=[1024]")
+    assert "1 groups with all weights, not 2: there are 1 processes" in capfd.readouterr().out
 
 
 def test_full_checkpointing_keeps_less_than_selective_and_that_less_than_none():

@@ -13,6 +13,7 @@ from waiting import wait_until
 
 from openlm_pipeline.errors import ConfigError, DataError
 from openlm_pipeline.models import create_model
+from openlm_pipeline.models.init import initialize
 from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.opening import open_dataset
 from train.data import Batches
@@ -121,18 +122,21 @@ def test_a_batch_that_does_not_divide_over_the_processes_is_refused(small: Small
         Batches(small.experiment(), datasets, 0, 3)
 
 
-def save_initial_weights(small: SmallRun, folder: Path) -> None:
+def save_initial_weights(small: SmallRun, folder: Path, *overrides: str) -> None:
     """One of four processes: rank 0 keeps the weights that all have together."""
     world = start()
-    model = build_model(small.experiment(), world)
+    experiment = small.experiment(*overrides)
+    model = build_model(experiment, world)
+    initialize(model, model.config, experiment.seed, threads=2)
     weights = {name: p.full_tensor() for name, p in model.named_parameters()}
     if world.rank == 0:
         torch.save(weights, folder / "weights.pt")
     leave_process_group()
 
 
-def test_initial_weights_of_four_processes_are_those_of_one_bitwise(small: SmallRun, tmp_path: Path):
-    run_in_processes(4, save_initial_weights, small, tmp_path)
+@pytest.mark.parametrize("overrides", [[], ["execution.replicas=2"], ["execution.replicas=4"]])
+def test_initial_weights_of_four_processes_are_those_of_one_bitwise(small: SmallRun, tmp_path: Path, overrides):
+    run_in_processes(4, save_initial_weights, small, tmp_path, *overrides)
     four = torch.load(tmp_path / "weights.pt")
     experiment = small.experiment()
     one = dict(create_model(experiment.model_config_resolved(), seed=experiment.seed).named_parameters())

@@ -12,6 +12,7 @@ from small_run import SmallRun, write_dataset
 from openlm_pipeline.checkpoints.folders import COMPLETE, list_checkpoints, read_checkpoint
 from openlm_pipeline.checkpoints.reading import load_model
 from openlm_pipeline.errors import BusyError, ConfigError, ConsentError, IdentityError, MissingInputError, TrainingError
+from openlm_pipeline.models import init
 
 
 def checkpoint_folder(small: SmallRun, step: int) -> Path:
@@ -215,9 +216,30 @@ def test_gradient_accumulation_gives_the_same_losses(trained: SmallRun, small: S
     assert small.losses() == pytest.approx(trained.losses(), rel=1e-6)
 
 
-def test_a_micro_batch_that_does_not_divide_is_refused(small: SmallRun):
-    with pytest.raises(ConfigError, match="8 sequences of a process do not divide into micro-batches of 3"):
-        small.train("execution.micro_batch=3")
+def test_a_micro_batch_that_does_not_divide_becomes_one_that_does(trained: SmallRun, small: SmallRun, capfd):
+    small.train("execution.micro_batch=3")
+    assert small.losses() == pytest.approx(trained.losses(), rel=1e-6)
+    assert "micro-batches of 2 sequences, not 3: each of 1 processes has 8 a step" in capfd.readouterr().out
+
+
+def test_a_milestone_is_hashed_as_it_is_written_and_not_again(small: SmallRun, monkeypatch):
+    verified: list[int] = []
+    monkeypatch.setattr("train.loop.verify", lambda checkpoint, **share: verified.append(checkpoint.step))
+    small.train()
+    assert small.steps_on_disk() == {4: "t1024", 8: "t2048"} and verified == []
+    small.train("milestones=[1024, 2048, 3072]")
+    assert verified == [8]
+
+
+def test_weights_are_drawn_only_where_none_are_loaded(trained: SmallRun, copy: SmallRun, tmp_path: Path, monkeypatch):
+    drawn: list[str] = []
+    real = init.initial_values
+    monkeypatch.setattr(init, "initial_values", lambda name, *rest: drawn.append(name) or real(name, *rest))
+    copy.train("milestones=[1024, 2048, 3072]")
+    assert drawn == []
+    small = SmallRun(tmp_path / "new", (4,))
+    small.train()
+    assert drawn and small.losses() == {s: loss for s, loss in trained.losses().items() if s <= 4}
 
 
 def test_missing_shards_are_refused_with_the_command_that_makes_them(small: SmallRun):

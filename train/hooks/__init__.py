@@ -44,14 +44,15 @@ class Hook:
     """Hooks with lower numbers come first at each point, those with the same number by name."""
 
     def __init__(self, trainer: "Trainer") -> None:
-        """`trainer` has its model and optimizer, with initial weights; `trainer.step` steps are done at any time."""
+        """`trainer` has its model and optimizer; `trainer.step` steps are done at any time."""
         self.trainer = trainer
 
     def at_start(self, until: int) -> None:
         """Training to `until` tokens begins; before checkpoints are looked at."""
 
     def at_beginning(self, loaded: Collection[str]) -> None:
-        """The model was given the weights that a new run begins with, and the states called `loaded` a parent's."""
+        """The model was given the weights that a new run begins with, and the states called `loaded` a parent's; before
+        that, or a checkpoint's, its weights are anything."""
 
     def at_resume(self) -> None:
         """Steps are about to be made from `trainer.step`: of a checkpoint just loaded, or where the last ones ended."""
