@@ -16,7 +16,7 @@ import numpy as np
 import orjson
 
 from openlm_pipeline.registry import ENGINES
-from openlm_pipeline.tokenizers.engine import load_reference
+from openlm_pipeline.tokenizers.engine import largest_id, load_reference
 from openlm_pipeline.tokenizers.engines import Encoded, Engine
 from openlm_pipeline.tokenizers.strings import Strings
 
@@ -103,10 +103,10 @@ def exact_form(tokenizer_json: Path, special_as_text: bool) -> ExactForm:
 @lru_cache(maxsize=2)
 def _exact_form(tokenizer_json: Path, special_as_text: bool, *stamp: int) -> ExactForm:
     reference = load_reference(tokenizer_json)
+    if largest_id(reference) >= _MAX_ID:
+        raise Unfit(f"it has ids from {_MAX_ID:,} on")
     config = orjson.loads(reference.to_str())  # all defaults filled in, of equal merges the one that counts
     nfc = check_parts(config)
-    if max([*config["model"]["vocab"].values(), *(token["id"] for token in config["added_tokens"])]) >= _MAX_ID:
-        raise Unfit(f"it has ids from {_MAX_ID:,} on")
     vocab, merges = _check_model(config["model"], reference.get_vocab_size(with_added_tokens=False))
     plain, watched = _sort_added_tokens(reference.get_added_tokens_decoder(), nfc, special_as_text)
     model = {**config["model"], "vocab": vocab, "merges": merges, "unk_token": None}
