@@ -114,8 +114,8 @@ def test_a_job_is_created_found_again_and_deleted(tmp_path: Path, cluster: Kuber
 @pytest.mark.drill
 def test_a_failed_job_shows_its_log_and_the_next_takes_its_place(tmp_path: Path, cluster: KubernetesServer):
     small = SmallRun(tmp_path, (2,))
-    with pytest.raises(TrainingError, match=r"micro-batch[\s\S]*The end of the log of pod pod"):
-        list(watch(small, [], "execution.micro_batch=3"))
+    with pytest.raises(TrainingError, match=r"embedding has 100 rows[\s\S]*The end of the log of pod pod"):
+        list(watch(small, [], "model.vocab_size=100"))
     assert len(cluster.objects) == 1
     events = list(watch(small, []))
     assert [e.label for e in events if isinstance(e, MilestoneReached)] == [f"t0{2 * BATCH}"]
