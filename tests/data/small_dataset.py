@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+from resealed import reseal
 
 from openlm_pipeline.errors import OpenLMError
 from openlm_pipeline.experiments import Dataset, Experiment
@@ -14,9 +15,7 @@ from openlm_pipeline.pipeline import data as data_stages
 from openlm_pipeline.pools import PoolFactory
 from openlm_pipeline.result import StageResult
 from openlm_pipeline.shards.dataset import ShardedDataset
-from openlm_pipeline.shards.format import open_shard
-from openlm_pipeline.shards.manifest import finish_dataset, write_manifest
-from openlm_pipeline.shards.sums import write_sums
+from openlm_pipeline.shards.manifest import write_manifest
 from openlm_pipeline.storage.files import sha256_file, write_json
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.tokenization.documents import FileTokens
@@ -126,14 +125,7 @@ class SmallDataset:
 
     def reseal(self) -> None:
         """Make the manifest vouch for what is in the folder now, as if the shards had been made so."""
-        made = ShardedDataset(self.shards)
-        entries = []
-        for k, entry in enumerate(made.entries):
-            samples = open_shard(made.shard_path(k), entry.num_sequences, made.format)
-            sums_sha256 = write_sums(self.shards / entry.sums, samples)
-            hashes = {"sha256": sha256_file(self.shards / entry.tar), "sums_sha256": sums_sha256}
-            entries.append(replace(entry, **hashes, provenance_sha256=sha256_file(self.shards / entry.provenance)))
-        finish_dataset(self.shards, entries, made.info)
+        reseal(self.shards)
 
     def make_first_release(self) -> None:
         """Take away what the first release did not write, and from the manifest what it did not say."""
