@@ -3,7 +3,7 @@
 import importlib
 import math
 import sys
-from functools import partialmethod
+from functools import partial, partialmethod
 
 import pytest
 import torch
@@ -53,6 +53,7 @@ def no_code_generated(monkeypatch) -> None:
     """Blocks are traced, their backward passes too, and then run without the C++ that takes a minute to compile."""
     compile_block = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compile_block, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
 
 
 def test_a_compiled_model_has_the_same_losses_with_one_graph_for_all_blocks(
