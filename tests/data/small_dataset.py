@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from resealed import reseal
 
 from openlm_pipeline.errors import OpenLMError
 from openlm_pipeline.experiments import Dataset, Experiment
@@ -125,6 +124,8 @@ class SmallDataset:
 
     def reseal(self) -> None:
         """Make the manifest vouch for what is in the folder now, as if the shards had been made so."""
+        from resealed import reseal  # programs that use this module have no path to it
+
         reseal(self.shards)
 
     def make_first_release(self) -> None:
