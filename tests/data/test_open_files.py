@@ -40,7 +40,7 @@ def many_shards(folder: Path, count: int) -> None:
     finish_dataset(folder, entries, {"name": "many", "seq_len": 2, "dtype": "uint16"})
 
 
-@pytest.mark.parametrize("counts", [(2_000, 1_500, 1_200), (30_000,)])
+@pytest.mark.parametrize("counts", [(1_500, 700, 600), (5_000,)])
 def test_shards_beyond_the_limit_of_open_files(counts: tuple[int, ...], tmp_path: Path) -> None:
     folders = [tmp_path / str(count) for count in counts]
     for folder, count in zip(folders, counts):
