@@ -38,9 +38,8 @@ def download(
     """Fetch lists of raw files over http(s)://, s3://, hf:// and all else that fsspec reads.
 
     A file is named by its path below the folders that its template names, and gets its name only when it is whole and
-    checked. After any interruption the same command resumes where it
-    stopped; a file that changed meanwhile begins anew. SHA256SUMS in the folder holds the hash of every file, so that
-    `sha256sum -c SHA256SUMS` checks them.
+    checked. After any interruption the same command resumes where it stopped; a file that changed meanwhile begins
+    anew. SHA256SUMS in the folder holds the hash of every file, so that `sha256sum -c SHA256SUMS` checks them.
 
     Credentials come from ~/.netrc, or from what s3fs and huggingface_hub read in the environment. Licences of the data
     are yours to check.

@@ -100,8 +100,10 @@ class BackgroundCheck:
                     if self._stopped:
                         return
                     checked.check(dataset, k)
-            except (DataError, OSError) as e:
-                problem = e if isinstance(e, DataError) else DataError(f"a shard can't be read: {e}")
+            except DataError as e:
+                problem = e
+            except Exception as e:  # noqa: BLE001 - whoever waits for this thread raises it
+                problem = DataError(f"the shards can't be checked: {e}")
             with self._changed:
                 self.problem, self._done = problem, step
                 self._changed.notify_all()

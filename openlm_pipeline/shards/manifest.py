@@ -19,7 +19,7 @@ from typing import Any
 import orjson
 
 from openlm_pipeline.errors import DataError, MissingInputError
-from openlm_pipeline.storage.files import sha256_file, write_text
+from openlm_pipeline.storage.files import read_json, sha256_file, write_text
 
 MANIFEST = "manifest.jsonl"
 DATASET = "dataset.json"
@@ -153,16 +153,10 @@ def read_dataset(folder: Path) -> tuple[list[ShardEntry], dict[str, Any], str]:
     """
     entries = read_manifest(folder)
     path = folder / DATASET
-    try:
-        written = path.read_bytes()
-        info = json.loads(written)
-    except FileNotFoundError:
-        raise MissingInputError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise DataError(f"{path} is not valid JSON: {e}") from e
+    info = read_json(path)
     version = read_version(folder, entries)
     refuse = partial(_refuse, folder)
-    if (recorded := recorded_beside(entries).get(DATASET)) and hashlib.sha256(written).hexdigest() != recorded:
+    if (recorded := recorded_beside(entries).get(DATASET)) and sha256_file(path) != recorded:
         raise refuse(f"{path} is not the one that {folder / MANIFEST} was written with")
     if info.get(_VERSION, version) != version:
         raise refuse(f"{folder / MANIFEST} is not the one that {path} was written with")
