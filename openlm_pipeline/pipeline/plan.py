@@ -274,7 +274,7 @@ def _dataset(dataset: Dataset, home: Home, tokenizer: TokenizerInfo | None, abov
         yield Artefact(name, "missing", ("they were not made yet",))
         return
     try:
-        _, info, _ = read_dataset(folder)
+        entries, info, _ = read_dataset(folder)
     except (DataError, MissingInputError) as e:
         yield Artefact(name, "stale", (str(e),))
         return
@@ -287,7 +287,7 @@ def _dataset(dataset: Dataset, home: Home, tokenizer: TokenizerInfo | None, abov
         yield Artefact(name, "stale", (f"tokenized/{dataset.name} is not fresh",), consent)
         return
     changed = differences(info["identity"], shards_identity(dataset, done, tokenizer))
-    lost, index_gone = ({}, False) if changed or published_url(dataset) else lost_files(folder)
+    lost, index_gone = ({}, False) if changed or published_url(dataset) else lost_files(folder, entries)
     if lost or index_gone:
         shown = ", ".join(entry.tar for entry in list(lost.values())[:3]) + (", ..." if len(lost) > 3 else "")
         why = f"{len(lost)} shards are missing or not whole, and alone are made again: {shown}"

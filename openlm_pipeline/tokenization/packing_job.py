@@ -1,7 +1,7 @@
 """Stage 2 over the streams of a dataset: what is done stays, what is missing is made on a pool."""
 
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -203,10 +203,11 @@ class _Packing:
         Raises:
             DataError: a shard is damaged, or what is made again is not what the manifest says.
         """
-        lost, index_lost = lost_files(self.folder)
+        entries = read_manifest(self.folder)
+        lost, index_lost = lost_files(self.folder, entries)
         if lost or index_lost:
             self._make_again(lost, index=index_lost)
-        if not read_manifest(self.folder)[0].sums_sha256:
+        if not entries[0].sums_sha256:
             self._add_sums()
         return bool(lost)
 
@@ -321,7 +322,7 @@ class _Packing:
         with self.pools(self.report) as pool:
             made = self._make_shards({n: entry.bytes for n, entry in lost.items()}, pool, index=index)
         for n, entry in made.items():
-            if any(entry.hashes[name] != lost[n].hashes.get(name, sha256) for name, sha256 in entry.samples.items()):
+            if any(sha256 != lost[n].hashes.get(file, sha256) for file, sha256 in entry.samples.items()):
                 path = folder / entry.tar
                 path.unlink()
                 raise DataError(
@@ -374,10 +375,13 @@ def check_shard(folder: Path, entry: ShardEntry, *, progress: TaskProgress) -> b
     )
 
 
-def lost_files(folder: Path) -> tuple[dict[int, ShardEntry], bool]:
+def lost_files(folder: Path, entries: Sequence[ShardEntry]) -> tuple[dict[int, ShardEntry], bool]:
     """What a finished dataset lacks: the shards, by number, that are not in its folder, or not in their size, or lack
-    what is beside them; and whether the index of its documents is gone."""
-    entries = read_manifest(folder)
+    what is beside them; and whether the index of its documents is gone.
+
+    Args:
+        entries: of its manifest.
+    """
 
     def is_there(entry: ShardEntry) -> bool:
         path = folder / entry.tar
