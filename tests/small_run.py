@@ -39,7 +39,7 @@ execution: {{log_every: 1}}
 
 
 def write_dataset(
-    home: Home, name: str, num_samples: int, *, seed: int, vocab_size: int = 260, sums: bool = True
+    home: Home, name: str, num_samples: int, *, seed: int, vocab_size: int = 260, sums: bool = True, seq_len: int = 32
 ) -> None:
     """Shards of seeded text-like ids: each id is followed by one of few, so that a model can learn them.
 
@@ -47,8 +47,8 @@ def write_dataset(
         sums: of the samples; the first release wrote none.
     """
     rng = np.random.default_rng(seed)
-    samples = (np.cumsum(rng.integers(1, 4, (num_samples, 33)), axis=1) % 251).astype(np.uint16)
-    folder, sample_format = home.shards(name, "v1"), SampleFormat(33, "uint16")
+    samples = (np.cumsum(rng.integers(1, 4, (num_samples, seq_len + 1)), axis=1) % 251).astype(np.uint16)
+    folder, sample_format = home.shards(name, "v1"), SampleFormat(seq_len + 1, "uint16")
     halves = np.array_split(samples, 2)
     entries = []
     for n, (half, first) in enumerate(zip(halves, (0, len(halves[0])))):
@@ -56,7 +56,7 @@ def write_dataset(
         made = write_shard(folder / f"{n:08d}.tar", half, first, sample_format)
         entries.append(ShardEntry(shard=f"{n:08d}", source=name, sums_sha256=sums_sha256, **made))
     tokenizer = {"name": "bytes", "sha256": "0" * 64, "vocab_size": vocab_size}
-    info = {"name": name, "version": "v1", "tokenizer": tokenizer, "eot_id": 0, "seq_len": 32, "dtype": "uint16"}
+    info = {"name": name, "version": "v1", "tokenizer": tokenizer, "eot_id": 0, "seq_len": seq_len, "dtype": "uint16"}
     if sums:
         finish_dataset(folder, entries, info)
     else:

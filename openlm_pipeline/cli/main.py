@@ -190,6 +190,9 @@ def train(
     mfu: Annotated[
         float, typer.Option(help="With --dry-run: the share of its peak that is reached.", min=0.01, max=1)
     ] = 0.4,
+    bandwidth: Annotated[
+        float, typer.Option(help="With --dry-run: GB/s that a GPU sends to other machines.", min=0.1)
+    ] = 50,
 ) -> None:
     """Train a recipe's model through its milestones with torchrun, from the newest checkpoint on.
 
@@ -209,7 +212,8 @@ def train(
     if dry_run:
         from openlm_pipeline.runs.dry_run import describe
 
-        for line in describe(experiment, experiment.launcher.world_size, gpu, mfu, home).lines():
+        cost = describe(experiment, experiment.launcher.world_size, gpu, mfu, home, bandwidth=bandwidth * 1e9)
+        for line in cost.lines():
             say(line)
         return
     limit = _tokens(until) if until else experiment.milestones[-1]

@@ -12,6 +12,9 @@ Overrides = Annotated[
 ]
 Gpu = Annotated[str | None, typer.Option(help="A GPU such as H100, for the time; default: what the run measured.")]
 Mfu = Annotated[float, typer.Option(help="With --gpu: the share of its peak that is reached.", min=0.01, max=1)]
+Bandwidth = Annotated[
+    float, typer.Option(help="GB/s that a GPU sends to other machines, for the share of a step this takes.", min=0.1)
+]
 Price = Annotated[float | None, typer.Option(help="Price of a GPU-hour, in any currency.", min=0)]
 Allow = Annotated[
     list[str] | None,

@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from openlm_pipeline.cli.options import Gpu, Mfu, Overrides, Price, Recipe
+from openlm_pipeline.cli.options import Bandwidth, Gpu, Mfu, Overrides, Price, Recipe
 
 
 def plan(
@@ -11,6 +11,7 @@ def plan(
     gpu: Gpu = None,
     mfu: Mfu = 0.4,
     price: Price = None,
+    bandwidth: Bandwidth = 50,
 ) -> None:
     """Say what is fresh, stale or missing, which field changed, and the tokens, time, disk and money of what is left.
 
@@ -25,6 +26,7 @@ def plan(
     from openlm_pipeline.storage.home import Home
 
     console = Console(highlight=False, soft_wrap=True)
-    made = make_plan(load_experiment(recipe, overrides or []), Home.from_env(), device=gpu, mfu=mfu, price=price)
+    experiment, home = load_experiment(recipe, overrides or []), Home.from_env()
+    made = make_plan(experiment, home, device=gpu, mfu=mfu, price=price, bandwidth=bandwidth * 1e9)
     for line in made.lines():
         console.print(line, markup=False)

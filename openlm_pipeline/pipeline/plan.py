@@ -23,6 +23,7 @@ from openlm_pipeline.runs.identity import extension_refusal, run_identity
 from openlm_pipeline.runs.launch import milestone_checkpoints
 from openlm_pipeline.runs.parent import parent_identity
 from openlm_pipeline.runs.spending import spending
+from openlm_pipeline.runs.traffic import BETWEEN
 from openlm_pipeline.shards.manifest import DOCUMENTS, MANIFEST, read_dataset
 from openlm_pipeline.shards.opening import open_dataset, published_url
 from openlm_pipeline.storage.home import Home
@@ -75,6 +76,8 @@ class Cost:
     speed: str
     """Where the time comes from."""
     money: float | None
+    communication: str | None
+    """What GPUs send to each other, where there are several."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,8 @@ class RecipePlan:
         else:
             money = f", {cost.money:,.2f} at the price given" if cost.money is not None else ""
             yield f"time: {format_seconds(cost.seconds)}, {cost.gpu_hours:,.4g} GPU-hours{money} ({cost.speed})"
+        if cost.communication:
+            yield cost.communication
 
 
 def plan(
@@ -119,6 +124,7 @@ def plan(
     device: str | None = None,
     mfu: float = 0.4,
     price: float | None = None,
+    bandwidth: float = BETWEEN,
 ) -> RecipePlan:
     """What running a recipe would do now.
 
@@ -126,6 +132,7 @@ def plan(
         device: a GPU such as `H100`, for the time where the run has no measured speed yet.
         mfu: share of the device's peak that is reached.
         price: of an hour of one GPU (or process), in any currency.
+        bandwidth: bytes per second that a GPU sends to other machines.
 
     Raises:
         ConfigError: the device is not known.
@@ -142,7 +149,7 @@ def plan(
     why = () if state == "fresh" else (f"{stale[0]} is not fresh",) if stale else ("it was not made yet",)
     artefacts.append(Artefact(f"report/{experiment.name}", state, why))
     missing = sum(a.state != "fresh" for a in checkpoints)
-    cost = _cost(experiment, home, start, missing, same_run, device, mfu, price)
+    cost = _cost(experiment, home, start, missing, same_run, device, mfu, price, bandwidth)
     return RecipePlan(experiment.name, tuple(artefacts), cost, findings)
 
 
@@ -369,9 +376,10 @@ def _cost(
     device: str | None,
     mfu: float,
     price: float | None,
+    bandwidth: float,
 ) -> Cost:
     processes = experiment.launcher.world_size
-    whole = describe(experiment, processes, device, mfu, home)
+    whole = describe(experiment, processes, device, mfu, home, bandwidth=bandwidth)
     tokens = max(0, whole.tokens - (start - experiment.start_tokens())) if missing else 0
     seconds, speed = None, "not known: the run has no records yet, and no GPU is named (--gpu)"
     run = RunFolder(home.run(experiment.name, experiment.version))
@@ -391,4 +399,5 @@ def _cost(
         gpu_hours=hours,
         speed=speed,
         money=None if hours is None or price is None else hours * price,
+        communication=whole.traffic_line() if processes > 1 else None,
     )

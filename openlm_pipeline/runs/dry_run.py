@@ -13,7 +13,7 @@ from openlm_pipeline.models import count_parameters
 from openlm_pipeline.models.config import ModelConfig
 from openlm_pipeline.runs.estimates import (
     DEVICES,
-    TOLERANCE,
+    MOMENTS,
     MemoryEstimate,
     estimate_memory,
     flops_per_token,
@@ -21,6 +21,7 @@ from openlm_pipeline.runs.estimates import (
     peak_flops,
 )
 from openlm_pipeline.runs.layout import Layout, layout
+from openlm_pipeline.runs.traffic import BETWEEN, INSIDE, Traffic, estimate_traffic
 from openlm_pipeline.shards.opening import open_dataset
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.units import format_bytes, format_seconds, format_tokens
@@ -69,6 +70,7 @@ class TrainingCost:
     mfu: float
     seconds: float | None
     """Training time at `mfu` on GPUs called `device_name`; None where no device is named."""
+    traffic: Traffic
     optimizer_flops: int = 0
     """Operations of the optimizer per step, over all processes, where they are more than a few per parameter."""
     unread: tuple[str, ...] = ()
@@ -87,12 +89,14 @@ class TrainingCost:
             f"time in each, {self.layout.micro_batches} micro-batches per step"
         )
         yield (
-            f"memory per GPU: {format_bytes(memory.total)} within a factor of {TOLERANCE} (weights "
+            f"memory per GPU: {format_bytes(memory.total)} at the peak, {MOMENTS[memory.moment]} (weights "
             f"{format_bytes(memory.weights)}, gradients {format_bytes(memory.gradients)}, optimizer "
             f"{format_bytes(memory.optimizer)}, averages {format_bytes(memory.averages)}, gathered weights "
-            f"{format_bytes(memory.gathered)}, activations {format_bytes(memory.activations)}, logits "
-            f"{format_bytes(memory.logits)})"
+            f"{format_bytes(memory.gathered)}, activations {format_bytes(memory.activations)}, working memory "
+            f"{format_bytes(memory.working)}), without what the allocator and CUDA add; compiled blocks take less"
         )
+        if self.processes > 1:
+            yield self.traffic_line()
         for source in self.data:
             yield source.line(self.seq_len)
         for sentence in self.unread:
@@ -114,6 +118,24 @@ class TrainingCost:
                 f"{self.tokens / self.seconds / self.processes:,.0f} tokens/s per GPU"
             )
 
+    def traffic_line(self) -> str:
+        """What each GPU sends and waits for."""
+        traffic = self.traffic
+        parts = [f"weights {format_bytes(traffic.gathered)}", f"gradients {format_bytes(traffic.reduced)}"]
+        if traffic.by_optimizer:
+            parts.append(f"optimizer {format_bytes(traffic.by_optimizer)}")
+        line = (
+            f"communication per GPU and step: {', '.join(parts)}; {1000 * traffic.seconds:,.1f} ms at "
+            f"{INSIDE / 1e9:g} GB/s inside a machine and {traffic.between / 1e9:g} between"
+        )
+        if self.seconds is None:
+            return f"{line}; name a device for the share of a step"
+        step = self.seconds / self.steps
+        return (
+            f"{line}: {traffic.seconds / step:.1%} of a step, hidden behind computing but for "
+            f"{traffic.exposed_seconds / step:.1%}"
+        )
+
 
 def size_line(config: ModelConfig, seq_len: int) -> str:
     """Size of a model in one line: what a trainer says at its start, too."""
@@ -132,6 +154,7 @@ def describe(
     mfu: float = 0.4,
     home: Home | None = None,
     per_node: int | None = None,
+    bandwidth: float = BETWEEN,
 ) -> TrainingCost:
     """What training up to the last milestone takes.
 
@@ -139,7 +162,8 @@ def describe(
         device_name: a GPU as torch or a person calls it (`H100`); only the time depends on it.
         mfu: share of the device's peak that is reached, 0 to 1.
         home: where shards are looked for; by default `OPENLM_HOME`.
-        per_node: processes on a machine; by default all are on one.
+        per_node: processes on a machine; by default as many as the recipe's launcher puts there.
+        bandwidth: bytes per second that a GPU sends to other machines.
 
     Raises:
         ConfigError: the device is not known, or the batch does not divide over the processes.
@@ -147,6 +171,7 @@ def describe(
     if not 0 < mfu <= 1:
         raise ConfigError(f"MFU is a share of a device's peak, above 0 and up to 1, not {mfu}")
     config, training, execution = experiment.model_config_resolved(), experiment.training, experiment.execution
+    per_node = per_node or min(processes, experiment.launcher.processes)
     laid = layout(experiment, processes, per_node)
     peak = None
     if device_name is not None:
@@ -164,6 +189,8 @@ def describe(
     rotating = execution.keep_checkpoints if execution.checkpoint_every else 0
     datasets = experiment.training_datasets()
     weight_sum = sum(d.source.weight for d in datasets)
+    seconds = (tokens * flops + steps * in_optimizer) / (processes * peak * mfu) if peak else None
+    step_seconds = seconds / steps if seconds and steps else None
     return TrainingCost(
         name=experiment.name,
         model=config,
@@ -184,7 +211,8 @@ def describe(
         checkpoints=len(experiment.milestones) + rotating,
         device_name=device_name,
         mfu=mfu,
-        seconds=(tokens * flops + steps * in_optimizer) / (processes * peak * mfu) if peak else None,
+        seconds=seconds,
+        traffic=estimate_traffic(experiment, processes, per_node, step_seconds, bandwidth),
         optimizer_flops=in_optimizer,
         unread=tuple(unread_settings(training)),
     )

@@ -104,72 +104,113 @@ def peak_flops(name: str, arithmetic: Arithmetic) -> float | None:
     return teraflops * 1e12 if teraflops else None
 
 
-TOLERANCE = 1.35
+BYTES = {"fp32": 4, "bf16": 2}
 
-_BYTES = {"fp32": 4, "bf16": 2}
-_LOGIT_COPIES = 3
-"""fp32 arrays as large as the logits in the backward pass of the loss: log-probabilities, and two gradients."""
+
+MOMENTS = {
+    "loss": "in the loss",
+    "backward": "in the backward pass of the last block",
+    "end": "at the end of the backward pass",
+}
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one process."""
+    """Bytes of one process at the moment of a step when it holds most."""
 
+    moment: str
+    """One of `MOMENTS`."""
     weights: int
     """This rank's share of the weights."""
-    gradients: int
-    """The share of the gradients, or all of them where micro-batches are added up before they are reduced."""
     optimizer: int
     averages: int
+    gradients: int
+    """Whole ones in fp32 where micro-batches are added up before they are reduced, and those on their way."""
     gathered: int
-    """Whole weights of the blocks under way and of the embeddings, and the latter's gradients."""
+    """Whole weights of the embeddings and of the blocks under way."""
     activations: int
-    logits: int
+    """What the backward pass will need."""
+    working: int
+    """What one moment makes and frees again: logits and their gradients, or the inner values of a block."""
 
     @property
     def total(self) -> int:
-        return sum(asdict(self).values())
+        return sum(value for value in asdict(self).values() if isinstance(value, int))
 
 
-def block_activations(config: ModelConfig, element_bytes: int, keep: str) -> int:
-    """Bytes per token that one block keeps for its backward pass, or works with while it is made again.
+def block_activations(config: ModelConfig, element_bytes: int, keep: str = "none") -> int:
+    """Bytes per token that one block keeps for its backward pass, from its input on.
 
     Args:
         keep: `none`, `selective` or `full` activation checkpointing.
     """
     width, inner, hidden = config.hidden_dim, config.n_heads * config.head_dim, config.ffn_dim
+    products = 2 if config.ffn != "gelu" else 1
     if keep == "full":
         return width * element_bytes  # the block's input
-    projected = 2 * hidden if config.ffn != "gelu" else hidden
-    # Input, q, k and v, what attention gives, what its projection gives, the first and the last product of the FFN.
-    kept = 3 * width + 4 * inner + projected
-    if keep == "none":
-        kept += width + 2 * inner + 2 * hidden  # also a second norm, turned q and k, silu(gate) and its product
-    return kept * element_bytes
+    sums = 4 * config.n_heads  # of the softmax, in fp32
+    if keep == "selective":  # also q, k and v, what attention gives, its projection, and the products of the FFN
+        return (3 * width + 4 * inner + products * hidden) * element_bytes + sums
+    turned = 0 if config.positional_embedding in ("none", "head_rotary") else 3 * inner  # q, k, and attention's in rows
+    if config.qk_norm and not turned:
+        turned = 2 * inner
+    # Input and the sum after attention, each with its norm; q, k and v; attention; the FFN's products, twice activated.
+    kept = 4 * width + 4 * inner + turned + 2 * products * hidden
+    return kept * element_bytes + sums
 
 
 def estimate_memory(experiment: Experiment, processes: int, per_node: int | None = None) -> MemoryEstimate:
-    """What each of `processes` needs, of which `per_node` are on a machine, or all."""
+    """What each of `processes` needs, of which `per_node` are on a machine, or all.
+
+    Blocks that are compiled keep less, and an allocator and a CUDA context (about 1 GB) take more.
+    """
     config, training, execution = experiment.model_config_resolved(), experiment.training, experiment.execution
-    num_parameters, compute_bytes = count_parameters(config), _BYTES[training.precision]
-    state_bytes = _BYTES[training.state_precision]
+    num_parameters, compute_bytes = count_parameters(config), BYTES[training.precision]
+    state_bytes = BYTES[training.state_precision]
     laid = layout(experiment, processes, per_node)
     shards = processes // laid.replicas
-    embeddings = (1 if config.weight_tying else 2) * config.vocab_size * config.hidden_dim
+    matrix = config.vocab_size * config.hidden_dim
+    embeddings = matrix if config.weight_tying else 2 * matrix
     blocks = num_parameters - embeddings
+    block = blocks // config.n_layers
     tokens = laid.micro_batch * experiment.seq_len
-    # FSDP adds up micro-batches' gradients whole, in the type it will reduce them in.
-    gradients = num_parameters * (4 if laid.micro_batches > 1 else state_bytes / shards)
+    keep, reshard = execution.activation_checkpointing, execution.reshard_after_forward
     in_blocks, elsewhere = OPTIMIZERS[training.optimizer](training).state_values()
-    alive = embeddings + (2 * blocks // config.n_layers if execution.reshard_after_forward else blocks)
-    per_token = config.n_layers * block_activations(config, compute_bytes, execution.activation_checkpointing)
-    working = block_activations(config, compute_bytes, "none")
-    return MemoryEstimate(
-        weights=num_parameters * state_bytes // shards,
-        gradients=int(gradients),
-        optimizer=int(in_blocks * blocks + elsewhere * embeddings) * state_bytes // shards,
-        averages=len(training.averages) * num_parameters * 4 // shards,
-        gathered=alive * compute_bytes + embeddings * compute_bytes,
-        activations=tokens * (per_token + working + 2 * config.hidden_dim * compute_bytes),
-        logits=min(execution.loss_chunk, tokens) * config.vocab_size * 4 * _LOGIT_COPIES,
-    )
+    state = {
+        "weights": num_parameters * state_bytes // shards,
+        "optimizer": int(in_blocks * blocks + elsewhere * embeddings) * state_bytes // shards,
+        "averages": len(training.averages) * num_parameters * 4 // shards,
+    }
+    # FSDP adds up the gradients of micro-batches whole, in the type it will reduce them in.
+    summed = num_parameters * 4 if laid.micro_batches > 1 else 0
+    stream = tokens * config.hidden_dim * compute_bytes
+    by_block = tokens * block_activations(config, compute_bytes, keep)
+    kept = config.n_layers * by_block + 2 * stream
+    made_again = tokens * block_activations(config, compute_bytes) - by_block
+    chunk = min(execution.loss_chunk, tokens)
+    logits = 3 * chunk * config.vocab_size * 4  # log-probabilities and two gradients
+    if chunk < tokens:  # the gradients of earlier chunks are there; adding one up takes three of the output matrix
+        logits = stream + max(logits + matrix * compute_bytes, 3 * matrix * compute_bytes)
+    alive = embeddings + (block if reshard else blocks)
+    moments = [
+        MemoryEstimate(
+            "loss", **state, gradients=summed, gathered=alive * compute_bytes, activations=kept, working=logits
+        ),
+        MemoryEstimate(
+            "backward",
+            **state,
+            gradients=summed + (matrix + config.hidden_dim * config.ffn_dim) * compute_bytes,
+            gathered=(alive + (block if reshard else 0)) * compute_bytes,
+            activations=kept - stream,
+            working=made_again + stream + 2 * tokens * config.ffn_dim * compute_bytes,
+        ),
+        MemoryEstimate(
+            "end",
+            **state,
+            gradients=4 * num_parameters // shards + embeddings * (8 if summed else 4),
+            gathered=0,
+            activations=0,
+            working=0,
+        ),
+    ]
+    return max(moments, key=lambda m: m.total)

@@ -4,10 +4,12 @@ from dataclasses import dataclass
 
 from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.experiments import Experiment
+from openlm_pipeline.models import count_parameters
 
-HIDES_GATHERING = 8192
-"""Tokens of a micro-batch from which computing takes longer than gathering the weights from other machines. At 6,700,
-6 operations per weight and token, at half of an H100's peak, take as long as 4 bytes per weight at 50 GB/s."""
+STATE_BYTES = 16 * 10**9
+"""Most of a GPU's memory for its share of weights and optimizer where each machine holds them whole."""
+_PER_PARAMETER = 12
+"""Bytes: a weight in fp32, and AdamW's two moments."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class Layout:
 def layout(experiment: Experiment, processes: int, per_node: int | None = None) -> Layout:
     """The layout on so many processes: the recipe's `micro_batch` and `replicas`, or the largest divisors below.
 
-    Where the recipe says nothing of `replicas`, weights are sharded over all processes, or inside each machine where a
-    micro-batch is too short to hide that they are gathered from others.
+    Where the recipe says nothing of `replicas`, each machine holds all weights, so that they are gathered inside it; or
+    all machines together, where a process's share would be over `STATE_BYTES`.
 
     Args:
         per_node: processes on a machine; by default all are on one.
@@ -62,17 +64,17 @@ def layout(experiment: Experiment, processes: int, per_node: int | None = None) 
         notes.append(
             f"micro-batches of {micro_batch} sequences, not {wanted}: each of {processes} processes has {local} a step"
         )
-    per_node = per_node or processes
+    per_node, parameters = per_node or processes, count_parameters(experiment.model_config_resolved())
     if execution.replicas is not None:
         replicas = largest_divisor(processes, execution.replicas)
         if replicas != execution.replicas:
             notes.append(
                 f"{replicas} groups with all weights, not {execution.replicas}: there are {processes} processes"
             )
-    elif processes % per_node == 0 and micro_batch * experiment.seq_len < HIDES_GATHERING:
+    elif processes % per_node == 0 and parameters * _PER_PARAMETER <= STATE_BYTES * per_node:
         replicas = processes // per_node
         if replicas > 1:
-            notes.append(f"each machine's {per_node} processes hold all weights, as micro-batches are short")
+            notes.append(f"the {per_node} processes of each machine hold all weights, and gather them inside it")
     else:
         replicas = 1
     return Layout(processes, sequences, local, micro_batch, replicas, tuple(notes))

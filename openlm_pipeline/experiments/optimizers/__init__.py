@@ -39,6 +39,14 @@ class OptimizerChoice(Choice, ABC):
         """
         return 0
 
+    def bytes_per_step(self, matrices: Iterable[tuple[int, int]]) -> int:
+        """Bytes that one step gathers of sharded parameters' state.
+
+        Args:
+            matrices: [rows, columns] of each matrix inside the blocks.
+        """
+        return 0
+
     def decay_groups(self, named_parameters: Named) -> list[dict[str, Any]]:
         """Parameter groups with and without weight decay, as `training.no_decay` says; none is empty."""
         spared, decayed, undecayed = self.training.no_decay, [], []
