@@ -79,7 +79,7 @@ def build_model(experiment: Experiment, world: World) -> Transformer:
     if training.float8:
         require_float8(world.device)
         to_float8(model)
-    model.loss_chunk = execution.loss_chunk
+    model.output.loss_chunk = execution.loss_chunk
     compute_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[training.precision]
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for name, block in model.layers.named_children():
@@ -91,8 +91,11 @@ def build_model(experiment: Experiment, world: World) -> Transformer:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=execution.reshard_after_forward)
     if execution.compile:
         model.final_norm = torch.compile(model.final_norm, fullgraph=True)
-        model.chunk_loss = torch.compile(model.chunk_loss, fullgraph=True)
-    fully_shard(model, mesh=mesh, mp_policy=policy)  # the root's part stays gathered: the backward pass begins with it
+        model.output.chunk_loss = torch.compile(model.output.chunk_loss, fullgraph=True)
+    if not config.weight_tying:  # units of their own: nothing waits for both, and one is reduced at the end
+        for unit in (model.tok_embeddings, model.output):
+            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
     model.to_empty(device=world.device)
     model.init_buffers()
     return model

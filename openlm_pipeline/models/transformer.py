@@ -5,7 +5,6 @@ Shape suffixes: B batch, S sequence, D hidden_dim, F feed-forward width, V vocab
 the positions in the cache.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -85,7 +84,32 @@ class Block(nn.Module):
         return x_BSD + self.feed_forward(self.ffn_norm(x_BSD))
 
 
-ChunkLoss = Callable[[Tensor, nn.Module, Tensor, bool], tuple[Tensor, Tensor | None]]
+class Output(nn.Linear):
+    """The output matrix. It makes the loss as well, so that FSDP gathers it once for all chunks of the loss."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config.hidden_dim, config.vocab_size, bias=False)
+        self.loss_chunk = LOSS_CHUNK
+        """Positions whose logits exist at one time in the loss."""
+        self.chunk_loss = chunk_loss_sums
+        """The loss of such a chunk; may be compiled."""
+
+    def forward(
+        self, x_ND: Tensor, targets_N: Tensor | None = None, with_z: bool = True
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """Logits, or with targets the sums of cross-entropy and of squared log-partition, see `Transformer.forward`.
+
+        More than `loss_chunk` positions are taken in chunks whose logits are made again in the backward pass.
+        """
+        if targets_N is None:
+            return F.linear(x_ND, self.weight)
+        if len(x_ND) <= self.loss_chunk:
+            return self.chunk_loss(x_ND, self.weight, targets_N, with_z)
+        sums = [
+            checkpoint(self.chunk_loss, x, self.weight, t, with_z, use_reentrant=False, preserve_rng_state=False)
+            for x, t in zip(x_ND.split(self.loss_chunk), targets_N.split(self.loss_chunk))
+        ]
+        return torch.stack([ce for ce, _ in sums]).sum(), torch.stack([z for _, z in sums]).sum() if with_z else None
 
 
 def apply_norm(norm: nn.Module, x_BSD: Tensor) -> Tensor:
@@ -99,12 +123,10 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.loss_chunk = LOSS_CHUNK
-        """Positions whose logits exist at one time in the loss."""
-        self.chunk_loss, self.final_norm = chunk_loss_sums, apply_norm
-        """The loss of such a chunk, and the norm before it; both may be compiled."""
+        self.final_norm = apply_norm
+        """Applies `norm`; may be compiled."""
         self.post_embed_norm = make_norm(config, config.hidden_dim) if config.post_embed_norm else nn.Identity()
-        output = nn.Linear(config.hidden_dim, config.vocab_size, bias=False)
+        output = Output(config)
         # One module under two names, not two modules with one weight: `to_empty` would separate those.
         self.tok_embeddings = output if config.weight_tying else nn.Embedding(config.vocab_size, config.hidden_dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
@@ -165,7 +187,9 @@ class Transformer(nn.Module):
         if positions_BS is None:
             positions_BS = torch.arange(start, start + seq_len, device=ids_BS.device)
         rotation = self.rotation(positions_BS)
-        x_BSD = self.post_embed_norm(F.embedding(ids_BS, self.tok_embeddings.weight))
+        tied = self.tok_embeddings is self.output
+        x_BSD = F.embedding(ids_BS, self.output.weight) if tied else self.tok_embeddings(ids_BS)
+        x_BSD = self.post_embed_norm(x_BSD)
         for i, layer in enumerate(self.layers):
             x_BSD = layer(x_BSD, rotation, mask, None if cache is None else partial(cache.append, i))
         if cache is not None:
@@ -201,34 +225,11 @@ class Transformer(nn.Module):
         )
         if targets_BS is None:
             return self.output(x_BSD).float()
-        x_ND, targets_N = x_BSD.flatten(0, 1), targets_BS.flatten()
-        return loss_sums(x_ND, self.output, targets_N, self.loss_chunk, with_z, self.chunk_loss)
+        return self.output(x_BSD.flatten(0, 1), targets_BS.flatten(), with_z)
 
 
-def loss_sums(
-    x_ND: Tensor,
-    output: nn.Module,
-    targets_N: Tensor,
-    chunk: int = LOSS_CHUNK,
-    with_z: bool = True,
-    chunk_loss: ChunkLoss | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Sums of cross-entropy and of squared log-partition, see `Transformer.forward`.
-
-    More than `chunk` positions are taken in chunks whose logits are made again in the backward pass.
-    """
-    chunk_loss = chunk_loss or chunk_loss_sums
-    if len(x_ND) <= chunk:
-        return chunk_loss(x_ND, output, targets_N, with_z)
-    sums = [
-        checkpoint(chunk_loss, x, output, t, with_z, use_reentrant=False, preserve_rng_state=False)
-        for x, t in zip(x_ND.split(chunk), targets_N.split(chunk))
-    ]
-    return torch.stack([ce for ce, _ in sums]).sum(), torch.stack([z for _, z in sums]).sum() if with_z else None
-
-
-def chunk_loss_sums(x_ND: Tensor, output: nn.Module, targets_N: Tensor, with_z: bool) -> tuple[Tensor, Tensor | None]:
-    logits_NV = output(x_ND).float()
+def chunk_loss_sums(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, with_z: bool) -> tuple[Tensor, Tensor | None]:
+    logits_NV = F.linear(x_ND, weight_VD).float()
     ce_N = F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORE_INDEX, reduction="none")
     if not with_z:
         return ce_N.sum(), None

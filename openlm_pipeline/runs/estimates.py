@@ -207,7 +207,7 @@ def estimate_memory(experiment: Experiment, processes: int, per_node: int | None
         MemoryEstimate(
             "end",
             **state,
-            gradients=4 * num_parameters // shards + embeddings * (8 if summed else 4),
+            gradients=4 * num_parameters // shards + matrix * (8 if summed else 4),
             gathered=0,
             activations=0,
             working=0,

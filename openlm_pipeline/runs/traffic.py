@@ -54,40 +54,46 @@ def estimate_traffic(
     laid = layout(experiment, processes, per_node)
     per_node = per_node or processes
     shards, micro_batches, blocks = processes // laid.replicas, laid.micro_batches, config.n_layers
-    element = BYTES[training.precision]
-    root = (1 if config.weight_tying else 2) * config.vocab_size * config.hidden_dim
+    matrix = config.vocab_size * config.hidden_dim
+    root = matrix if config.weight_tying else 2 * matrix
     matrices = block_matrices(config)
     block = (count_parameters(config) - root) / blocks
     block += sum(-rows % shards * columns for rows, columns in matrices)  # rows are filled up to a multiple of shards
-    gather_rate = (INSIDE if shards <= per_node else between) * shards / max(shards - 1, 1)
-    replica_rate = (INSIDE if processes <= per_node else between) * laid.replicas / max(laid.replicas - 1, 1) / 2
-    sharded, replicated = shards > 1, laid.replicas > 1
+    sharded, replicated, element = shards > 1, laid.replicas > 1, BYTES[training.precision]
+    inside = INSIDE if shards <= per_node else between
+    among_replicas = INSIDE if processes <= per_node else between
 
-    def reduce_seconds(parameters: float) -> float:
-        return 4 * parameters * (sharded / gather_rate + replicated / shards / replica_rate)
+    def gather(parameters: float) -> float:
+        return sharded * element * parameters / inside * (shards - 1) / shards
 
-    gather, reduce = sharded * block * element / gather_rate, reduce_seconds(block)
-    gather_root = sharded * root * element / gather_rate
+    def reduce(parameters: float) -> float:
+        all_reduce = 2 * 4 * parameters / shards / among_replicas * (laid.replicas - 1) / laid.replicas
+        return sharded * 4 * parameters / inside * (shards - 1) / shards + all_reduce
+
     passes = 2 if experiment.execution.reshard_after_forward else 1
     by_optimizer = OPTIMIZERS[training.optimizer](training).bytes_per_step(blocks * matrices) if sharded else 0
+    optimizer_seconds = by_optimizer / inside
     exposed = None
     if compute_seconds is not None:
         forward = compute_seconds / micro_batches / blocks / 3  # of one block; the backward pass takes twice that
 
-        def waits(reducing: float) -> float:
-            backward = max(0.0, (passes - 1) * gather + reducing - 2 * forward)
-            return gather_root + gather + (blocks - 1) * (max(0.0, gather - forward) + backward)
+        def over(sending: float, computing: float) -> float:
+            return max(0.0, sending - computing)
 
-        exposed = (micro_batches - 1) * waits(0) + waits(reduce) + reduce + reduce_seconds(root)
-        exposed += by_optimizer / gather_rate
+        each = (
+            gather(matrix) + gather(block) + (blocks - 1) * over(gather(block), forward) + over(gather(matrix), forward)
+        )
+        again = (passes - 1) * gather(block)
+        plain = (blocks - 1) * over(again, 2 * forward)
+        last = (blocks - 1) * over(again + reduce(block), 2 * forward) + over(reduce(root - matrix), 2 * forward)
+        exposed = micro_batches * each + (micro_batches - 1) * plain + last + reduce(block) + reduce(matrix)
+        exposed += optimizer_seconds
+    gathers = micro_batches * (gather(root) + passes * blocks * gather(block))
     return Traffic(
         gathered=int(sharded * micro_batches * element * (root + passes * blocks * block)),
         reduced=int(4 * (root + blocks * block) * (sharded + replicated / shards)),
         by_optimizer=by_optimizer,
-        seconds=micro_batches * (gather_root + passes * blocks * gather)
-        + blocks * reduce
-        + reduce_seconds(root)
-        + by_optimizer / gather_rate,
+        seconds=gathers + reduce(root) + blocks * reduce(block) + optimizer_seconds,
         between=between,
         exposed_seconds=exposed,
     )

@@ -8,7 +8,7 @@ from openlm_reference import reference_logits, reference_training
 from openlm_pipeline.models import create_model
 from openlm_pipeline.models.config import NORMS, ModelConfig
 from openlm_pipeline.models.init import initialize
-from openlm_pipeline.models.transformer import LOSS_CHUNK, Transformer, loss_sums
+from openlm_pipeline.models.transformer import LOSS_CHUNK, Output, Transformer
 
 TINY = ModelConfig(hidden_dim=20, n_layers=2, n_heads=3, seq_len=32, vocab_size=50)  # 3 heads of 6: 18 of 20 wide
 
@@ -112,11 +112,11 @@ def test_chunked_loss_equals_the_whole_one_with_its_gradients():
     num_positions = 2 * LOSS_CHUNK + 7
     torch.manual_seed(0)
     x = torch.randn(num_positions, 8, requires_grad=True)
-    output = torch.nn.Linear(8, 16, bias=False)
+    output = Output(ModelConfig(hidden_dim=8, n_layers=1, n_heads=1, vocab_size=16))
     targets = torch.randint(0, 16, (num_positions,))
     targets[::5] = -100
 
-    ce, squared_log_partition = loss_sums(x, output, targets)
+    ce, squared_log_partition = output(x, targets)
     gradients = torch.autograd.grad(ce + 0.1 * squared_log_partition, (x, output.weight))
     logits = output(x)
     whole_ce = F.cross_entropy(logits, targets, reduction="sum")

@@ -3,7 +3,8 @@
 import pytest
 from traced_step import PER_NODE, Traced, shortened, trace
 
-from openlm_pipeline.experiments import Experiment
+from openlm_pipeline.experiments import Experiment, load_experiment
+from openlm_pipeline.runs.dry_run import describe
 from openlm_pipeline.runs.estimates import estimate_memory
 from openlm_pipeline.runs.traffic import estimate_traffic
 
@@ -50,3 +51,13 @@ def test_the_smallest_model_takes_what_is_computed_and_more_chunks_of_the_loss_n
     """Chunks once kept their logits for a z-loss that was off."""
     peaks = [check(shortened("pretrain_11m", 1, f"execution.loss_chunk={size}"), 1).peak for size in (2048, 8192)]
     assert peaks[0] < peaks[1]
+
+
+@pytest.mark.parametrize("size", ["1b", "3b", "7b"])
+def test_256_gpus_keep_97_percent_of_the_speed_of_one(size: str):
+    cost = describe(load_experiment(f"pretrain_{size}"), 256, "H100", 0.5)
+    step_seconds = cost.seconds / cost.steps
+    assert 0 < cost.traffic.exposed_seconds < 0.03 * step_seconds < cost.traffic.seconds
+    assert f"{cost.traffic.exposed_seconds / step_seconds:.1%}" in cost.traffic_line()
+    slow = describe(load_experiment(f"pretrain_{size}"), 256, "H100", 0.5, bandwidth=5e9)
+    assert slow.traffic.exposed_seconds > 0.03 * step_seconds
