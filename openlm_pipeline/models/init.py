@@ -8,6 +8,7 @@ import itertools
 import math
 import zlib
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -67,12 +68,21 @@ def initial_values(name: str, shape: torch.Size, config: ModelConfig, seed: int)
     return nn.init.trunc_normal_(torch.empty(shape), std=std, a=-3 * std, b=3 * std, generator=generator)
 
 
+def shares(sizes: Sequence[int], ranks: int) -> list[int]:
+    """Which rank takes each of some tensors: the one that has fewest values so far."""
+    taken, takers = [0] * ranks, []
+    for size in sizes:
+        takers.append(taken.index(min(taken)))
+        taken[takers[-1]] += size
+    return takers
+
+
 @torch.no_grad()
 def initialize(model: Transformer, config: ModelConfig, seed: int, threads: int = 1) -> None:
     """Fill parameters and buffers in place; `model` may be sharded by `fully_shard` and come from `to_empty`.
 
-    The ranks that share a copy of the weights draw one tensor each, in turn, whole and on the CPU, and send the others
-    their rows; so a GPU starts from the same weights as a CPU.
+    The ranks that share a copy of the weights draw whole tensors on the CPU, about as many values each, and send the
+    others their rows; so a GPU starts from the same weights as a CPU.
 
     Args:
         threads: in which a rank draws tensors ahead; each takes the memory of one.
@@ -83,22 +93,21 @@ def initialize(model: Transformer, config: ModelConfig, seed: int, threads: int 
     if group and group.ndim > 1:
         group = group[group.mesh_dim_names[-1]]  # inside a replica
     rank, size = (group.get_local_rank(), group.size()) if group else (0, 1)
+    drawers = shares([p.numel() for _, p in named], size)
     with ThreadPoolExecutor(threads, thread_name_prefix="init") as pool:
         ahead: deque[Future[Tensor]] = deque()
-        mine = iter([(name, p.shape) for i, (name, p) in enumerate(named) if i % size == rank])
+        mine = iter([(name, p.shape) for (name, p), drawer in zip(named, drawers) if drawer == rank])
 
         def draw_ahead() -> None:
             for name, shape in itertools.islice(mine, threads - len(ahead)):
                 ahead.append(pool.submit(initial_values, name, shape, config, seed))
 
-        for i, (_, parameter) in enumerate(named):
+        for (_, parameter), drawer in zip(named, drawers):
             draw_ahead()
             if not isinstance(parameter, DTensor):
                 parameter.copy_(ahead.popleft().result())
                 continue
-            drawn = ahead.popleft().result() if i % size == rank else torch.empty(parameter.shape)
-            part = distribute_tensor(
-                drawn.to(parameter.device), group, parameter.placements[-1:], src_data_rank=i % size
-            )
+            drawn = ahead.popleft().result() if drawer == rank else torch.empty(parameter.shape)
+            part = distribute_tensor(drawn.to(parameter.device), group, parameter.placements[-1:], src_data_rank=drawer)
             parameter.to_local().copy_(part.to_local())
     model.init_buffers()

@@ -176,7 +176,7 @@ def trace(experiment: Experiment, processes: int, explain: bool = False) -> Trac
             FakeTensorMode(allow_non_fake_inputs=True),
         ):
             home = Home(Path(root))
-            for dataset in experiment.training_datasets():
+            for dataset in experiment.datasets():
                 write_dataset(home, dataset.name, 64, seed=0, seq_len=experiment.seq_len)
             datasets = [open_dataset(d, home) for d in experiment.training_datasets()]
             versions = {d.name: opened.version for d, opened in zip(experiment.training_datasets(), datasets)}
