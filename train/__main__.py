@@ -1,6 +1,7 @@
 """`torchrun -m train RECIPE [key=value ...] [--until TOKENS]`: train a recipe's run on the shards that are there.
 
-With OpenLM's flags (`torchrun -m train --model open_lm_1b --train-data ...`) the run is what they stand for.
+With OpenLM's flags (`torchrun -m train --model open_lm_1b --train-data ...`) the run is what they stand for; `--allow`
+stands behind the first of them.
 """
 
 import argparse
@@ -22,7 +23,9 @@ def _recipe_parser() -> argparse.ArgumentParser:
     parser.add_argument("recipe", help="a recipe's name (`openlm recipes` lists them) or YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.lr=1e-3 or milestones=[1M]")
     parser.add_argument("--until", type=parse_tokens, help="stop after this many tokens; by default the last milestone")
-    parser.add_argument("--allow", action="append", metavar="NAME", help="what is otherwise refused: supersede, remake")
+    parser.add_argument(
+        "--allow", action="append", metavar="NAME", help="what is otherwise refused: supersede, remake, cpu"
+    )
     parser.add_argument("--supersede", dest="allow", action="append_const", const="supersede", help=argparse.SUPPRESS)
     return parser
 
@@ -39,7 +42,10 @@ def _train_recipe(argv: list[str]) -> None:
 def _train_openlm(argv: list[str]) -> None:
     from train.openlm.run import train_openlm
 
-    train_openlm(argv)
+    consents = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    consents.add_argument("--allow", action="append")
+    arguments, flags = consents.parse_known_args(argv)
+    train_openlm(flags, parse_allow(arguments.allow))
 
 
 def _print_help() -> None:

@@ -1,6 +1,7 @@
 """What a run does in one process: checkpoints, milestones, damage, identity, and errors for people."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from openlm_pipeline.checkpoints.folders import COMPLETE, list_checkpoints, read
 from openlm_pipeline.checkpoints.reading import load_model
 from openlm_pipeline.errors import BusyError, ConfigError, ConsentError, IdentityError, MissingInputError, TrainingError
 from openlm_pipeline.models import init
+from openlm_pipeline.runs import spending
 
 
 def checkpoint_folder(small: SmallRun, step: int) -> Path:
@@ -285,3 +287,19 @@ def test_exit_codes_tell_what_was_wrong(copy: SmallRun, override: str, exit_code
     monkeypatch.setattr(sys, "argv", ["train", str(copy.recipe), override])
     assert main() == exit_code
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_days_on_a_cpu_are_refused_by_the_trainer_itself(small: SmallRun, monkeypatch, capsys):
+    from train.__main__ import main
+
+    monkeypatch.setenv("OPENLM_HOME", str(small.home.root))
+    monkeypatch.setattr(sys, "argv", ["train", str(small.recipe), "milestones=[10T]"])
+    assert main() == ConsentError.exit_code
+    assert re.search(r"error: small takes .* operations for 10T tokens.*\n.*--allow cpu", capsys.readouterr().err)
+    assert not small.run.path.exists()
+
+    monkeypatch.setattr(spending, "CPU_FLOPS", 1e6)
+    with pytest.raises(ConsentError, match="--allow cpu"):
+        small.train()
+    small.train(allow={"cpu"})
+    assert small.run.read_outcome()["status"] == "completed"
