@@ -6,6 +6,7 @@ stands behind the first of them.
 
 import argparse
 import gc
+import os
 import sys
 
 from openlm_pipeline.errors import OpenLMError
@@ -15,6 +16,8 @@ from openlm_pipeline.storage.home import Home
 from openlm_pipeline.units import parse_tokens
 from train.signals import die_with_parent
 
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Variables that torch reads as it first allocates on a GPU."""
 _RECIPE_FLAGS = ("--until", "--allow", "--supersede")
 
 
@@ -58,6 +61,8 @@ def _print_help() -> None:
 
 def main() -> int:
     die_with_parent()  # before torch is imported, which takes seconds in which torchrun could be killed
+    if not any(name in os.environ for name in _ALLOCATOR):  # pieces of memory too small for the next tensor are joined
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     argv = sys.argv[1:]
     if argv[:1] == ["--"]:  # what keeps torchrun from taking our flags for its own
         argv = argv[1:]
