@@ -30,7 +30,7 @@ Shape = tuple[int, int, int, int]
 
 
 def seconds_of(kernel: str, shape: Shape, dtype: torch.dtype) -> float | None:
-    """Seconds of causal attention's forward and backward pass on this GPU; None where the kernel takes no such input."""
+    """Seconds of causal attention's forward and backward pass on this GPU; None where the kernel can't take it."""
     random = torch.Generator("cuda").manual_seed(0)
     q, k, v, gradient = (
         torch.randn(shape, generator=random, dtype=dtype, device="cuda").transpose(1, 2) for _ in range(4)
