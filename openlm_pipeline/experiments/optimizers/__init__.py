@@ -39,6 +39,15 @@ class OptimizerChoice(Choice, ABC):
         """
         return 0
 
+    def bytes_per_step(self, matrices: Iterable[tuple[int, int]], shards: int) -> int:
+        """Bytes that one process sends in one step for the optimizer itself, on average.
+
+        Args:
+            matrices: as in `flops_per_step`.
+            shards: processes that have the weights between them.
+        """
+        return 0
+
     def decay_groups(self, named_parameters: Named) -> list[dict[str, Any]]:
         """Parameter groups with and without weight decay, as `training.no_decay` says; none is empty."""
         spared, decayed, undecayed = self.training.no_decay, [], []
