@@ -56,7 +56,12 @@ def fastest_first(
     """The kernels that take the shapes, as `file` has them for this GPU; else timed, and written there."""
     known = read_json(file) if file.exists() else {}
     if gpu not in known:
-        timed = {kernel: seconds(kernel) for kernel in _KERNELS}
+        timed: dict[str, float | None] = dict.fromkeys(_KERNELS)
+        for kernel in _KERNELS:
+            try:
+                timed[kernel] = seconds(kernel)
+            except RuntimeError as e:  # cuDNN may say only now that it has no plan for a shape
+                say(f"attention: {kernel} is left out: {e}")
         order = sorted((k for k, s in timed.items() if s is not None), key=timed.__getitem__)
         write_json(file, known | {gpu: order})
         say("attention: " + (", ".join(f"{k} {timed[k] * 1e3:.3f} ms" for k in order) or "no fused kernel takes it"))

@@ -32,6 +32,17 @@ def test_the_fastest_is_first_and_stays_so_after_a_resume_on_the_same_gpu(tmp_pa
     ]
 
 
+def test_a_kernel_that_fails_is_named_and_left_out(tmp_path: Path):
+    def seconds(kernel: str) -> float:
+        if kernel == "cudnn":
+            raise RuntimeError("no valid execution plans")
+        return TIMES[kernel]
+
+    said = []
+    assert fastest_first(tmp_path / "attention.json", "H100", seconds, said.append) == ["flash", "efficient"]
+    assert said[0] == "attention: cudnn is left out: no valid execution plans"
+
+
 def test_training_on_a_gpu_has_the_order_and_the_shapes_of_a_micro_batch_are_timed(small: SmallRun, monkeypatch):
     asked = []
     monkeypatch.setattr(attention_backend, "seconds_of", lambda kernel, *how: asked.append(how) or TIMES[kernel])
