@@ -1,10 +1,12 @@
 """`torchrun -m train RECIPE [key=value ...] [--until TOKENS]`: train a recipe's run on the shards that are there.
 
-With OpenLM's flags (`torchrun -m train --model open_lm_1b --train-data ...`) the run is what they stand for.
+With OpenLM's flags (`torchrun -m train --model open_lm_1b --train-data ...`) the run is what they stand for; `--allow`
+stands behind the first of them.
 """
 
 import argparse
 import gc
+import os
 import sys
 
 from openlm_pipeline.errors import OpenLMError
@@ -14,6 +16,8 @@ from openlm_pipeline.storage.home import Home
 from openlm_pipeline.units import parse_tokens
 from train.signals import die_with_parent
 
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Variables that torch reads as it first allocates on a GPU."""
 _RECIPE_FLAGS = ("--until", "--allow", "--supersede")
 
 
@@ -22,7 +26,9 @@ def _recipe_parser() -> argparse.ArgumentParser:
     parser.add_argument("recipe", help="a recipe's name (`openlm recipes` lists them) or YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.lr=1e-3 or milestones=[1M]")
     parser.add_argument("--until", type=parse_tokens, help="stop after this many tokens; by default the last milestone")
-    parser.add_argument("--allow", action="append", metavar="NAME", help="what is otherwise refused: supersede, remake")
+    parser.add_argument(
+        "--allow", action="append", metavar="NAME", help="what is otherwise refused: supersede, remake, cpu"
+    )
     parser.add_argument("--supersede", dest="allow", action="append_const", const="supersede", help=argparse.SUPPRESS)
     return parser
 
@@ -39,7 +45,10 @@ def _train_recipe(argv: list[str]) -> None:
 def _train_openlm(argv: list[str]) -> None:
     from train.openlm.run import train_openlm
 
-    train_openlm(argv)
+    consents = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    consents.add_argument("--allow", action="append")
+    arguments, flags = consents.parse_known_args(argv)
+    train_openlm(flags, parse_allow(arguments.allow))
 
 
 def _print_help() -> None:
@@ -52,6 +61,8 @@ def _print_help() -> None:
 
 def main() -> int:
     die_with_parent()  # before torch is imported, which takes seconds in which torchrun could be killed
+    if not any(name in os.environ for name in _ALLOCATOR):  # pieces of memory too small for the next tensor are joined
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     argv = sys.argv[1:]
     if argv[:1] == ["--"]:  # what keeps torchrun from taking our flags for its own
         argv = argv[1:]

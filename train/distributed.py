@@ -5,6 +5,8 @@ import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -68,12 +70,30 @@ def raise_file_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def stay_near_gpu(gpu: Any, devices: Path = Path("/sys/bus/pci/devices")) -> None:
+    """Run this thread, and those that it starts, on the CPUs of the NUMA node of its GPU, of those that it may use.
+
+    torchrun's `--numa-binding` ends a run without the program `numactl`; this does nothing where nothing is known.
+
+    Args:
+        gpu: its properties, as torch gives them.
+        devices: where Linux describes PCI devices.
+    """
+    near = devices / f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0" / "local_cpulist"
+    if near.exists() and (listed := near.read_text().strip()):
+        ranges = [part.split("-") for part in listed.split(",")]  # such as 0-15,64-79
+        cpus = {cpu for ends in ranges for cpu in range(int(ends[0]), int(ends[-1]) + 1)} & os.sched_getaffinity(0)
+        if cpus:
+            os.sched_setaffinity(0, cpus)
+
+
 def start() -> World:
     """Join the process group torchrun describes, or make one of a single process."""
     size = int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        stay_near_gpu(torch.cuda.get_device_properties())
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if "RANK" in os.environ:
         store, rank, _ = next(dist.rendezvous("env://"))

@@ -32,6 +32,7 @@ from openlm_pipeline.shards.opening import open_dataset
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.units import format_tokens
 from train import saver as checkpoints
+from train.attention_backend import attention_kernels
 from train.beginning import Beginning, learning_rates
 from train.data import Batches, check_ids
 from train.distributed import World
@@ -122,7 +123,8 @@ class Trainer:
         try:
             for hook in self.hooks:
                 hook.at_start(until)
-            return self._make_milestones(until)
+            with attention_kernels(self.experiment, self.world, self.run.attention_file, self.console.print):
+                return self._make_milestones(until)
         finally:
             for hook in self.hooks:
                 hook.at_end()

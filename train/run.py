@@ -5,9 +5,11 @@ from pathlib import Path
 
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.fingerprint import short
+from openlm_pipeline.result import refuse
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.identity import run_identity
 from openlm_pipeline.runs.parent import parent_identity
+from openlm_pipeline.runs.spending import without_gpu
 from openlm_pipeline.shards.opening import open_dataset
 from openlm_pipeline.storage.home import Home
 from train.beginning import weights_identity
@@ -28,7 +30,8 @@ def run_training(
     """Train to `until` tokens in the process group of this process, and leave `outcome.json` behind.
 
     Args:
-        allow: consents; `supersede` sets another run in the same folder aside, `remake` a damaged milestone.
+        allow: consents; `supersede` sets another run in the same folder aside, `remake` a damaged milestone, `cpu`
+            trains for days where there is no GPU.
         run_path: the run's folder; by default the one in `home` that the experiment's name and version say.
         initial_weights: checkpoints that a new run begins with the sum of, each times its coefficient.
 
@@ -38,6 +41,8 @@ def run_training(
     record_collectives()
     raise_file_limit()
     world = start()
+    if world.device.type == "cpu":
+        refuse(without_gpu(experiment, until), allow)
     run = RunFolder(run_path or home.run(experiment.name, experiment.version))
     datasets = [open_dataset(d, home) for d in experiment.training_datasets()]
     versions = {d.name: opened.version for d, opened in zip(experiment.training_datasets(), datasets)}

@@ -61,7 +61,8 @@ def evaluate(
         typer.Option(help="foundry: LLM Foundry itself (`make foundry`).", rich_help_panel=_MODEL_OPTIONS),
     ] = "native",
     precision: Annotated[
-        Literal["fp32", "bf16"], typer.Option(help="What the model computes in.", rich_help_panel=_MODEL_OPTIONS)
+        Literal["fp32", "tf32", "bf16"],
+        typer.Option(help="What the model computes in.", rich_help_panel=_MODEL_OPTIONS),
     ] = "fp32",
     model_config: Annotated[Path | None, typer.Option(help="OpenLM's JSON file.", rich_help_panel=_FLAGS)] = None,
     model: Annotated[str | None, typer.Option(help="A name of `openlm models`.", rich_help_panel=_FLAGS)] = None,

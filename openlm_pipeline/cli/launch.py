@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import uuid
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,7 +28,7 @@ _SECRET_LETTERS = 8
 """What is shorter is no secret, and would be found in other words."""
 
 
-def submission(experiment: "Experiment", home: "Home") -> str:
+def submission(experiment: "Experiment", home: "Home", allow: Collection[str] = ()) -> str:
     """What the recipe's launcher would start: a shell command, a batch script, or a manifest.
 
     Where the recipe has put the value of a variable with a secret's name into it, it shows the variable.
@@ -36,7 +37,7 @@ def submission(experiment: "Experiment", home: "Home") -> str:
     from openlm_pipeline.runs.launch import launcher_of
 
     run = RunFolder(home.run(experiment.name, experiment.version))
-    text = launcher_of(experiment, home, run).show(experiment.milestones[-1])
+    text = launcher_of(experiment, home, run, allow=allow).show(experiment.milestones[-1])
     for name, value in sorted(os.environ.items(), key=lambda item: -len(item[1])):  # one may begin with another
         if len(value) >= _SECRET_LETTERS and _SECRET_NAME.fullmatch(name):
             text = text.replace(value, f"${{{name}}}")
@@ -78,11 +79,11 @@ def launch(
     made = plan(experiment, home, device=gpu, mfu=mfu, price=price)
     for line in made.lines():
         console.print(line, markup=False)
+    consents = parse_allow(allow)
     if dry_run:
         if made.cost.tokens:
-            print(submission(experiment, home))
+            print(submission(experiment, home, consents))
         return
-    consents = parse_allow(allow)
     refuse(made.findings, consents)
     hours = made.cost.gpu_hours
     if budget is not None and made.cost.tokens and not yes and (hours is None or hours > budget):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from openlm_pipeline.checkpoints.hf import register
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
-from openlm_pipeline.evaluation.model import Decoding, Precision, ScoringModel, autocast, branch_mask, local_device
+from openlm_pipeline.evaluation.model import Decoding, Precision, ScoringModel, branch_mask, computing, local_device
 
 _PROBE_TOLERANCE = 1e-4
 """As a share of the largest logit: above fp32's rounding, below what a wrong mask or position does."""
@@ -56,7 +56,7 @@ class _HuggingFaceDecoding:
     def step(self, ids_BS: Tensor) -> Tensor:
         owner = self.owner
         kept: dict[str, Any] = {} if self.cache is None else {self.name: self.cache}
-        with autocast(owner.device, owner.precision), owner.head_at(slice(None), -1) as done:
+        with computing(owner.device, owner.precision), owner.head_at(slice(None), -1) as done:
             output = owner.model(input_ids=ids_BS, use_cache=True, **kept)
         self.cache = getattr(output, self.name, None)
         if not hasattr(self.cache, "batch_select_indices"):
@@ -108,7 +108,7 @@ class _HuggingFaceModel:
         shared, first, second = ([i % vocab_size for i in part] for part in ([7, 3, 11], [5, 2, 13], [12, 1, 4, 9]))
         ids = tensor(shared + first + second)
         segments, positions = tensor([0] * 3 + [1] * 3 + [2] * 4), tensor([0, 1, 2, 3, 4, 5, 3, 4, 5, 6])
-        with torch.no_grad():
+        with torch.no_grad(), computing(self.device, "fp32"):
             try:
                 branched = self._forward(ids, segments, positions).logits[0]
             except (ValueError, RuntimeError, TypeError, IndexError):  # it takes no such mask
@@ -155,7 +155,7 @@ class _HuggingFaceModel:
         segments_BS: Tensor | None = None,
         positions_BS: Tensor | None = None,
     ) -> Tensor:
-        with autocast(self.device, self.precision), self.head_at(rows_P, columns_P) as done:
+        with computing(self.device, self.precision), self.head_at(rows_P, columns_P) as done:
             logits = self._forward(ids_BS, segments_BS, positions_BS).logits
         return (logits[0] if done else logits[rows_P, columns_P]).float()
 

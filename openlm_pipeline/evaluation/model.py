@@ -17,7 +17,8 @@ from torch import Tensor
 from openlm_pipeline.models.attention import KVCache
 from openlm_pipeline.models.transformer import Transformer
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "tf32", "bf16"]
+"""What matrix products of fp32 weights are computed in. `tf32` is fp32 where the device has no TF32."""
 
 
 class Decoding(Protocol):
@@ -85,8 +86,12 @@ def local_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """The context in which a model of this precision computes."""
+def computing(device: torch.device, precision: Precision) -> torch.autocast:
+    """The context in which a model of this precision computes: TF32 is allowed by it, and not by what was set before.
+
+    What it sets of TF32 stays set after the context.
+    """
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
@@ -98,7 +103,7 @@ class _NativeDecoding:
 
     @torch.no_grad()
     def step(self, ids_BS: Tensor) -> Tensor:
-        with autocast(self.owner.device, self.owner.precision):
+        with computing(self.owner.device, self.owner.precision):
             hidden_BSD = self.owner.model.hidden(ids_BS, cache=self.cache)
             return self.owner.model.output(hidden_BSD[:, -1]).float()
 
@@ -128,7 +133,7 @@ class _NativeModel:
         positions_BS: Tensor | None = None,
     ) -> Tensor:
         mask = None if segments_BS is None else branch_mask(segments_BS)
-        with autocast(self.device, self.precision):
+        with computing(self.device, self.precision):
             hidden_BSD = self.model.hidden(ids_BS, positions_BS=positions_BS, mask=mask)
             return self.model.output(hidden_BSD[rows_P, columns_P]).float()
 

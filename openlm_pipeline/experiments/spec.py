@@ -284,7 +284,8 @@ class Evaluation(Strict):
     """Name of a shipped suite or path of a YAML file in LLM Foundry's `icl_tasks` format."""
     backend: Literal["native", "foundry"] = "native"
     """`foundry`: LLM Foundry itself, in the environment that `make foundry` builds."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """What matrix products are computed in; scores of one precision are filed apart from those of another."""
     average: str | None = None
     """One of `training.averages`: score it in place of the last weights."""
     baselines: tuple[Baseline, ...] = ()

@@ -69,7 +69,7 @@ def initial_values(name: str, shape: torch.Size, config: ModelConfig, seed: int)
 
 
 def shares(sizes: Sequence[int], ranks: int) -> list[int]:
-    """Which rank takes each of some tensors: the one that has fewest values so far."""
+    """Which rank takes each of some tensors, of these sizes: the one that has least so far."""
     taken, takers = [0] * ranks, []
     for size in sizes:
         takers.append(taken.index(min(taken)))

@@ -112,7 +112,7 @@ def train(
         yield MilestoneReused(label, checkpoint)
     push_run(home, run)
     if wanted - set(there):
-        for event in train_run(experiment, home, run, until, report, told=there):
+        for event in train_run(experiment, home, run, until, report, told=there, allow=allow):
             if isinstance(event, MilestoneReached):
                 push_run(home, run)
             yield event

@@ -1,6 +1,7 @@
 """The run folder: who it belongs to, its metrics, and how its last process ended.
 
-`run.json` (identity), `experiment.yaml` (the resolved experiment), `metrics.jsonl`, `outcome.json`, `checkpoints/`.
+`run.json` (identity), `experiment.yaml` (the resolved experiment), `metrics.jsonl`, `outcome.json`, `checkpoints/`;
+on a GPU `attention.json`, the order of attention's kernels by kind of GPU.
 """
 
 import json
@@ -38,6 +39,10 @@ class RunFolder:
     @property
     def metrics_file(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def attention_file(self) -> Path:
+        return self.path / "attention.json"
 
     @property
     def experiment_file(self) -> Path:

@@ -62,13 +62,15 @@ def milestone_checkpoints(experiment: Experiment, run: RunFolder) -> dict[str, C
     return {c.milestone: c for c in found if c.milestone in wanted}
 
 
-def launcher_of(experiment: Experiment, home: Home, run: RunFolder, report: Say = lambda line: None) -> Launcher:
-    """The launcher that a recipe names, for its run.
-
-    Args:
-        report: takes lines on the job: that it was submitted, waits, runs.
-    """
-    return LAUNCHERS[experiment.launcher.kind](experiment, home, run, report)
+def launcher_of(
+    experiment: Experiment,
+    home: Home,
+    run: RunFolder,
+    report: Say = lambda line: None,
+    allow: Collection[str] = (),
+) -> Launcher:
+    """The launcher that a recipe names, for its run; the arguments are those of `Launcher`."""
+    return LAUNCHERS[experiment.launcher.kind](experiment, home, run, report, allow)
 
 
 def train_run(
@@ -79,6 +81,7 @@ def train_run(
     report: Say,
     *,
     told: Collection[str] | None = None,
+    allow: Collection[str] = (),
 ) -> Iterator[Event]:
     """Train up to `until` tokens; yields metrics and milestones as they come.
 
@@ -89,6 +92,7 @@ def train_run(
     Args:
         report: takes lines on the job: that it was submitted, waits, runs.
         told: labels of milestones that are no news to the caller; by default those that are there now.
+        allow: consents, as in `Launcher`.
 
     Raises:
         TrainingError: the trainer ended before `until`; the message holds its own reason, or the end of its log.
@@ -100,7 +104,7 @@ def train_run(
     news = wanted - set(milestone_checkpoints(experiment, run) if told is None else told)
     with folder_lock(run.path / "launch", "watching the training"):
         offset = run.metrics_file.stat().st_size if run.metrics_file.exists() else 0
-        launcher = launcher_of(experiment, home, run, report)
+        launcher = launcher_of(experiment, home, run, report, allow)
         job = launcher.find()
         found = job is not None
         requeues = 0

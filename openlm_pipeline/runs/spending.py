@@ -1,6 +1,5 @@
 """What training would spend without use: days on a CPU, and the same text many times over."""
 
-import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,22 +19,27 @@ _GPU_DEVICES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 
 def has_gpu() -> bool:
-    """Whether this machine has a GPU, as far as can be told without torch."""
-    on_apple = platform.system() == "Darwin" and platform.machine() == "arm64"
-    return on_apple or any(Path(device).exists() for device in _GPU_DEVICES)
+    """Whether this machine has a GPU that the trainer can use, as far as can be told without torch."""
+    return any(Path(device).exists() for device in _GPU_DEVICES)
 
 
-def spending(experiment: Experiment, home: Home, until: int) -> Iterator[Finding]:
-    """What training up to `until` tokens needs a consent for; datasets that are not made yet say nothing."""
+def without_gpu(experiment: Experiment, until: int) -> Iterator[Finding]:
+    """What training up to `until` tokens needs a consent for where there is no GPU: what takes a CPU days."""
     tokens = until - experiment.start_tokens()
     operations = flops_per_token(experiment.model_config_resolved(), experiment.seq_len) * tokens
-    if experiment.launcher.kind == "local" and operations > CPU_FLOPS and not has_gpu():
+    if operations > CPU_FLOPS:
         yield refusal(
             "cpu",
             f"{experiment.name} takes {operations:.1e} operations for {format_tokens(tokens)} tokens, and this machine "
             "has no GPU: a CPU needs days or years",
             "Train it where there is one (launcher.kind, or another machine)",
         )
+
+
+def spending(experiment: Experiment, home: Home, until: int) -> Iterator[Finding]:
+    """What training up to `until` tokens needs a consent for; datasets that are not made yet say nothing."""
+    if experiment.launcher.kind == "local" and not has_gpu():
+        yield from without_gpu(experiment, until)
     weights = sum(source.weight for source in experiment.sources)
     for dataset in experiment.training_datasets():
         try:

@@ -28,7 +28,7 @@ class Traffic:
     reduced: int
     """Bytes of gradients that go into reduce-scatters and all-reduces."""
     by_optimizer: int
-    """Bytes that the optimizer gathers."""
+    """Bytes that the optimizer sends."""
     seconds: float
     """On the wire, if nothing else went over it."""
     between: float
@@ -71,7 +71,7 @@ def estimate_traffic(
         return sharded * 4 * parameters / inside * (shards - 1) / shards + all_reduce
 
     passes = 2 if experiment.execution.reshard_after_forward else 1
-    by_optimizer = OPTIMIZERS[training.optimizer](training).bytes_per_step(blocks * matrices) if sharded else 0
+    by_optimizer = OPTIMIZERS[training.optimizer](training).bytes_per_step(blocks * matrices, shards)
     optimizer_seconds = by_optimizer / inside
     exposed = None
     if compute_seconds is not None:

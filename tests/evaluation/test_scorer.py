@@ -138,6 +138,22 @@ def test_bf16_is_near_fp32_and_not_the_same(model, scoring_model, questions):
     assert 1e-4 < max(differences) < 0.2
 
 
+@pytest.mark.parametrize(("precision", "tf32"), [("fp32", False), ("tf32", True), ("bf16", False)])
+def test_tf32_is_what_the_precision_says_and_never_inherited(model, questions, monkeypatch, precision, tf32):
+    seen = []
+    hidden = model.hidden
+    monkeypatch.setattr(
+        model, "hidden", lambda *a, **k: seen.append(torch.backends.cuda.matmul.allow_tf32) or hidden(*a, **k)
+    )
+    try:
+        for inherited in (True, False):
+            torch.backends.cuda.matmul.allow_tf32 = inherited
+            score_questions(native_model(lambda: model, precision=precision), questions)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(seen) == {tf32}
+
+
 def _item(gold=0, num_bytes=(4, 8, 8)) -> Item:
     return Item(3, None, gold, (Request((1,), (2,)),) * len(num_bytes), num_bytes, "row", "prompt")
 
@@ -288,7 +304,8 @@ def test_what_changes_scores_makes_a_task_be_scored_again(evaluate, model, demo_
     assert evaluate(checkpoint_digest="other", report=lines.append).scored == ALL
     assert any("checkpoint weights -> other" in line for line in lines)
     assert evaluate(checkpoint_digest="other", max_seq_len=127).scored == ALL
-    assert evaluate(model=native_model(lambda: model, precision="bf16"), checkpoint_digest="other").scored == ALL
+    for precision in ("bf16", "tf32"):
+        assert evaluate(model=native_model(lambda: model, precision=precision), checkpoint_digest="other").scored == ALL
     evaluate(checkpoint_digest="other", max_seq_len=127)
     path = demo_files["last_word"]
     path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")

@@ -13,6 +13,7 @@ from small_run import SmallRun
 from openlm_pipeline.errors import BusyError, ConfigError, ConsentError, TrainingError
 from openlm_pipeline.pipeline import training as training_stage
 from openlm_pipeline.runs.launch import Event, Measured, MilestoneReached, MilestoneReused, milestone_checkpoints
+from openlm_pipeline.runs.launchers.local import Local
 
 
 @pytest.fixture(autouse=True)
@@ -108,3 +109,12 @@ def test_a_cancelled_trainer_that_cannot_save_is_gone_within_five_seconds(tmp_pa
 def test_one_machine_has_one_node(tmp_path: Path):
     with pytest.raises(ConfigError, match="'local' is this machine: nodes must be 1"):
         SmallRun(tmp_path, (2,)).experiment("launcher.nodes=2")
+
+
+def test_a_consent_reaches_the_trainer_that_asks_for_it_too(tmp_path: Path, monkeypatch):
+    def not_started(launcher: Local, until: int) -> None:
+        raise TrainingError(launcher.show(until))
+
+    monkeypatch.setattr(Local, "submit", not_started)
+    with pytest.raises(TrainingError, match="--allow=cpu$"):
+        train(SmallRun(tmp_path, (2,)), allow={"cpu", "supersede"})

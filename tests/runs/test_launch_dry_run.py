@@ -28,9 +28,9 @@ def dry_run(tmp_path: Path):
         recipe = text.replace("name: small\n", f"name: {kind}_run\n") + launcher + "\n"
         (tmp_path / "recipes" / f"{kind}_run.yaml").write_text(recipe)
 
-    def run(kind: str) -> subprocess.CompletedProcess[str]:
+    def run(kind: str, *more: str) -> subprocess.CompletedProcess[str]:
         before = sorted(small.home.root.rglob("*"))
-        command = [sys.executable, "-m", "openlm_pipeline", "launch", f"{kind}_run", "--dry-run"]
+        command = [sys.executable, "-m", "openlm_pipeline", "launch", f"{kind}_run", "--dry-run", *more]
         own = {"OPENLM_HOME": str(small.home.root), "OPENLM_RECIPES": str(tmp_path / "recipes")}
         own |= {"DAGSTER_HOME": str(tmp_path / "dagster"), "PYTHONPATH": str(REPOSITORY)}
         own |= {"WANDB_API_KEY": SECRET, "MY_API_TOKEN": SECRET + "-either", "TOKENIZERS_PARALLELISM": "false"}
@@ -69,3 +69,9 @@ def test_a_kubernetes_run_is_its_manifest_with_secrets_by_name(dry_run):
     (container,) = job["spec"]["template"]["spec"]["containers"]
     assert container["envFrom"] == [{"secretRef": {"name": "wandb"}}]
     assert container["command"][-1] == f"--until={2 * BATCH}"
+
+
+@pytest.mark.parametrize("kind", LAUNCHERS)
+def test_only_the_consent_to_a_cpu_is_passed_on_to_the_trainer(dry_run, kind: str):
+    assert "--allow=" not in dry_run(kind, "--allow", "supersede,remake").stdout
+    assert dry_run(kind, "--allow", "supersede,cpu").stdout.count("--allow=cpu") == 1

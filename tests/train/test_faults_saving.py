@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from gloo_workers import exit_codes
+from gloo_workers import exit_codes, run_in_processes, train_in_processes
 from save_program import run_and_die
-from small_run import SmallRun
+from small_run import SmallRun, train_here
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from openlm_pipeline.checkpoints.folders import list_checkpoints, read_checkpoint, verify
 from openlm_pipeline.checkpoints.reading import load_model
 from openlm_pipeline.errors import TrainingError
+from openlm_pipeline.experiments import load_experiment
 from openlm_pipeline.storage.home import Home
 
 FIRST_ONLY = "milestones=[512]"
@@ -144,3 +146,33 @@ def test_checkpoints_written_beside_training_equal_those_that_stop_it(tmp_path: 
     assert intact(both[0]) == intact(both[1]) == [2, 4, 6, 8, 10, 12]
     for step in (2, 4, 6, 8, 10, 12):
         assert_same(weights(both[0], step), weights(both[1], step))
+
+
+def _save_in_turn(recipe: str, root: Path, counted: Path) -> None:
+    """Train a run that saves at each second step, and count the plans that this rank makes for all."""
+    plans = []
+    make = DefaultSavePlanner._create_global_plan
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DefaultSavePlanner, "_create_global_plan", lambda *a: plans.append(1) or make(*a))
+        every = ["execution.checkpoint_every=512", "execution.keep_checkpoints=9"]
+        train_here(load_experiment(recipe, every), Home(root))
+    (counted / f"rank-{os.environ['RANK']}").write_text(str(len(plans)))
+
+
+def test_a_plan_is_made_once_and_each_save_holds_what_one_after_a_resume_would(tmp_path: Path):
+    """Files are equal to the byte those of a run that was started again for each of its checkpoints."""
+    once, again = SmallRun(tmp_path / "once", (6,)), SmallRun(tmp_path / "again", (6,))
+    run_in_processes(2, _save_in_turn, str(once.recipe), once.home.root, tmp_path)
+    assert [(tmp_path / f"rank-{r}").read_text() for r in (0, 1)] == ["1", "0"]
+    for steps in ("[512]", "[512,1024]", "[512,1024,1536]"):
+        train_in_processes(again, 2, f"milestones={steps}")
+    hashes = [
+        {
+            (c.step, name): file["sha256"]
+            for c in list_checkpoints(small.run.checkpoints, small.run.fingerprint, warn=pytest.fail)
+            for name, file in c.files.items()
+            if name.endswith(".distcp")
+        }
+        for small in (once, again)
+    ]
+    assert hashes[0] == hashes[1] and len(set(hashes[0].values())) == 6  # three steps, two ranks

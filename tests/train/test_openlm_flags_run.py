@@ -15,7 +15,7 @@ from torch.distributed.run import parse_args
 
 from openlm_pipeline.checkpoints.folders import list_checkpoints, read_checkpoint
 from openlm_pipeline.checkpoints.reading import load_model
-from openlm_pipeline.errors import ConfigError, IdentityError
+from openlm_pipeline.errors import ConfigError, ConsentError, IdentityError
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.storage.home import Home
 
@@ -139,6 +139,16 @@ def test_a_refused_flag_ends_before_anything_is_made(trained: Flags):
     assert codes == [ConfigError.exit_code]
     assert "mixture-of-experts" in printed
     assert not (trained.root / "logs" / "other").exists()
+
+
+def test_days_on_a_cpu_are_refused_and_the_consent_is_no_flag_of_openlm(trained: Flags):
+    years = [*trained.line(), "--name", "other", "--train-num-samples", str(10**14)]
+    codes, printed = trained.forked(1, *years)
+    assert codes == [ConsentError.exit_code]
+    assert "--allow cpu" in printed
+    codes, printed = trained.forked(1, *years, "--allow", "cpuu")
+    assert codes == [ConfigError.exit_code]
+    assert "did you mean 'cpu'?" in printed
 
 
 def test_pretrained_weights_are_summed_and_part_of_the_run(trained: Flags):

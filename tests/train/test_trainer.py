@@ -1,9 +1,12 @@
 """What a run does in one process: checkpoints, milestones, damage, identity, and errors for people."""
 
 import json
+import os
+import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +16,8 @@ from openlm_pipeline.checkpoints.folders import COMPLETE, list_checkpoints, read
 from openlm_pipeline.checkpoints.reading import load_model
 from openlm_pipeline.errors import BusyError, ConfigError, ConsentError, IdentityError, MissingInputError, TrainingError
 from openlm_pipeline.models import init
+from openlm_pipeline.runs import spending
+from train.distributed import stay_near_gpu
 
 
 def checkpoint_folder(small: SmallRun, step: int) -> Path:
@@ -285,3 +290,50 @@ def test_exit_codes_tell_what_was_wrong(copy: SmallRun, override: str, exit_code
     monkeypatch.setattr(sys, "argv", ["train", str(copy.recipe), override])
     assert main() == exit_code
     assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize("own", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_gpu_memory_is_in_expandable_segments_unless_the_user_says_otherwise(own: str | None, monkeypatch, capsys):
+    from train.__main__ import main
+
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "backend:native")
+        if name != own:
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(sys, "argv", ["train", "no_such_recipe"])
+    assert main() != 0
+    expected = {own: "backend:native"} if own else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert {name: value for name, value in os.environ.items() if "ALLOC_CONF" in name} == expected
+
+
+def test_a_process_stays_on_the_cpus_of_its_gpus_node_where_it_may_use_some(tmp_path: Path):
+    gpu = SimpleNamespace(pci_domain_id=0, pci_bus_id=0xDC, pci_device_id=1)
+    listed = tmp_path / "0000:dc:01.0" / "local_cpulist"
+    listed.parent.mkdir()
+    allowed = os.sched_getaffinity(0)
+    last = max(allowed)
+    try:
+        stay_near_gpu(gpu, tmp_path)
+        assert os.sched_getaffinity(0) == allowed
+        for text, left in (("\n", allowed), ("9000,9002-9003\n", allowed), (f"{last},9002-9003\n", {last})):
+            listed.write_text(text)
+            stay_near_gpu(gpu, tmp_path)
+            assert os.sched_getaffinity(0) == left
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def test_days_on_a_cpu_are_refused_by_the_trainer_itself(small: SmallRun, monkeypatch, capsys):
+    from train.__main__ import main
+
+    monkeypatch.setenv("OPENLM_HOME", str(small.home.root))
+    monkeypatch.setattr(sys, "argv", ["train", str(small.recipe), "milestones=[10T]"])
+    assert main() == ConsentError.exit_code
+    assert re.search(r"error: small takes .* operations for 10T tokens.*\n.*--allow cpu", capsys.readouterr().err)
+    assert not small.run.path.exists()
+
+    monkeypatch.setattr(spending, "CPU_FLOPS", 1e6)
+    with pytest.raises(ConsentError, match="--allow cpu"):
+        small.train()
+    small.train(allow={"cpu"})
+    assert small.run.read_outcome()["status"] == "completed"

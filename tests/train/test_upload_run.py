@@ -60,10 +60,12 @@ def test_all_of_a_run_is_there_when_it_ends(uploaded: SmallRun):
 
 def test_a_machine_without_checkpoints_goes_on_from_those_there(uploaded: SmallRun, store: Path, tmp_path: Path):
     fresh = SmallRun(tmp_path / "fresh", (4, 8))
+    there(store).attention_file.write_text('{"H100": ["flash"]}')
     fresh.train("milestones=[1024,2048,2560]", f"execution.upload_to={store}", *ROTATING)
     assert fresh.steps_on_disk() == {4: "t1024", 8: "t2048", 10: "t2560"}
     assert [s for s in fresh.losses() if s > 8] == [9, 10]
     assert {s: v for s, v in fresh.losses().items() if s <= 8} == uploaded.losses()  # the metrics came along
+    assert fresh.run.attention_file.read_text() == '{"H100": ["flash"]}'  # so that training there has the same kernel
     assert checkpoints(there(store)) == {4: "t1024", 6: None, 8: "t2048", 10: "t2560"}
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TextIO
 
 from openlm_pipeline.storage.files import write_text
@@ -40,8 +40,11 @@ class _Log:
         return self.out.isatty()
 
 
-def train_openlm(arguments: Sequence[str]) -> None:
+def train_openlm(arguments: Sequence[str], allow: Collection[str] = ()) -> None:
     """Train what OpenLM's flags stand for, in this process of those that torchrun started.
+
+    Args:
+        allow: consents, as in `run_training`.
 
     Raises:
         OpenLMError: what is wrong with a flag, the data, the folder or the run.
@@ -59,4 +62,5 @@ def train_openlm(arguments: Sequence[str]) -> None:
         print(f"note: {note}", flush=True)
     with contextlib.redirect_stdout(_Log(sys.stdout, run)) if first else contextlib.nullcontext():
         until = run.experiment.milestones[-1]
-        run_training(run.experiment, home, until, run_path=run.run_path, initial_weights=run.initial_weights)
+        weights = run.initial_weights
+        run_training(run.experiment, home, until, allow=allow, run_path=run.run_path, initial_weights=weights)

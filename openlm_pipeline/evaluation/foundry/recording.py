@@ -91,6 +91,7 @@ def score_tasks(job: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> N
         use_train_metrics=False,
     )
     trainer = Trainer(model=model, precision="fp32", progress_bar=False)
+    torch.set_float32_matmul_precision("highest")  # on a GPU Composer has allowed TF32
     for task in job["tasks"]:
         evaluators, _ = build_icl_evaluators([task["icl_task"]], tokenizer, job["max_seq_len"], job["batch_size"])
         total, done, metrics = sum(len(e.dataloader.dataloader.dataset) for e in evaluators), 0, {}

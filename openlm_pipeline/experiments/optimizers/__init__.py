@@ -39,11 +39,12 @@ class OptimizerChoice(Choice, ABC):
         """
         return 0
 
-    def bytes_per_step(self, matrices: Iterable[tuple[int, int]]) -> int:
-        """Bytes that one step gathers of sharded parameters' state.
+    def bytes_per_step(self, matrices: Iterable[tuple[int, int]], shards: int) -> int:
+        """Bytes that one process sends in one step for the optimizer itself, on average.
 
         Args:
-            matrices: [rows, columns] of each matrix inside the blocks.
+            matrices: as in `flops_per_step`.
+            shards: processes that have the weights between them.
         """
         return 0
 

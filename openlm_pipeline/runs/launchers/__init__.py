@@ -4,6 +4,7 @@ A launcher starts and stops processes, and says whether they are there. What tra
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from openlm_pipeline.result import Say
@@ -22,11 +23,15 @@ class Launcher(ABC):
     class Settings(Strict):
         """What a recipe may say at `launcher.NAME`; here nothing."""
 
-    def __init__(self, experiment: "Experiment", home: Home, run: "RunFolder", report: Say) -> None:
+    def __init__(
+        self, experiment: "Experiment", home: Home, run: "RunFolder", report: Say, allow: Collection[str] = ()
+    ) -> None:
         """
         Args:
             report: takes lines on the job: that it was submitted, waits, runs.
+            allow: consents; those that the trainer asks for on its own machine are passed on to it.
         """
+        self.allow = allow
         self.experiment, self.home, self.run, self.report = experiment, home, run, report
         self.common: spec.Launcher = experiment.launcher
         """What a recipe says whatever the launcher, such as `nodes`."""

@@ -1,6 +1,6 @@
 """What the watcher of a run asks of a job that a launcher started, and the one command that all of them start."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -43,6 +43,8 @@ def torchrun_command(
     python: str,
     rendezvous: Sequence[str],
     trainer: Sequence[str] | None = None,
+    *,
+    allow: Collection[str] = (),
 ) -> list[str]:
     """The command that one machine runs.
 
@@ -50,6 +52,8 @@ def torchrun_command(
         python: the interpreter on that machine.
         rendezvous: torchrun's options by which its machines find each other.
         trainer: how torchrun starts the trainer there; by default by its file on this machine.
+        allow: consents of the user. Only `cpu` is for the trainer's machine; the others are used up before it starts,
+            and do not stand for what a later start of the job would find.
     """
     return [
         python,
@@ -63,6 +67,7 @@ def torchrun_command(
         *(trainer or starting("train")),
         str(experiment_file),
         f"--until={until}",
+        *(["--allow=cpu"] if "cpu" in allow else []),
     ]
 
 

@@ -11,6 +11,7 @@ runs a cluster, so what its controllers and the operator do with the objects is 
 import os
 import re
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,12 @@ def object_name(experiment: Experiment) -> str:
     return name
 
 
-def manifest(experiment: Experiment, home: Home, until: int) -> str:
+def manifest(experiment: Experiment, home: Home, until: int, allow: Collection[str] = ()) -> str:
     """YAML of the object that trains a run up to `until` tokens, as `kubectl apply -f` takes it."""
-    return yaml.safe_dump(job_object(experiment, home, until), sort_keys=False)
+    return yaml.safe_dump(job_object(experiment, home, until, allow), sort_keys=False)
 
 
-def job_object(experiment: Experiment, home: Home, until: int) -> dict[str, Any]:
+def job_object(experiment: Experiment, home: Home, until: int, allow: Collection[str] = ()) -> dict[str, Any]:
     """The Job or PyTorchJob. It names Secrets, and holds nothing of them.
 
     Raises:
@@ -80,7 +81,8 @@ def job_object(experiment: Experiment, home: Home, until: int) -> dict[str, Any]
             "--rdzv-endpoint=$(MASTER_ADDR):$(MASTER_PORT)",
             f"--rdzv-id={name}",
         ]
-    command = torchrun_command(launcher, run_path / "experiment.yaml", until, "python", rendezvous, _TRAINER)
+    experiment_file = run_path / "experiment.yaml"
+    command = torchrun_command(launcher, experiment_file, until, "python", rendezvous, _TRAINER, allow=allow)
     template = {
         "metadata": {"labels": {_RUN_LABEL: name}},
         "spec": _pod_spec(launcher.settings, command, root, launcher.grace_seconds),
@@ -197,12 +199,12 @@ class Kubernetes(Launcher):
         if job.read() is not None:
             job.cancel()
         write_text(self.run.path / "launch" / "kubernetes.yaml", self.show(until))
-        job.create(job_object(self.experiment, self.home, until))
+        job.create(job_object(self.experiment, self.home, until, self.allow))
         self.report(f"{job.description} created")
         return self._job()
 
     def show(self, until: int) -> str:
-        return manifest(self.experiment, self.home, until)
+        return manifest(self.experiment, self.home, until, self.allow)
 
     def _job(self) -> "KubernetesJob":
         return KubernetesJob(self.experiment, self.home, self.run, self.report)

@@ -29,23 +29,22 @@ class Local(Launcher):
             raise ValueError("kind 'local' is this machine: nodes must be 1; 'slurm' and 'kubernetes' have several")
 
     def submit(self, until: int) -> "LocalJob":
-        return LocalJob(self.experiment, self.home, self.run, until)
+        return LocalJob(self.experiment, self.home, self.run, self._command(until))
 
     def show(self, until: int) -> str:
-        return shlex.join(_command(self.experiment, self.run, until))
+        return shlex.join(self._command(until))
 
-
-def _command(experiment: Experiment, run: RunFolder, until: int) -> list[str]:
-    return torchrun_command(experiment.launcher, run.experiment_file, until, sys.executable, ["--standalone"])
+    def _command(self, until: int) -> list[str]:
+        experiment_file = self.run.experiment_file
+        return torchrun_command(self.common, experiment_file, until, sys.executable, ["--standalone"], allow=self.allow)
 
 
 class LocalJob:
     """torchrun with its workers."""
 
-    def __init__(self, experiment: Experiment, home: Home, run: RunFolder, until: int) -> None:
+    def __init__(self, experiment: Experiment, home: Home, run: RunFolder, command: list[str]) -> None:
         self._grace_seconds = experiment.launcher.grace_seconds
         self._log = run.path / _LOG
-        command = _command(experiment, run, until)
         if setpriv := shutil.which("setpriv"):
             command = [setpriv, "--pdeathsig", "TERM", "--", *command]
         with self._log.open("ab") as log:

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,10 +139,10 @@ class Slurm(Launcher):
         return job
 
     def show(self, until: int) -> str:
-        return job_script(self.experiment, self.home, self.run, until)
+        return job_script(self.experiment, self.home, self.run, until, self.allow)
 
 
-def job_script(experiment: Experiment, home: Home, run: RunFolder, until: int) -> str:
+def job_script(experiment: Experiment, home: Home, run: RunFolder, until: int, allow: Collection[str] = ()) -> str:
     """The batch script; it names environment variables, and holds none of their values but `OPENLM_HOME`."""
     launcher = experiment.launcher
     torchrun = torchrun_command(
@@ -151,6 +151,7 @@ def job_script(experiment: Experiment, home: Home, run: RunFolder, until: int) -
         until,
         sys.executable,
         [f"--nnodes={launcher.nodes}", "--rdzv-backend=c10d"],
+        allow=allow,
     )
     at = torchrun.index("--rdzv-backend=c10d") + 1
     rendezvous = '"--rdzv-endpoint=$head:$port" "--rdzv-id=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"'
