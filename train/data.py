@@ -14,6 +14,7 @@ import torch
 
 from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.experiments import Experiment
+from openlm_pipeline.fingerprint import Tree
 from openlm_pipeline.ordering import order_of
 from openlm_pipeline.runs.layout import layout
 from openlm_pipeline.shards.dataset import ShardedDataset
@@ -42,8 +43,18 @@ def check_ids(dataset: ShardedDataset, rows: int) -> None:
 class Batches:
     """This rank's part of each global batch."""
 
-    def __init__(self, experiment: Experiment, datasets: list[ShardedDataset], rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        datasets: list[ShardedDataset],
+        rank: int,
+        world_size: int,
+        identity: Tree | None = None,
+    ) -> None:
         """
+        Args:
+            identity: of the run, see `order_of`.
+
         Raises:
             ConfigError: the global batch does not divide over the ranks, or a dataset's vocabulary is larger than the
                 model's.
@@ -54,7 +65,7 @@ class Batches:
         for d in datasets:
             check_ids(d, experiment.model_config_resolved().vocab_size)
         self.datasets = datasets
-        self.order = order_of(experiment, [d.shard_sizes for d in datasets])
+        self.order = order_of(experiment, [d.shard_sizes for d in datasets], identity)
         self.sample_tokens = experiment.seq_len + 1
         self.prefetch_batches = experiment.execution.prefetch_batches
         self.first = rank * self.local_sequences

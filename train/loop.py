@@ -84,7 +84,8 @@ class Trainer:
             check_ids(self.held_out, experiment.model_config_resolved().vocab_size)
         self.stop = StopRequest()
         self.console = Console(quiet=world.rank != 0, highlight=False, width=200, soft_wrap=True)
-        self.batches = Batches(experiment, datasets, world.rank, world.size)
+        identity = world.from_rank0(lambda: self.run.identity)
+        self.batches = Batches(experiment, datasets, world.rank, world.size, identity)
         if experiment.execution.deterministic:
             use_deterministic_algorithms()
         opened = [*datasets, self.held_out] if self.held_out else datasets

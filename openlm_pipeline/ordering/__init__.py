@@ -3,12 +3,13 @@
 Nothing depends on world size, workers or restarts: the state of a loader is i.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from openlm_pipeline.experiments import Experiment
+from openlm_pipeline.ordering.continued import order_record, recorded_order
 from openlm_pipeline.registry import SAMPLINGS
 
 
@@ -37,15 +38,21 @@ def make_order(
     return made(shard_sizes, weights, seed, **{name: settings[name] for name in made.settings})
 
 
-def order_of(experiment: Experiment, shard_sizes: Sequence[np.ndarray]) -> Order:
+def order_of(
+    experiment: Experiment, shard_sizes: Sequence[np.ndarray], identity: Mapping[str, Any] | None = None
+) -> Order:
     """The order of a recipe's training datasets.
 
     Args:
         shard_sizes: number of samples in each shard of each dataset.
+        identity: of the run. A fork with another mixture than its parent's continues each source where that left it.
 
     Raises:
         ConfigError: as `make_order`.
     """
+    if identity and "order" in identity.get("parent", {}):
+        sizes = {d["manifest_sha256"]: size for d, size in zip(identity["data"], shard_sizes)}
+        return recorded_order(order_record(identity, 0), sizes)
     training = experiment.training
     settings = {name: getattr(training, name) for name in SAMPLINGS[training.sampling].settings}
     weights = [dataset.source.weight for dataset in experiment.training_datasets()]

@@ -42,6 +42,9 @@ class Mixture(Protocol):
     def positions(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """For each sample of chunk `number`: source[chunk], and how many of that source came before it in the run."""
 
+    def before(self, number: int) -> np.ndarray:
+        """How many samples of each source came before chunk `number`: int64[sources]."""
+
 
 class StratifiedMixture:
     """Blocks of 4,096 samples with the same counts and the same interleaving of sources in each.
@@ -72,10 +75,13 @@ class StratifiedMixture:
         blocks = np.arange(_CHUNK // _BLOCK)[:, None]
         self._source = np.tile(source[order], len(blocks))
         self._rank = (rank[order] + blocks * quotas[source[order]]).ravel()
-        self._step = len(blocks) * quotas[self._source]
+        self._quotas = len(blocks) * quotas
 
     def positions(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        return self._source, self._rank + number * self._step
+        return self._source, self._rank + self.before(number)[self._source]
+
+    def before(self, number: int) -> np.ndarray:
+        return number * self._quotas
 
 
 class RandomMixture:
@@ -98,18 +104,21 @@ class RandomMixture:
         return np.minimum(drawn, len(self._upper) - 1)  # the last bound may be rounded to just below one
 
     def positions(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        sources = len(self._upper)
+        batches = self.before(number) // self._batch
+        drawn = self._draws(number * self._batches, self._batches)
+        batches_before = np.empty_like(drawn)
+        for s, already in enumerate(batches):
+            batches_before[drawn == s] = already + np.arange((drawn == s).sum())
+        position = batches_before[:, None] * self._batch + np.arange(self._batch)
+        return np.repeat(drawn, self._batch), position.ravel()
+
+    def before(self, number: int) -> np.ndarray:
         while (known := len(self._before)) <= number:
             more = min(known, 256)  # bounds what a far resume takes at once
             drawn = self._draws((known - 1) * self._batches, more * self._batches).reshape(more, self._batches)
-            counts = np.stack([(drawn == s).sum(axis=1) for s in range(sources)], axis=1)
+            counts = np.stack([(drawn == s).sum(axis=1) for s in range(len(self._upper))], axis=1)
             self._before = np.concatenate([self._before, self._before[-1] + np.cumsum(counts, axis=0)])
-        drawn = self._draws(number * self._batches, self._batches)
-        batches_before = np.empty_like(drawn)
-        for s in range(sources):
-            batches_before[drawn == s] = self._before[number, s] + np.arange((drawn == s).sum())
-        position = batches_before[:, None] * self._batch + np.arange(self._batch)
-        return np.repeat(drawn, self._batch), position.ravel()
+        return self._before[number] * self._batch
 
 
 class MixedOrder(ABC):
@@ -122,6 +131,12 @@ class MixedOrder(ABC):
     @abstractmethod
     def samples(self, source: int, positions: np.ndarray) -> np.ndarray:
         """The samples of a source at increasing `positions` of its order, counted through all epochs: int64."""
+
+    def taken(self, samples: int) -> np.ndarray:
+        """How many positions of each source's order the first `samples` of the run take: int64[sources]."""
+        number, offset = divmod(samples, self.mixture.chunk)
+        before = self.mixture.before(number)
+        return before + np.bincount(self.mixture.positions(number)[0][:offset], minlength=len(before))
 
     def _picks_of_chunk(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         source, position = self.mixture.positions(number)

@@ -2,6 +2,7 @@
 
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.fingerprint import Tree, settings_tree
+from openlm_pipeline.ordering.continued import is_same_mixture, order_record
 from openlm_pipeline.registry import SAMPLINGS, SCHEDULES
 from openlm_pipeline.units import format_tokens
 
@@ -41,7 +42,11 @@ def run_identity(experiment: Experiment, dataset_versions: dict[str, str], paren
     settings = settings_identity(experiment)
     if experiment.parent:
         settings["parent"] |= parent
-    return {**settings, "data": data}
+    identity = {**settings, "data": data}
+    before = identity.get("parent", {}).get("order", {"before": None})
+    if "before" not in before and is_same_mixture(order_record(identity, 0), before):
+        del identity["parent"]["order"]  # the parent's order simply goes on
+    return identity
 
 
 def extension_refusal(experiment: Experiment, old: Tree, new: Tree) -> str | None:

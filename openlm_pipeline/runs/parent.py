@@ -4,6 +4,7 @@ from openlm_pipeline.checkpoints.folders import Checkpoint, list_checkpoints
 from openlm_pipeline.errors import ConfigError, MissingInputError
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.fingerprint import Tree, settings_tree
+from openlm_pipeline.ordering.continued import order_record
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.units import format_tokens, milestone_label
@@ -34,9 +35,11 @@ def parent_checkpoint(experiment: Experiment, home: Home) -> Checkpoint:
 
 
 def parent_identity(experiment: Experiment, home: Home) -> Tree | None:
-    """What a fork's identity holds of its parent: `checkpoint`, a digest, and `tokens`; None where there is no parent.
+    """What a fork's identity holds of its parent: `checkpoint`, a digest, `tokens`, and `order`, what the parent's
+    order of samples is made of; None where there is no parent.
 
-    For a parent that is gone it is what the fork recorded when it began.
+    For a parent that is gone it is what the fork recorded when it began. Forks with another mixture that the first
+    release began have no `order`, and continue without one.
 
     Raises:
         MissingInputError: the parent is not there, and the fork never began.
@@ -44,19 +47,24 @@ def parent_identity(experiment: Experiment, home: Home) -> Tree | None:
     """
     if experiment.parent is None:
         return None
+    own, settings = RunFolder(home.run(experiment.name, experiment.version)), settings_tree(experiment.parent)
+    begun = own.identity if (own.path / "run.json").exists() else {}
+    recorded = begun.get("parent", {})
+    is_begun = all(recorded.get(name) == settings[name] for name in settings)
     try:
         checkpoint = parent_checkpoint(experiment, home)
     except MissingInputError:
-        own = RunFolder(home.run(experiment.name, experiment.version))
-        recorded = own.identity.get("parent") if (own.path / "run.json").exists() else None
-        settings = settings_tree(experiment.parent)
-        if recorded is None or any(recorded.get(name) != settings[name] for name in settings):
+        if not is_begun:
             raise
-        return {"checkpoint": recorded["checkpoint"], "tokens": recorded["tokens"]}
+        return {name: recorded[name] for name in ("checkpoint", "tokens", "order") if name in recorded}
     batch = experiment.training.global_batch
     if checkpoint.tokens % batch:
         raise ConfigError(
             f"{experiment.name} begins after {checkpoint.tokens:,} tokens of {experiment.parent.run}, which is no "
             f"whole number of its steps of {batch:,} tokens; choose another training.global_batch"
         )
-    return {"checkpoint": checkpoint.digest, "tokens": checkpoint.tokens}
+    found = {"checkpoint": checkpoint.digest, "tokens": checkpoint.tokens}
+    mixture = [(s.name, s.weight) for s in experiment.sources]
+    if is_begun and "order" not in recorded and [(d["name"], d["weight"]) for d in begun["data"]] == mixture:
+        return found
+    return {**found, "order": order_record(parent_folder(experiment, home).identity, checkpoint.tokens)}

@@ -10,7 +10,9 @@ from openlm_pipeline.checkpoints.folders import Checkpoint, read_checkpoint
 from openlm_pipeline.checkpoints.reading import load_model
 from openlm_pipeline.errors import ConfigError, DataError, IdentityError, MissingInputError
 from openlm_pipeline.experiments import load_experiment
+from openlm_pipeline.ordering import order_of
 from openlm_pipeline.runs.folder import RunFolder
+from openlm_pipeline.shards.opening import open_dataset
 from openlm_pipeline.storage.files import read_json
 
 TO_8 = f"milestones=[{8 * BATCH}]"
@@ -186,3 +188,18 @@ def test_a_constant_schedule_is_simply_extended(small):
     assert {p: p.stat().st_mtime_ns for p in saved} == saved
     trained = [r["step"] for r in small.run.new_metrics(0)[0] if "loss" in r]
     assert trained == list(range(1, 11))
+
+
+def test_a_fork_with_other_weights_repeats_nothing_while_there_is_unseen_text(parent):
+    """The mixture of a cooldown: of `text` 24 samples were seen, of `code` 8."""
+    sources = 'sources=[{name: text, files: ["raw/text/*.jsonl"]}, {name: code, files: ["raw/code/*.jsonl"], weight: 3}]'
+    fork = Fork(parent, sources).train()
+    datasets = [open_dataset(d, fork.home) for d in fork.experiment.training_datasets()]
+    sizes = [d.shard_sizes for d in datasets]
+    began = zip(*order_of(parent.experiment(), sizes, parent.run.identity).picks(0, 32))
+    went_on = list(zip(*order_of(fork.experiment, sizes, fork.run.identity).picks(32, 32)))
+    assert len({*began, *went_on}) == 64
+    assert sum(source for source, _ in went_on) == 24
+    losses = fork.losses()
+    shutil.rmtree(fork.run.path)
+    assert Fork(parent, sources).train().losses() == losses

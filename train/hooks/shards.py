@@ -38,7 +38,7 @@ class ShardChecks(Hook):
         if self._unsure and int(os.environ.get("LOCAL_RANK", 0)) == 0:
             self._to_come = [np.full(len(d.shard_sizes), not d.has_sums) for d in self._datasets]
             self._held_out = [d for d in held_out if not d.has_sums]
-            self._order = order_of(trainer.experiment, [d.shard_sizes for d in self._datasets])
+            self._order = order_of(trainer.experiment, [d.shard_sizes for d in self._datasets], trainer.run.identity)
             self._read = trainer.step * trainer.batches.global_sequences  # a fork begins where its parent was checked
             self._check = BackgroundCheck(self._needed)
 

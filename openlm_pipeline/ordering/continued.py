@@ -1,0 +1,86 @@
+"""The order of a fork: its own mixture, each source from where the parent left it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from openlm_pipeline.ordering.mixture import MixedOrder
+from openlm_pipeline.registry import SAMPLINGS
+
+Sizes = Mapping[str, np.ndarray]
+"""Samples in each shard of a dataset, by its version."""
+
+
+class ContinuedOrder(MixedOrder):
+    """A mixture that begins at sample `start` of the run. Positions of its sources are counted from there."""
+
+    def __init__(self, own: MixedOrder, start: int, left: Sequence[tuple[MixedOrder, int, int] | None]) -> None:
+        """
+        Args:
+            own: the mixture as if it began at sample 0, and the order of sources that the parent did not have.
+            left: for each other source the parent's order, the source's number there, and how many positions of it are
+                taken.
+        """
+        super().__init__(own.mixture)
+        self.own, self.start, self.left = own, start, left
+
+    def samples(self, source: int, positions: np.ndarray) -> np.ndarray:
+        if (left := self.left[source]) is None:
+            return self.own.samples(source, positions)
+        order, number, taken = left
+        return order.samples(number, positions + taken)
+
+    def picks(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        return super().picks(start - self.start, count)
+
+    def taken(self, samples: int) -> np.ndarray:
+        return super().taken(samples - self.start)
+
+
+def order_record(identity: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+    """What the order of a run is made of, and of its parents, from the run's identity.
+
+    Args:
+        tokens: after which a fork leaves it.
+    """
+    training, sampling = identity["training"], SAMPLINGS[identity["training"].get("sampling", "permutation")]
+    record = {
+        "sampling": training.get("sampling", "permutation"),
+        "settings": {name: training[name] for name in sampling.settings},
+        "seed": identity["seed"],
+        "data": [{"weight": d["weight"], "manifest_sha256": d["manifest_sha256"]} for d in identity["data"]],
+        "samples": tokens // identity["seq_len"],
+    }
+    if before := identity.get("parent", {}).get("order"):
+        record |= {"start": identity["parent"]["tokens"] // identity["seq_len"], "before": before}
+    return record
+
+
+def is_same_mixture(record: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two records are of one mixture in one order."""
+    return all(record[name] == other[name] for name in ("sampling", "settings", "seed", "data"))
+
+
+def recorded_order(record: Mapping[str, Any], sizes: Sizes) -> MixedOrder:
+    """The order that a record is of. Sources that are not in `sizes` are not asked for samples."""
+    absent = np.ones(1, np.int64)
+    shard_sizes = [sizes.get(d["manifest_sha256"], absent) for d in record["data"]]
+    weights = [d["weight"] for d in record["data"]]
+    own = SAMPLINGS[record["sampling"]](shard_sizes, weights, record["seed"], **record["settings"])
+    if (before := record.get("before")) is None:
+        return own
+    if is_same_mixture(record, before):
+        return recorded_order(before, sizes)
+    return ContinuedOrder(own, record["start"], [_left(d["manifest_sha256"], before, sizes) for d in record["data"]])
+
+
+def _left(dataset: str, record: Mapping[str, Any] | None, sizes: Sizes) -> tuple[MixedOrder, int, int] | None:
+    """Where the last of a run and its parents that had a dataset left it, as for `ContinuedOrder`."""
+    if record is None:
+        return None
+    datasets = [d["manifest_sha256"] for d in record["data"]]
+    if dataset not in datasets:
+        return _left(dataset, record.get("before"), sizes)
+    order, number = recorded_order(record, sizes), datasets.index(dataset)
+    return order, number, int(order.taken(record["samples"])[number])
