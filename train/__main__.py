@@ -18,7 +18,7 @@ from train.signals import die_with_parent
 
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 """Variables that torch reads as it first allocates on a GPU."""
-_RECIPE_FLAGS = ("--until", "--allow", "--supersede")
+_RECIPE_FLAGS = ("--until", "--steps", "--allow", "--supersede")
 
 
 def _recipe_parser() -> argparse.ArgumentParser:
@@ -26,6 +26,7 @@ def _recipe_parser() -> argparse.ArgumentParser:
     parser.add_argument("recipe", help="a recipe's name (`openlm recipes` lists them) or YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.lr=1e-3 or milestones=[1M]")
     parser.add_argument("--until", type=parse_tokens, help="stop after this many tokens; by default the last milestone")
+    parser.add_argument("--steps", type=int, help="as --until, in steps")
     parser.add_argument(
         "--allow", action="append", metavar="NAME", help="what is otherwise refused: supersede, remake, cpu"
     )
@@ -38,7 +39,7 @@ def _train_recipe(argv: list[str]) -> None:
     experiment = load_experiment(arguments.recipe, arguments.overrides)
     from train.run import run_training
 
-    until = arguments.until or experiment.milestones[-1]
+    until = experiment.limit(arguments.until, arguments.steps)
     run_training(experiment, Home.from_env(), until, allow=parse_allow(arguments.allow))
 
 

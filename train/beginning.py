@@ -1,7 +1,7 @@
 """Where a run begins: at the weights of checkpoints of any kind, or at its parent's milestone."""
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from openlm_pipeline.fingerprint import Tree, differences, fingerprint, settings
 from openlm_pipeline.models import ModelConfig
 from openlm_pipeline.models.init import initialize
 from openlm_pipeline.models.transformer import Transformer
-from openlm_pipeline.registry import SCHEDULES
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.parent import parent_checkpoint
 from openlm_pipeline.storage.files import read_json, sha256_file
@@ -30,20 +29,6 @@ from train.optimizers import Optimizers
 
 _OF_THE_STATE = ("optimizer", "optimizer_settings", "state_precision", "no_decay")
 """Settings of `training` on which the form of the optimizer's state depends."""
-
-
-def learning_rates(experiment: Experiment, start_tokens: int) -> Callable[[int], float]:
-    """The learning rate of the step after so many of a run; a fork's own schedule starts where its parent ended.
-
-    Args:
-        start_tokens: of the parent's checkpoint, where the experiment is a fork.
-    """
-    start, horizon = 0, experiment.schedule_horizon()
-    if experiment.schedule_start():
-        start = start_tokens // experiment.training.global_batch
-        horizon = horizon and horizon - start_tokens
-    schedule = SCHEDULES[experiment.training.schedule](experiment.training, horizon)
-    return lambda steps: schedule.rate(steps - start)
 
 
 @dataclass

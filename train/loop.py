@@ -33,7 +33,7 @@ from openlm_pipeline.storage.home import Home
 from openlm_pipeline.units import format_tokens
 from train import saver as checkpoints
 from train.attention_backend import attention_kernels
-from train.beginning import Beginning, learning_rates
+from train.beginning import Beginning
 from train.data import Batches, check_ids
 from train.distributed import World
 from train.hooks import Hooks, Step
@@ -94,7 +94,7 @@ class Trainer:
         self.optimizer = make_optimizer(experiment.training, self.model)
         self.step = start_tokens // experiment.training.global_batch
         self.beginning = Beginning(experiment, home, world, initial_weights)
-        self.lr_after = learning_rates(experiment, start_tokens)
+        self.lr_after = experiment.learning_rates(start_tokens)
         """The learning rate of the step after so many."""
         self.saver = checkpoints.Saver(
             self.run.checkpoints,
@@ -120,7 +120,8 @@ class Trainer:
         return self.step * self.experiment.training.global_batch
 
     def train(self, until: int) -> Outcome:
-        """Make every milestone up to `until` tokens that is not there, each from the newest checkpoint before it."""
+        """Make every milestone up to `until` tokens that is not there, each from the newest checkpoint before it, and a
+        checkpoint at `until` where no milestone is."""
         try:
             for hook in self.hooks:
                 hook.at_start(until)
@@ -131,30 +132,35 @@ class Trainer:
                 hook.at_end()
 
     def _make_milestones(self, until: int) -> Outcome:
-        milestones = {
-            label: self.experiment.steps(tokens)
-            for label, tokens in self.experiment.labelled_milestones()
-            if tokens <= until
-        }
-        being_saved: dict[str, int] = {}
+        steps = self.experiment.steps
+        goals: list[tuple[str | None, int]] = [
+            (label, steps(tokens)) for label, tokens in self.experiment.labelled_milestones() if tokens <= until
+        ]
+        if all(step < steps(until) for _, step in goals):
+            goals.append((None, steps(until)))  # any checkpoint of that step will do
+        being_saved: set[tuple[str | None, int]] = set()
         while True:
-            there = {c.milestone: c.step for c in self.world.from_rank0(self._list)} | being_saved
-            label = next((m for m, step in milestones.items() if there.get(m) != step), None)
-            if label is None and being_saved:
-                being_saved = {}
+            there = {(m, c.step) for c in self.world.from_rank0(self._list) for m in (c.milestone, None)} | being_saved
+            goal = next((goal for goal in goals if goal not in there), None)
+            if goal is None and being_saved:
+                being_saved = set()
                 self.saver.wait()
                 continue
-            if label is None:
-                step = max([self.step, *milestones.values()])
+            if goal is None:
+                step = max(self.step, goals[-1][1])
                 return Outcome("completed", step, step * self.experiment.training.global_batch)
-            if not self._go_to_start(milestones[label]):
+            label, step = goal
+            if not self._go_to_start(step):
                 continue  # what was taken for a milestone was damaged: there is an earlier one to make
-            if not self._train_to(milestones[label]):
+            if not self._train_to(step):
                 self._save(milestone=None)
                 self.saver.wait()
                 return Outcome("preempted", self.step, self.tokens)
-            self._reach_milestone(label)
-            being_saved[label] = self.step
+            if label is None:
+                self._save(milestone=None)
+            else:
+                self._reach_milestone(label)
+            being_saved.add(goal)
 
     def _list(self) -> list[Checkpoint]:
         return list_checkpoints(self.run.checkpoints, self.run.fingerprint, self.warn)

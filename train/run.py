@@ -9,6 +9,7 @@ from openlm_pipeline.result import refuse
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.identity import run_identity
 from openlm_pipeline.runs.parent import parent_identity
+from openlm_pipeline.runs.rates import rate_findings
 from openlm_pipeline.runs.spending import without_gpu
 from openlm_pipeline.shards.opening import open_dataset
 from openlm_pipeline.storage.home import Home
@@ -43,6 +44,7 @@ def run_training(
     world = start()
     if world.device.type == "cpu":
         refuse(without_gpu(experiment, until), allow)
+    refuse(world.from_rank0(lambda: list(rate_findings(experiment, home, until))), allow)
     run = RunFolder(run_path or home.run(experiment.name, experiment.version))
     datasets = [open_dataset(d, home) for d in experiment.training_datasets()]
     versions = {d.name: opened.version for d, opened in zip(experiment.training_datasets(), datasets)}

@@ -180,7 +180,10 @@ def tokenize(
 def train(
     recipe: Recipe,
     overrides: Overrides = None,
-    until: Annotated[str | None, typer.Option(help="Stop after this many tokens, such as 250B.")] = None,
+    until: Annotated[
+        str | None, typer.Option(help="Stop with a checkpoint after so many tokens, such as 250B.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="As --until, in steps.", min=1)] = None,
     allow: Allow = None,
     supersede: Annotated[bool, typer.Option("--supersede", hidden=True, help="As --allow supersede.")] = False,
     dry_run: Annotated[
@@ -216,7 +219,7 @@ def train(
         for line in cost.lines():
             say(line)
         return
-    limit = _tokens(until) if until else experiment.milestones[-1]
+    limit = experiment.limit(_tokens(until) if until else None, steps)
     allowed = parse_allow(allow) | ({"supersede"} if supersede else frozenset())
     for event in training_stage.train(experiment, home, limit, say, allow=allowed):
         if isinstance(event, Measured):

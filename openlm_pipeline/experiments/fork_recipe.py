@@ -17,7 +17,8 @@ def write_fork(
 ) -> tuple[Path, Experiment]:
     """Write `NAME.yaml`: a run that continues from a milestone of a recipe's run, with settings changed.
 
-    The milestones are those of the recipe after that one, unless `overrides` have others.
+    The milestones are those of the recipe after that one, unless `overrides` have others. Another schedule begins at
+    the rate where the recipe's own is then, and ends at the fork's last milestone, unless they say otherwise.
 
     Returns:
         The file, and the experiment in it.
@@ -49,6 +50,11 @@ def write_fork(
         "milestones": later,
         "parent": {**begin, "optimizer": "keep", "schedule": "continue"},
     }
+    training = changed.get("training", {})
+    restarts = changed.get("parent", {}).get("schedule") == "restart"
+    if training.get("schedule", parent.training.schedule) != parent.training.schedule and not restarts:
+        last = parent.learning_rates(parent.start_tokens())(parent.steps(milestone) - 1)
+        document["training"] = {"lr": float(f"{last:.6g}"), "horizon": None, "warmup": 0}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.yaml"
     if path.exists():

@@ -4,11 +4,12 @@ Fields either change results (they enter an identity, see `openlm_pipeline/finge
 (`Execution`, `Launcher`), which never does.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, StringConstraints, create_model, field_validator, model_validator
 
+from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.fingerprint import Neutral
 from openlm_pipeline.models.config import ModelConfig, resolve_model
 from openlm_pipeline.registry import (
@@ -492,9 +493,40 @@ class Experiment(Strict):
         """Tokens at which the learning-rate schedule begins."""
         return self.start_tokens() if self.parent and self.parent.schedule == "restart" else 0
 
+    def learning_rates(self, start_tokens: int) -> Callable[[int], float]:
+        """The learning rate of the step after so many of the run; a fork's own schedule starts where its parent ended.
+
+        Args:
+            start_tokens: of the parent's checkpoint, for a fork.
+        """
+        start, horizon = 0, self.schedule_horizon()
+        if self.schedule_start():
+            start = start_tokens // self.training.global_batch
+            horizon = horizon and horizon - start_tokens
+        schedule = SCHEDULES[self.training.schedule](self.training, horizon)
+        return lambda steps: schedule.rate(steps - start)
+
     def steps(self, tokens: int) -> int:
         """Optimizer steps that reach `tokens`, rounded up."""
         return -(-tokens // self.training.global_batch)
+
+    def limit(self, until: int | None, steps: int | None) -> int:
+        """Tokens to train up to, of which at most one is given: tokens or steps; else those of the last milestone.
+
+        Raises:
+            ConfigError: both are given, or it is not between the start and the last milestone.
+        """
+        if until is not None and steps is not None:
+            raise ConfigError("--until and --steps say the same in two ways; give one")
+        limit = until if steps is None else steps * self.training.global_batch
+        if limit is None or self.steps(limit) == self.steps(self.milestones[-1]):
+            return self.milestones[-1]
+        if not self.start_tokens() < limit < self.milestones[-1]:
+            raise ConfigError(
+                f"{self.name} trains from {format_tokens(self.start_tokens())} to its last milestone, "
+                f"{format_tokens(self.milestones[-1])} tokens: {format_tokens(limit)} is not between; add milestones"
+            )
+        return limit
 
     def labelled_milestones(self) -> Iterator[tuple[str, int]]:
         """(`t0250B`, tokens) in order."""

@@ -22,6 +22,7 @@ from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.identity import extension_refusal, run_identity
 from openlm_pipeline.runs.launch import milestone_checkpoints
 from openlm_pipeline.runs.parent import parent_identity
+from openlm_pipeline.runs.rates import rate_line
 from openlm_pipeline.runs.spending import spending
 from openlm_pipeline.runs.traffic import BETWEEN
 from openlm_pipeline.shards.manifest import DOCUMENTS, MANIFEST, read_dataset
@@ -76,6 +77,8 @@ class Cost:
     speed: str
     """Where the time comes from."""
     money: float | None
+    learning_rate: str
+    """From the first step to the last, drawn."""
     communication: str | None
     """What GPUs send to each other, where there are several."""
 
@@ -113,6 +116,7 @@ class RecipePlan:
         else:
             money = f", {cost.money:,.2f} at the price given" if cost.money is not None else ""
             yield f"time: {format_seconds(cost.seconds)}, {cost.gpu_hours:,.4g} GPU-hours{money} ({cost.speed})"
+        yield cost.learning_rate
         if cost.communication:
             yield cost.communication
 
@@ -399,5 +403,6 @@ def _cost(
         gpu_hours=hours,
         speed=speed,
         money=None if hours is None or price is None else hours * price,
+        learning_rate=rate_line(experiment),
         communication=whole.traffic_line() if processes > 1 else None,
     )

@@ -18,6 +18,7 @@ from openlm_pipeline.runs.launch import (
     Event,
     MilestoneReached,
     MilestoneReused,
+    is_there,
     launcher_of,
     milestone_checkpoints,
     train_run,
@@ -72,7 +73,8 @@ def checkpoint_result(checkpoint: Checkpoint, reused: bool) -> StageResult:
 def train(
     experiment: Experiment, home: Home, until: int, report: Say, *, allow: Collection[str] = ()
 ) -> Iterator[MilestoneReused | Event]:
-    """Train every milestone up to `until` tokens that is not there, with torchrun; yields what happens as it happens.
+    """Train every milestone up to `until` tokens that is not there, and on to `until`, with torchrun; yields what
+    happens as it happens.
 
     Closing the iterator stops the trainer, which first saves a checkpoint.
 
@@ -96,7 +98,8 @@ def train(
         raise BusyError(f"a job on the cluster trains {run.path} from something else:\n  {differing}\nCancel it first.")
     wanted = {label for label, tokens in experiment.labelled_milestones() if tokens <= until}
     there, damaged = _milestones(experiment, run, identity, wanted, hashes="remake" in allow)
-    if wanted - set(there):  # looked at before anything is set aside
+    is_done = not wanted - set(there) and run.belongs_to(identity) and is_there(experiment, run, until)
+    if not is_done:  # looked at before anything is set aside
         found = [run.superseded_by(experiment, identity), *damaged.values(), *spending(experiment, home, until)]
         refuse(filter(None, found), allow)
     changed: list[str] = []
@@ -111,7 +114,7 @@ def train(
         report(f"milestone {label} reused")
         yield MilestoneReused(label, checkpoint)
     push_run(home, run)
-    if wanted - set(there):
+    if not is_done:
         for event in train_run(experiment, home, run, until, report, told=there, allow=allow):
             if isinstance(event, MilestoneReached):
                 push_run(home, run)

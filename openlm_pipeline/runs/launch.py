@@ -73,6 +73,15 @@ def launcher_of(
     return LAUNCHERS[experiment.launcher.kind](experiment, home, run, report, allow)
 
 
+def is_there(experiment: Experiment, run: RunFolder, until: int) -> bool:
+    """Whether all milestones up to `until` tokens have their checkpoints, and some checkpoint is as far as that."""
+    wanted = {label for label, tokens in experiment.labelled_milestones() if tokens <= until}
+    if not wanted <= set(milestone_checkpoints(experiment, run)):
+        return False
+    found = list_checkpoints(run.checkpoints, run.fingerprint, warn=lambda _: None)
+    return any(c.step >= experiment.steps(until) for c in found)
+
+
 def train_run(
     experiment: Experiment,
     home: Home,
@@ -115,7 +124,7 @@ def train_run(
             offset = yield from _watch(experiment, run, job, offset, news)
             outcome = run.read_outcome()
             if outcome is not None and outcome["status"] == "completed":
-                if not found or wanted <= set(milestone_checkpoints(experiment, run)):
+                if not found or is_there(experiment, run, until):
                     return
                 found = False  # a job that was found may have had less to do
             elif job.interrupted() and requeues < launcher.max_requeues:

@@ -1,4 +1,4 @@
-"""What training would spend without use: days on a CPU, and the same text many times over."""
+"""What training would spend without use: days on a CPU, steps at a wrong rate, the same text many times over."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,12 +7,14 @@ from openlm_pipeline.errors import OpenLMError
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.result import Finding, refusal
 from openlm_pipeline.runs.estimates import flops_per_token
+from openlm_pipeline.runs.rates import rate_findings
 from openlm_pipeline.shards.opening import open_dataset
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.units import format_tokens
 
 CPU_FLOPS = 1e17
 """Operations of a training run that a CPU needs days for: 1e11 to 1e12 a second are usual."""
+MANY_EPOCHS = 4
 MAX_EPOCHS = 16
 """From here on repeated text is worth next to nothing (Muennighoff et al. 2023, https://arxiv.org/abs/2305.16264)."""
 _GPU_DEVICES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
@@ -40,6 +42,7 @@ def spending(experiment: Experiment, home: Home, until: int) -> Iterator[Finding
     """What training up to `until` tokens needs a consent for; datasets that are not made yet say nothing."""
     if experiment.launcher.kind == "local" and not has_gpu():
         yield from without_gpu(experiment, until)
+    yield from rate_findings(experiment, home, until)
     weights = sum(source.weight for source in experiment.sources)
     for dataset in experiment.training_datasets():
         try:
@@ -54,3 +57,5 @@ def spending(experiment: Experiment, home: Home, until: int) -> Iterator[Finding
                 f"tokens, of which {format_tokens(size, 3)} are there",
                 "Add raw text, or lower the milestones",
             )
+        elif epochs > MANY_EPOCHS:
+            yield Finding("warning", f"{experiment.name} sees each text of {dataset.name} {epochs:.1f} times")

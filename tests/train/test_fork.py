@@ -192,7 +192,9 @@ def test_a_constant_schedule_is_simply_extended(small):
 
 def test_a_fork_with_other_weights_repeats_nothing_while_there_is_unseen_text(parent):
     """The mixture of a cooldown: of `text` 24 samples were seen, of `code` 8."""
-    sources = 'sources=[{name: text, files: ["raw/text/*.jsonl"]}, {name: code, files: ["raw/code/*.jsonl"], weight: 3}]'
+    sources = (
+        'sources=[{name: text, files: ["raw/text/*.jsonl"]}, {name: code, files: ["raw/code/*.jsonl"], weight: 3}]'
+    )
     fork = Fork(parent, sources).train()
     datasets = [open_dataset(d, fork.home) for d in fork.experiment.training_datasets()]
     sizes = [d.shard_sizes for d in datasets]

@@ -52,7 +52,7 @@ def torchrun_command(
         python: the interpreter on that machine.
         rendezvous: torchrun's options by which its machines find each other.
         trainer: how torchrun starts the trainer there; by default by its file on this machine.
-        allow: consents of the user. Only `cpu` is for the trainer's machine; the others are used up before it starts,
+        allow: consents of the user. Only `cpu` and `rate` are for the trainer; the others are used up before it starts,
             and do not stand for what a later start of the job would find.
     """
     return [
@@ -67,7 +67,7 @@ def torchrun_command(
         *(trainer or starting("train")),
         str(experiment_file),
         f"--until={until}",
-        *(["--allow=cpu"] if "cpu" in allow else []),
+        *(f"--allow={name}" for name in ("cpu", "rate") if name in allow),
     ]
 
 
