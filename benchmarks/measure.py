@@ -62,13 +62,13 @@ def openlm_tokenize(
     return [sys.executable, "-m", "openlm_pipeline", "tokenize", str(recipe), "--workers", str(workers)]
 
 
-def make_shards(home: Path, seq_len: int) -> Path:
-    """Shards of the embedded corpus."""
+def make_shards(home: Path, seq_len: int, files: str = "*") -> Path:
+    """Shards of the embedded corpus, or of some of its files."""
     recipe = home / "embedded.yaml"
     settings = {
         "name": "embedded", "seq_len": seq_len, "milestones": ["1M"],
         "tokenizer": {"name": "embedded", "train": {"vocab_size": 8192}},
-        "sources": [{"name": "embedded", "files": ["raw/embedded/train/*.jsonl.zst"], "origin": "embedded"}],
+        "sources": [{"name": "embedded", "files": [f"raw/embedded/train/{files}.jsonl.zst"], "origin": "embedded"}],
         "model": {"name": "open_lm_11m"}, "training": {"global_batch": seq_len, "lr": 1e-3},
     }  # fmt: skip
     recipe.write_text(json.dumps(settings))
