@@ -279,7 +279,7 @@ def run_plan(results: Results, arguments: argparse.Namespace, world: World, home
                 found = measure(model, settings, number, shards, home, world, arguments.tiny)
         except Exception as e:  # noqa: BLE001 - the line says it, and the next measurement may work
             traceback.print_exc()
-            reason = f"{type(e).__name__}: {e}".splitlines()[0][:300]
+            reason = " ".join(f"{type(e).__name__}: {e}".split())[:500]
         torch._dynamo.reset()
         gc.collect()  # after the error is gone, which holds frames with tensors
         if world.device.type == "cuda":
