@@ -7,16 +7,19 @@ BIN := $(VENV)/bin
 # Processes that run tests side by side; a test starts up to four trainers of one thread each.
 TEST_WORKERS ?= 2
 DRILLS ?= tests
+# What `make gpu` measures: such as `--only 1b --seconds 240`.
+GPU_ARGUMENTS ?=
 # Tests start some hundred interpreters: each compiles what it imports where the environment forbids to keep bytecode.
 PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
-.PHONY: demo test drills ui setup foundry lint clean
+.PHONY: demo test drills gpu ui setup foundry lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   run the whole pipeline on the embedded corpus (minutes on two CPU cores)"
 	@echo "make test   run all tests"
 	@echo "make drills run the long tests: kills of every process, PostgreSQL, Slurm, a store as home"
+	@echo "make gpu    measure speed, MFU and memory of the shipped recipes on a GPU (10 minutes)"
 	@echo "make ui     open the Dagster UI on http://127.0.0.1:3000"
 	@echo "make foundry  build LLM Foundry's own environment in .foundry, for --backend foundry"
 	@echo "make lint   ruff and the import-direction check"
@@ -49,6 +52,9 @@ foundry: $(FOUNDRY)/.ready
 
 drills: setup
 	@$(PYTEST) -m drill $(DRILLS)
+
+gpu: setup
+	@$(BIN)/python benchmarks/gpu.py $(GPU_ARGUMENTS)
 
 ui: setup
 	@DAGSTER_HOME="$(CURDIR)/.dagster" $(BIN)/dagster dev --host 127.0.0.1 --port $${PORT:-3000}

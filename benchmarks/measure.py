@@ -62,6 +62,20 @@ def openlm_tokenize(
     return [sys.executable, "-m", "openlm_pipeline", "tokenize", str(recipe), "--workers", str(workers)]
 
 
+def make_shards(home: Path, seq_len: int, files: str = "*") -> Path:
+    """Shards of the embedded corpus, or of some of its files."""
+    recipe = home / "embedded.yaml"
+    settings = {
+        "name": "embedded", "seq_len": seq_len, "milestones": ["1M"],
+        "tokenizer": {"name": "embedded", "train": {"vocab_size": 8192}},
+        "sources": [{"name": "embedded", "files": [f"raw/embedded/train/{files}.jsonl.zst"], "origin": "embedded"}],
+        "model": {"name": "open_lm_11m"}, "training": {"global_batch": seq_len, "lr": 1e-3},
+    }  # fmt: skip
+    recipe.write_text(json.dumps(settings))
+    run([sys.executable, "-m", "openlm_pipeline", "tokenize", str(recipe), "--workers", "1"], OPENLM_HOME=str(home))
+    return home / "shards" / "embedded" / "v1"
+
+
 def installed(module: str, python: str = sys.executable) -> bool:
     """Whether another interpreter, or this one, can import a module."""
     return subprocess.run([python, "-c", f"import {module}"], capture_output=True, check=False).returncode == 0

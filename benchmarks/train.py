@@ -1,4 +1,4 @@
-"""Training speed: tokens per second, MFU and memory of models on this device, each optimisation as a switch.
+"""Training speed on CPUs or several GPUs: tokens per second and memory, each optimisation as a switch.
 
     python benchmarks/train.py [--models open_lm_11m ...] [--switches base compile ...] [--shards FOLDER]
                                [--set key=value ...] [--runs 3] [--markdown OUT.md]
@@ -6,7 +6,7 @@
 Every measurement is a new process with the trainer itself: the real loop, optimizer and loader, on shards of real text
 (`--shards`, with samples of `--seq-len` tokens; by default made from the embedded corpus). A few steps warm up, then
 some are timed. A round measures every model with every switch once, so that what else the machine does touches all.
-`base` is fp32 on a CPU; on a GPU it is bf16 with compiled blocks, and the switches take parts away or add some.
+`base` is fp32; `--set` gives what all have, such as `training.precision=bf16`. What one GPU reaches tells `gpu.py`.
 """
 
 import sys
@@ -23,17 +23,10 @@ import tempfile
 import time
 from typing import Any
 
-from benchmarks.measure import machine, ratios, run, show, spread, table
+from benchmarks.measure import machine, make_shards, ratios, run, show, spread, table
 from openlm_pipeline.runs.launchers.job import MALLOC_ENVIRONMENT
 
-CPU_MODELS = ["open_lm_11m", "open_lm_41m", "open_lm_160m"]
-GPU_MODELS = {"open_lm_160m": 32, "open_lm_411m": 16, "open_lm_1b": 8, "open_lm_7b": 4}
-"""Sequences at a time that fit 80 GB."""
-MODEL_SETTINGS = {
-    # With fp32 weights and AdamW's state one GPU would need 110 GB.
-    "open_lm_7b": ["training.state_precision=bf16", "execution.activation_checkpointing=full"],
-}
-GPU_BASE = ["training.precision=bf16", "execution.compile=true"]
+MODELS = ["open_lm_11m", "open_lm_41m", "open_lm_160m"]
 SWITCHES = {
     "base": [],
     "compile": ["execution.compile=true"],
@@ -50,69 +43,37 @@ SWITCHES = {
     "document mask": ["training.document_mask=true"],
     "muon": ["training.optimizer=muon"],
 }
-CPU_SWITCHES = ["base"]
-GPU_SWITCHES = [
-    "base", "no compile", "float8", "selective checkpointing", "full checkpointing", "loss chunk 512", "no reshard",
-]  # fmt: skip
-
-
-def make_shards(home: Path, seq_len: int) -> Path:
-    """Shards of the embedded corpus."""
-    recipe = home / "embedded.yaml"
-    settings = {
-        "name": "embedded", "seq_len": seq_len, "milestones": ["1M"],
-        "tokenizer": {"name": "embedded", "train": {"vocab_size": 8192}},
-        "sources": [{"name": "embedded", "files": ["raw/embedded/train/*.jsonl.zst"], "origin": "embedded"}],
-        "model": {"name": "open_lm_11m"}, "training": {"global_batch": seq_len, "lr": 1e-3},
-    }  # fmt: skip
-    recipe.write_text(json.dumps(settings))
-    run([sys.executable, "-m", "openlm_pipeline", "tokenize", str(recipe), "--workers", "1"], OPENLM_HOME=str(home))
-    return home / "shards" / "embedded" / "v1"
 
 
 def measure(job: dict[str, Any]) -> None:
     """Child process, maybe one of torchrun's: train, and print the record of the timed steps."""
-    from openlm_pipeline.experiments import load_experiment
-    from openlm_pipeline.runs.folder import RunFolder
-    from openlm_pipeline.runs.identity import run_identity
-    from openlm_pipeline.shards.opening import open_dataset
+    from benchmarks.trainer import ready_trainer
     from openlm_pipeline.storage.home import Home
     from train.distributed import leave_process_group, start
-    from train.loop import Trainer
 
-    experiment, home = load_experiment(job["recipe"], job["overrides"]), Home(Path(job["home"]))
     world = start()
     try:
-        datasets = [open_dataset(d, home) for d in experiment.training_datasets()]
-        versions = {d.name: opened.version for d, opened in zip(experiment.training_datasets(), datasets)}
-        run_folder = RunFolder(home.run(experiment.name, experiment.version))
-        identity = run_identity(experiment, versions)
-        world.from_rank0(lambda: run_folder.claim(experiment, identity, supersede=True))
-        trainer = Trainer(experiment, home, world, datasets)
-        trainer._train_to(job["warmup"])  # it ends with a log record, which waits for the device and starts anew
-        began = time.process_time()
-        trainer._train_to(job["warmup"] + job["steps"])
-        cpu_seconds = time.process_time() - began
-        if world.rank == 0:
-            record = run_folder.read_metrics()[-1]
-            tokens = job["steps"] * experiment.training.global_batch / world.size
-            print(json.dumps({**record, "tokens_per_cpu_second": tokens / cpu_seconds}))
-        trainer.close()
+        with ready_trainer(job["recipe"], job["overrides"], Home(Path(job["home"])), world) as trainer:
+            trainer._train_to(job["warmup"])  # it ends with a log record, which waits for the device and starts anew
+            began = time.process_time()
+            trainer._train_to(job["warmup"] + job["steps"])
+            cpu_seconds = time.process_time() - began
+            if world.rank == 0:
+                record = trainer.run.read_metrics()[-1]
+                tokens = job["steps"] * trainer.experiment.training.global_batch / world.size
+                print(json.dumps({**record, "tokens_per_cpu_second": tokens / cpu_seconds}))
     finally:
         leave_process_group()
 
 
-def settings_of(model: str, switch: str, arguments: argparse.Namespace, cuda: bool) -> list[str]:
+def settings_of(model: str, switch: str, arguments: argparse.Namespace) -> list[str]:
     """Overrides of the recipe for one measurement; of two for one setting the later counts."""
-    micro_batch = arguments.micro_batch or (GPU_MODELS.get(model, 8) if cuda else 1)
-    sequences = micro_batch * arguments.accumulate * arguments.processes
+    sequences = arguments.micro_batch * arguments.accumulate * arguments.processes
     return [
         f"model={{name: {model}}}",
         f"training.global_batch={sequences * arguments.seq_len}",
         f"milestones=[{sequences * arguments.seq_len * (arguments.warmup + arguments.steps)}]",
-        f"execution.micro_batch={micro_batch}",
-        *(GPU_BASE if cuda else []),
-        *MODEL_SETTINGS.get(model, []),
+        f"execution.micro_batch={arguments.micro_batch}",
         *arguments.set,
         *SWITCHES[switch],
     ]
@@ -151,18 +112,16 @@ def results_table(seen: dict[tuple[str, str], list[dict[str, Any]]], cuda: bool)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--models", nargs="+", help=f"by default {', '.join(CPU_MODELS)}; on a GPU {', '.join(GPU_MODELS)}"
-    )
-    parser.add_argument("--switches", nargs="+", choices=SWITCHES, help="what to measure beside `base`")
+    parser.add_argument("--models", nargs="+", default=MODELS, help=f"by default {', '.join(MODELS)}")
+    parser.add_argument("--switches", nargs="+", default=[], choices=SWITCHES, help="what to measure beside `base`")
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="settings of every measurement")
     parser.add_argument("--shards", type=Path, help="a folder of ready-made shards")
     parser.add_argument("--seq-len", type=int, default=2048)
-    parser.add_argument("--micro-batch", type=int, help="sequences at a time; by default 1 on a CPU, a GPU's fill")
+    parser.add_argument("--micro-batch", type=int, default=1, help="sequences at a time")
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches per step")
     parser.add_argument("--processes", type=int, default=1, help="of torchrun, one per GPU")
-    parser.add_argument("--warmup", type=int, help="steps; by default 1, on a GPU 10")
-    parser.add_argument("--steps", type=int, help="timed ones; by default 2, on a GPU 20")
+    parser.add_argument("--warmup", type=int, default=1, help="steps")
+    parser.add_argument("--steps", type=int, default=2, help="timed ones")
     parser.add_argument("--runs", type=int, default=3, help="rounds")
     parser.add_argument("--markdown", type=Path, help="write the results here too")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -172,14 +131,11 @@ def main() -> None:
     probe = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
     device = run([sys.executable, "-c", probe]).output.strip()
     cuda = bool(device)
-    arguments.warmup = arguments.warmup or (10 if cuda else 1)
-    arguments.steps = arguments.steps or (20 if cuda else 2)
-    models = arguments.models or (list(GPU_MODELS) if cuda else CPU_MODELS)
-    switches = list(dict.fromkeys(["base", *(arguments.switches or (GPU_SWITCHES if cuda else CPU_SWITCHES))]))
+    switches = list(dict.fromkeys(["base", *arguments.switches]))
     launcher = [sys.executable]
     if arguments.processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.processes}"]
-    seen: dict[tuple[str, str], list[dict[str, Any]]] = {(m, s): [] for m in models for s in switches}
+    seen: dict[tuple[str, str], list[dict[str, Any]]] = {(m, s): [] for m in arguments.models for s in switches}
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         shards = arguments.shards.resolve() if arguments.shards else make_shards(home, arguments.seq_len)
@@ -193,7 +149,7 @@ def main() -> None:
         recipe.write_text(json.dumps(settings))
         for n in range(arguments.runs):
             for model, switch in list(seen):
-                overrides = settings_of(model, switch, arguments, cuda)
+                overrides = settings_of(model, switch, arguments)
                 job = {"recipe": str(recipe), "home": folder, "overrides": overrides}
                 job |= {"warmup": arguments.warmup, "steps": arguments.steps}
                 try:
