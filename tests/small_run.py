@@ -64,13 +64,17 @@ def write_dataset(
         write_manifest(folder, entries)
 
 
-def train_here(experiment: Experiment, home: Home, *, allow: Collection[str] = ()) -> Outcome:
-    """Train to the last milestone in this process, as a world of one thread, and leave no trace in it."""
+def train_here(experiment: Experiment, home: Home, *, allow: Collection[str] = (), until: int | None = None) -> Outcome:
+    """Train in this process, as a world of one thread, and leave no trace in it.
+
+    Args:
+        until: tokens; by default the last milestone.
+    """
     handlers = {s: signal.getsignal(s) for s in STOP_SIGNALS}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as torchrun sets it, so that sums are the same here and in its workers
     try:
-        return run_training(experiment, home, experiment.milestones[-1], allow=allow)
+        return run_training(experiment, home, until or experiment.milestones[-1], allow=allow)
     finally:
         leave_process_group()
         torch.set_num_threads(threads)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from openlm_pipeline.experiments import Experiment
+from openlm_pipeline.experiments import Experiment, load_experiment
 from openlm_pipeline.result import Finding, refusal
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.storage.home import Home
@@ -23,12 +23,15 @@ def rate_curve(experiment: Experiment, until: int) -> list[tuple[int, float]]:
 
 
 def parent_rate(experiment: Experiment, home: Home) -> float | None:
-    """The rate of the last step that the parent of a fork made before it; None where there is no record of it."""
-    if experiment.parent is None:
+    """The rate of the step that the parent of a fork made, or would make, after the milestone: the fork's first, if
+    nothing were changed. None where the parent has not begun, or the fork warms up anew."""
+    if experiment.parent is None or (experiment.schedule_start() and experiment.training.warmup):
         return None
     run = RunFolder(home.run(experiment.parent.run, experiment.parent.version))
-    before = [r for r in run.read_metrics() if r.get("lr") is not None and r["tokens"] >= experiment.parent.milestone]
-    return before[0]["lr"] if before else None
+    if not run.experiment_file.exists():
+        return None
+    parent = load_experiment(str(run.experiment_file))
+    return parent.learning_rates(parent.start_tokens())(parent.steps(experiment.parent.milestone))
 
 
 def rate_findings(experiment: Experiment, home: Home, until: int) -> Iterator[Finding]:
@@ -40,11 +43,11 @@ def rate_findings(experiment: Experiment, home: Home, until: int) -> Iterator[Fi
     if parent is not None and first[1] > JUMP * parent:
         yield refusal(
             "rate",
-            f"the learning rate of {experiment.name} jumps from {parent:.3g}, the parent's last, to {first[1]:.3g}",
+            f"the learning rate of {experiment.name} jumps from {parent:.3g}, the parent's, to {first[1]:.3g}",
             f"Set training.lr={parent:.3g} to continue from the parent's, or parent.schedule=restart with a warm-up",
         )
-    elif parent is not None and first[1] * JUMP < parent and experiment.parent.schedule == "continue":
-        yield Finding("warning", f"the learning rate falls from {parent:.3g}, the parent's last, to {first[1]:.3g}")
+    elif parent is not None and first[1] * JUMP < parent:
+        yield Finding("warning", f"the learning rate falls from {parent:.3g}, the parent's, to {first[1]:.3g}")
     warm = [
         (step, rate) for step, rate in curve if step >= experiment.steps(experiment.schedule_start() + training.warmup)
     ]

@@ -8,10 +8,12 @@ from small_run import BATCH, SmallRun, train_here
 
 from openlm_pipeline.checkpoints.folders import Checkpoint, read_checkpoint
 from openlm_pipeline.checkpoints.reading import load_model
-from openlm_pipeline.errors import ConfigError, DataError, IdentityError, MissingInputError
+from openlm_pipeline.errors import ConfigError, ConsentError, DataError, IdentityError, MissingInputError
 from openlm_pipeline.experiments import load_experiment
+from openlm_pipeline.experiments.fork_recipe import write_fork
 from openlm_pipeline.ordering import order_of
 from openlm_pipeline.runs.folder import RunFolder
+from openlm_pipeline.runs.rates import rate_findings
 from openlm_pipeline.shards.opening import open_dataset
 from openlm_pipeline.storage.files import read_json
 
@@ -205,3 +207,71 @@ def test_a_fork_with_other_weights_repeats_nothing_while_there_is_unseen_text(pa
     losses = fork.losses()
     shutil.rmtree(fork.run.path)
     assert Fork(parent, sources).train().losses() == losses
+
+
+def test_a_jump_of_the_rate_is_refused_with_the_ways_on(parent):
+    steeper = Fork(parent, "training.lr=3e-2")
+    with pytest.raises(ConsentError, match=r"jumps from 0.01, the parent's, to 0.03\nSet training.lr=0.01 to"):
+        steeper.train()
+    assert not steeper.run.path.exists()
+    train_here(steeper.experiment, steeper.home, allow=["rate"])
+    assert {r["lr"] for r in steeper.records().values()} == {3e-2}
+    Fork(parent, "training.lr=3e-2", "training.warmup=512", "parent.schedule=restart", name="again").train()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["training.schedule=cosine", f"training.horizon={6 * BATCH}"],
+            "train about 512 tokens at a learning rate of 0, as",
+        ),
+        (
+            ["training.schedule=cosine", "training.lr_min=2e-2"],
+            "climbs after its warm-up, to 0.0.* where training.lr is 0.01",
+        ),
+        (["training.lr_floor=0.5"], "climbs after its warm-up, to 0.5 where training.lr is 0.01"),
+        ([f"training.horizon={9 * BATCH}"], None),
+    ],
+)
+def test_rates_that_nobody_wants_are_refused(small: SmallRun, overrides: list[str], message: str | None):
+    experiment = small.experiment(*overrides)
+    found = list(rate_findings(experiment, small.home, 8 * BATCH))
+    assert [f.consent for f in found] == (["rate"] if message else [])
+    if message:
+        with pytest.raises(ConsentError, match=message):
+            small.train(*overrides)
+
+
+def test_a_decay_after_the_last_milestone_is_said(small: SmallRun):
+    wsd = ["training.schedule=wsd", f"training.decay={BATCH}", f"training.horizon={20 * BATCH}"]
+    (finding,) = rate_findings(small.experiment(*wsd), small.home, 8 * BATCH)
+    assert finding.level == "warning" and "begins at 4.864K tokens, after its last milestone" in finding.what
+
+
+def test_a_written_cooldown_begins_at_its_parents_rate(tmp_path, monkeypatch):
+    """From a cosine with a horizon of its own: the fork has neither the peak rate nor that horizon."""
+    monkeypatch.setenv("OPENLM_RECIPES", str(tmp_path))
+    recipe = "extends: demo\nname: cos\ntraining: {schedule: cosine, horizon: 2M}"
+    (tmp_path / "cos.yaml").write_text(recipe)
+    cooled = ["training.schedule=wsd", "training.decay=100K", "milestones=[500K]"]
+    _, fork = write_fork("cos", 400_000, "cooled", cooled, tmp_path)
+    parent, begin = load_experiment("cos"), fork.steps(400_000)
+    rates = fork.learning_rates(400_000)
+    assert rates(begin) == pytest.approx(parent.learning_rates(0)(begin - 1), rel=0.02)
+    assert rates(fork.steps(500_000) - 1) < rates(begin) / 10
+
+
+def test_tokens_between_milestones_are_trained_and_kept(small: SmallRun):
+    """Until six steps, then to the last milestone, from there on; the same weights as in one go."""
+    experiment = small.experiment()
+    assert train_here(experiment, small.home, until=experiment.limit(None, 6)).step == 6
+    assert small.steps_on_disk() == {4: "t1024", 6: None}
+    first = small.losses()
+    assert max(first) == 6
+    assert train_here(experiment, small.home, until=experiment.limit(6 * BATCH, None)).step == 6  # nothing to do
+    small.train()
+    assert {**small.losses(), **first} == small.losses()
+    for until, steps, message in ((None, 99, "is not between"), (1, 1, "give one")):
+        with pytest.raises(ConfigError, match=message):
+            experiment.limit(until, steps)
