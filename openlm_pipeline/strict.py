@@ -13,9 +13,9 @@ from openlm_pipeline.errors import ConfigError
 
 
 class Strict(BaseModel):
-    """A frozen pydantic model; an unknown key is an error that suggests the key that was probably meant."""
+    """A frozen pydantic model without infinities; an unknown key is an error that suggests the key that was meant."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     @classmethod
     def keys(cls) -> list[str]:

@@ -4,7 +4,7 @@ import re
 from decimal import Decimal
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 _SCALE = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _PATTERN = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?)\s*([KMBT]?)", re.IGNORECASE)
@@ -64,4 +64,4 @@ def milestone_label(tokens: int) -> str:
     raise ValueError("a milestone has at least one token")
 
 
-Tokens = Annotated[int, BeforeValidator(parse_tokens)]
+Tokens = Annotated[int, BeforeValidator(parse_tokens), Field(le=10**18)]

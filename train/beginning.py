@@ -11,7 +11,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 
 from openlm_pipeline.checkpoints import load_checkpoint
 from openlm_pipeline.checkpoints.folders import MODEL_CONFIG, Checkpoint, verify
-from openlm_pipeline.checkpoints.reading import SafeReader
 from openlm_pipeline.errors import ConfigError, MissingInputError
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.fingerprint import Tree, differences, fingerprint, settings_tree
@@ -86,10 +85,7 @@ def _begin_from(
     if experiment.parent.optimizer == "reset":
         checkpoints.load_weights(checkpoint, model)
         return ()
-    saved = SafeReader(checkpoint.path).read_metadata().state_dict_metadata
-    there = {name: state for name, state in extra.items() if any(key.startswith(f"{name}.") for key in saved)}
-    checkpoints.load(checkpoint, model, optimizer, there)
-    return there.keys()
+    return checkpoints.load(checkpoint, model, optimizer, extra)
 
 
 def _check(checkpoint: Checkpoint, experiment: Experiment, model: Transformer) -> None:

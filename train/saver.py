@@ -8,7 +8,7 @@ goes wrong is raised on every rank by the next `wait`.
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -240,17 +240,24 @@ class Saver:
         return found or []
 
 
-def load(checkpoint: Checkpoint, model: Transformer, optimizer: Optimizers, extra: Extra) -> None:
+def load(checkpoint: Checkpoint, model: Transformer, optimizer: Optimizers, extra: Extra) -> Collection[str]:
     """Load a verified checkpoint into model, optimizer and the tensors of `extra`, whatever world size saved it.
 
     The optimizer keeps its own settings, such as weight decay.
+
+    Returns:
+        Names of the states in `extra` that the checkpoint has.
     """
+    reader = SafeReader(checkpoint.path)
+    saved = reader.read_metadata().state_dict_metadata
+    extra = {name: state for name, state in extra.items() if any(key.startswith(f"{name}.") for key in saved)}
     own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     state = _state(model, optimizer, extra)
-    dcp.load(state, storage_reader=SafeReader(checkpoint.path), planner=SafePlanner())
+    dcp.load(state, storage_reader=reader, planner=SafePlanner())
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     for group, settings in zip(optimizer.param_groups, own):
         group.update(settings)
+    return extra.keys()
 
 
 def load_weights(checkpoint: Checkpoint, model: Transformer) -> None:

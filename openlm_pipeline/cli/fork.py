@@ -12,7 +12,8 @@ from openlm_pipeline.units import parse_tokens
 
 def fork(
     origin: Annotated[
-        str, typer.Argument(metavar="RECIPE@MILESTONE", help="Where to begin, such as pretrain_1b@250B.")
+        str,
+        typer.Argument(metavar="RECIPE@MILESTONE", help="Where to begin: pretrain_1b@250B, or pretrain_1b@latest."),
     ],
     name: Annotated[str, typer.Argument(help="Name of the new run.")],
     overrides: Annotated[
@@ -24,7 +25,9 @@ def fork(
 ) -> None:
     """Write the recipe of a run that continues from a milestone of another: weights, optimizer, tokens, sample order.
 
-    It starts nothing: the new recipe is planned, trained and launched like any other. parent.optimizer=reset begins
+    `@latest` is the run's newest checkpoint, which is kept from then on. Nothing is started: the new recipe is planned,
+    trained and launched like any other. Another schedule begins at the rate the parent's has there. Each source
+    continues where the parent left it, whatever its weight is now. parent.optimizer=reset begins
     with a new optimizer, parent.schedule=restart with the warm-up.
 
     Examples:
@@ -38,12 +41,14 @@ def fork(
     from openlm_pipeline.experiments.load import user_folders
     from openlm_pipeline.fingerprint import differences
     from openlm_pipeline.runs.identity import settings_identity
+    from openlm_pipeline.runs.parent import pin_latest
+    from openlm_pipeline.storage.home import Home
 
     recipe, at, tokens = origin.partition("@")
     if not at:
         raise ConfigError(f"{origin!r} does not say where to begin; write RECIPE@MILESTONE, such as demo@400K")
     try:
-        milestone = parse_tokens(tokens)
+        milestone = pin_latest(load_experiment(recipe), Home.from_env()) if tokens == "latest" else parse_tokens(tokens)
     except ValueError as e:
         raise ConfigError(f"the milestone in {origin!r}: {e}") from e
     folder = recipes or next(iter(user_folders()), None)
@@ -52,7 +57,7 @@ def fork(
             "where shall the recipe go? Set OPENLM_RECIPES to a folder of yours, or give --recipes FOLDER"
         )
     console = Console(highlight=False, soft_wrap=True)
-    path, made = write_fork(recipe, milestone, name, overrides or [], folder)
+    path, made = write_fork(recipe, milestone, name, overrides or [], folder, pinned=tokens == "latest")
     console.print(f"{path}: {made.description}", markup=False)
     for line in differences(settings_identity(load_experiment(recipe)), settings_identity(made)):
         console.print(f"  {line}", markup=False)

@@ -13,12 +13,15 @@ from openlm_pipeline.units import format_tokens
 
 
 def write_fork(
-    recipe: str, milestone: int, name: str, overrides: Sequence[str], folder: Path
+    recipe: str, milestone: int, name: str, overrides: Sequence[str], folder: Path, pinned: bool = False
 ) -> tuple[Path, Experiment]:
     """Write `NAME.yaml`: a run that continues from a milestone of a recipe's run, with settings changed.
 
     The milestones are those of the recipe after that one, unless `overrides` have others. Another schedule begins at
     the rate where the recipe's own is then, and ends at the fork's last milestone, unless they say otherwise.
+
+    Args:
+        pinned: the run has a milestone there, whether the recipe has or not.
 
     Returns:
         The file, and the experiment in it.
@@ -33,7 +36,7 @@ def write_fork(
     if name in known:
         raise ConfigError(f"there is a recipe {name} already: {known[name]}")
     parent = load_experiment(recipe)
-    if milestone not in parent.milestones:
+    if milestone not in parent.milestones and not pinned:
         have = ", ".join(format_tokens(t) for t in parent.milestones)
         raise ConfigError(f"{recipe} has no milestone at {format_tokens(milestone)} tokens; it has {have}")
     changed = apply_overrides({}, overrides)

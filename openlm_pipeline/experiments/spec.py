@@ -135,7 +135,7 @@ class Validation(Strict):
 class Training(Strict):
     """Optimisation: everything here changes the weights."""
 
-    global_batch: Tokens
+    global_batch: Annotated[Tokens, Field(ge=1)]
     """Tokens per step over all processes; a multiple of seq_len."""
     lr: float = Field(gt=0)
     lr_min: float = Field(default=0.0, ge=0)
@@ -187,6 +187,8 @@ class Training(Strict):
     `--averagers`), such as `ema_0.999_10`."""
     max_skipped_steps: int = Field(default=0, ge=0)
     """Steps whose loss or gradient is not finite, or spikes, that may be left out in a row before training stops."""
+    skip_steps: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Steps to leave out, such as one whose data are broken: their samples are used up, and the weights stay."""
     spike_factor: float | None = Field(default=None, gt=1)
     """A gradient norm of so many times its running mean is a spike."""
     sampling: SamplingName = "permutation"
@@ -394,7 +396,7 @@ class Experiment(Strict):
     """Seed of the document order within a dataset."""
     pad_id: int | None = Field(default=None, ge=0)
     """Token id that fills up a dataset's last sample, as OpenLM does; by default an incomplete sample is left out."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=-(2**63), lt=2**64)
     """Seed of the initial weights and of the sample order."""
     model: dict[str, Any]
     """`name` of a known model and any field of its config to override, or all fields of a new one."""

@@ -25,11 +25,11 @@ NORMS = (
 class ModelConfig(Strict):
     """Shape and variant of a Transformer."""
 
-    hidden_dim: int = Field(ge=2)
-    n_layers: int = Field(ge=1)
-    n_heads: int = Field(ge=1)
-    seq_len: int = Field(default=2048, ge=1)
-    vocab_size: int = Field(default=50432, ge=2)
+    hidden_dim: int = Field(ge=2, le=10**6)
+    n_layers: int = Field(ge=1, le=10**4)
+    n_heads: int = Field(ge=1, le=10**5)
+    seq_len: int = Field(default=2048, ge=1, le=10**9)
+    vocab_size: int = Field(default=50432, ge=2, le=2**31)
     post_embed_norm: bool = False
     weight_tying: bool = False
     norm: Literal[NORMS] = "default_layer_norm"

@@ -19,7 +19,7 @@ from openlm_pipeline.errors import IdentityError
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.fingerprint import Tree, differences, fingerprint
 from openlm_pipeline.result import Finding, refusal, refuse
-from openlm_pipeline.runs.identity import extension_refusal
+from openlm_pipeline.runs.identity import extension_refusal, settled
 from openlm_pipeline.storage.files import atomic_writer, folder_lock, read_json, set_aside, write_json, write_text
 
 WANDB_URL = "wandb_url.txt"
@@ -45,6 +45,11 @@ class RunFolder:
         return self.path / "attention.json"
 
     @property
+    def wandb_file(self) -> Path:
+        """Holds the id of the run at Weights & Biases."""
+        return self.path / "wandb_id.txt"
+
+    @property
     def experiment_file(self) -> Path:
         return self.path / "experiment.yaml"
 
@@ -67,7 +72,7 @@ class RunFolder:
 
     def belongs_to(self, identity: Tree) -> bool:
         """Whether the folder is free or is that run's."""
-        return not (self.path / "run.json").exists() or self.identity == identity
+        return not (self.path / "run.json").exists() or settled(self.identity) == identity
 
     @property
     def has_begun(self) -> bool:
@@ -76,7 +81,7 @@ class RunFolder:
 
     def differences(self, identity: Tree) -> list[str]:
         """How the run in the folder differs from `identity`, a line per field."""
-        return differences(self.identity, identity)
+        return differences(settled(self.identity), identity)
 
     def superseded_by(self, experiment: Experiment, identity: Tree) -> Finding | None:
         """What `claim` would set aside: another run that has begun; the finding names each field that differs.
@@ -86,7 +91,7 @@ class RunFolder:
         """
         if self.belongs_to(identity) or not self.has_begun:
             return None
-        if impossible := extension_refusal(experiment, self.identity, identity):
+        if impossible := extension_refusal(experiment, settled(self.identity), identity):
             raise IdentityError(impossible)
         what = "\n  ".join([f"{self.path} holds another run. What differs:", *self.differences(identity)])
         return refusal("supersede", what, "To keep it, give the recipe another `version` or name")
@@ -109,6 +114,8 @@ class RunFolder:
             refuse([found], allow)
             changed = self.differences(identity)
             set_aside(self.path)
+        if (self.path / "run.json").exists():
+            identity = self.identity  # its checkpoints have this fingerprint
         write_text(self.experiment_file, yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False))
         record = {"name": experiment.name, "version": experiment.version, "fingerprint": fingerprint(identity)}
         write_json(self.path / "run.json", {**record, "identity": identity})

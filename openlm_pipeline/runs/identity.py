@@ -14,10 +14,21 @@ _OF_SAMPLINGS = frozenset({"window_shards", "source_batch"})
 rule: at their neutral value they are in none."""
 
 
+_STABILITY = {"max_skipped_steps": 0, "spike_factor": None}
+"""Settings that a run may change as it goes, since each step left out stands in its metrics; in every identity these
+are their values."""
+
+
+def settled(identity: Tree) -> Tree:
+    """A recorded identity, in which the first release has the stability settings that the recipe had."""
+    training = identity["training"]
+    return {**identity, "training": {**training, **{k: v for k, v in _STABILITY.items() if k in training}}}
+
+
 def settings_identity(experiment: Experiment) -> Tree:
     """The part of a run's identity that stands in the recipe; milestones only extend a run, so they are not in it."""
     unused = _OF_SAMPLINGS.difference(SAMPLINGS[experiment.training.sampling].settings)
-    training = settings_tree(experiment.training, {"horizon", *unused})
+    training = {**settings_tree(experiment.training, {"horizon", "skip_steps", *unused}), **_STABILITY}
     return {
         "model": settings_tree(experiment.model_config_resolved()),
         "training": {**training, "horizon": experiment.schedule_horizon()},

@@ -1,6 +1,6 @@
 """The milestone that a fork continues from."""
 
-from openlm_pipeline.checkpoints.folders import Checkpoint, list_checkpoints
+from openlm_pipeline.checkpoints.folders import Checkpoint, list_checkpoints, promote
 from openlm_pipeline.errors import ConfigError, MissingInputError
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.fingerprint import Tree, settings_tree
@@ -32,6 +32,23 @@ def parent_checkpoint(experiment: Experiment, home: Home) -> Checkpoint:
         f"{experiment.name} continues from {parent.run} at {tokens} tokens, a milestone that is not in "
         f"{folder.checkpoints}; `openlm train {parent.run} --until {tokens}` makes it"
     )
+
+
+def pin_latest(experiment: Experiment, home: Home) -> int:
+    """Tokens of the newest checkpoint of a run, which becomes a milestone that no rotation deletes.
+
+    Raises:
+        MissingInputError: the run has none.
+    """
+    run = RunFolder(home.run(experiment.name, experiment.version))
+    there = list_checkpoints(run.checkpoints, run.fingerprint, lambda _: None) if run.experiment_file.exists() else []
+    if not there:
+        raise MissingInputError(f"{experiment.name} has no checkpoint yet to fork from in {run.checkpoints}")
+    newest = there[-1]
+    if newest.milestone is None:
+        promote(newest, milestone_label(newest.tokens), {})
+        return newest.tokens
+    return dict(experiment.labelled_milestones()).get(newest.milestone, newest.tokens)
 
 
 def parent_identity(experiment: Experiment, home: Home) -> Tree | None:

@@ -5,9 +5,11 @@ import shutil
 import pytest
 import torch
 from small_run import BATCH, SmallRun, train_here
+from typer.testing import CliRunner
 
 from openlm_pipeline.checkpoints.folders import Checkpoint, read_checkpoint
 from openlm_pipeline.checkpoints.reading import load_model
+from openlm_pipeline.cli.main import app
 from openlm_pipeline.errors import ConfigError, ConsentError, DataError, IdentityError, MissingInputError
 from openlm_pipeline.experiments import load_experiment
 from openlm_pipeline.experiments.fork_recipe import write_fork
@@ -275,3 +277,23 @@ def test_tokens_between_milestones_are_trained_and_kept(small: SmallRun):
     for until, steps, message in ((None, 99, "is not between"), (1, 1, "give one")):
         with pytest.raises(ConfigError, match=message):
             experiment.limit(until, steps)
+
+
+def test_a_run_is_forked_from_its_newest_checkpoint(small: SmallRun, monkeypatch: pytest.MonkeyPatch):
+    """Which is kept from then on, while the run goes on and its others rotate."""
+    folder = small.recipe.parent
+    for name, value in {"OPENLM_RECIPES": folder, "OPENLM_HOME": small.home.root}.items():
+        monkeypatch.setenv(name, str(value))
+    arguments = ["fork", "small@latest", "twig", f"milestones=[{8 * BATCH}]", "--recipes", str(folder)]
+    assert "has no checkpoint yet" in str(CliRunner().invoke(app, arguments).exception)
+    experiment = small.experiment(f"execution.checkpoint_every={BATCH}", "execution.keep_checkpoints=1")
+    train_here(experiment, small.home, until=experiment.limit(None, 6))
+    made = CliRunner().invoke(app, arguments)
+    assert made.exit_code == 0, made.output
+    fork = load_experiment("twig")
+    assert fork.parent.milestone == 6 * BATCH
+    train_here(experiment, small.home)
+    assert sorted(small.steps_on_disk()) == [4, 6, 7, 8]
+    train_here(fork, small.home)
+    losses = {r["step"]: r["loss"] for r in RunFolder(small.home.run("twig", "v1")).read_metrics() if "loss" in r}
+    assert losses == {step: small.losses()[step] for step in (7, 8)}

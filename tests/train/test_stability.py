@@ -1,5 +1,6 @@
 """Steps that are left out: by all ranks alike, recorded, capped, and the same after a resume."""
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from openlm_pipeline.checkpoints.folders import read_checkpoint
 from openlm_pipeline.checkpoints.reading import load_model
 from openlm_pipeline.errors import TrainingError
 from openlm_pipeline.experiments.spec import Training
+from openlm_pipeline.fingerprint import fingerprint
 from train.distributed import World, leave_process_group, start
 from train.hooks.stability import Stability
 
@@ -113,3 +115,25 @@ def test_a_step_left_out_changes_no_weights_and_a_resumed_run_leaves_out_the_sam
     halves.train(*SPIKES)
     assert [r["step"] for r in halves.run.skipped_steps()] == skipped
     assert halves.losses() == whole.losses()
+
+
+def test_the_policy_may_change_as_a_run_goes_and_named_steps_are_left_out(small: SmallRun):
+    """The way past a step whose data are broken: the run is the same, on from its last checkpoint."""
+    small.train("milestones=[1024]")
+    losses, fingerprint = small.losses(), small.run.fingerprint
+    small.train("training.max_skipped_steps=3", "training.spike_factor=100", "training.skip_steps=[6]")
+    assert small.run.fingerprint == fingerprint
+    assert {step: small.losses()[step] for step in losses} == losses
+    assert [(r["step"], r["skipped"]) for r in small.run.skipped_steps()] == [(6, "it is one of training.skip_steps")]
+    assert sorted(small.losses()) == [1, 2, 3, 4, 5, 7, 8]
+
+
+def test_a_run_of_the_first_release_with_a_policy_stays_itself(small: SmallRun):
+    """Its identity, and with it the fingerprint in its checkpoints, had the policy."""
+    small.train("milestones=[1024]", "training.max_skipped_steps=3")
+    ours = small.run.identity
+    theirs = {**ours, "training": {**ours["training"], "max_skipped_steps": 3}}
+    record = {"name": "small", "version": "v1", "fingerprint": fingerprint(theirs), "identity": theirs}
+    (small.run.path / "run.json").write_text(json.dumps(record))
+    assert small.run.claim(small.experiment(), ours) == []
+    assert json.loads((small.run.path / "run.json").read_text()) == record

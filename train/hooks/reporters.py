@@ -7,6 +7,7 @@ Both writers work beside training: nothing here waits for a network, and what fa
 import importlib.util
 import os
 import queue
+import secrets
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
@@ -122,7 +123,7 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """A Weights & Biases run whose id follows from the run's identity, so that a restart resumes it.
+    """A Weights & Biases run whose id the run folder keeps, so that a restart resumes it, and another home's doesn't.
 
     All of wandb happens in a thread of its own: its `init` and `finish` wait for the network.
     """
@@ -131,11 +132,13 @@ class WandbWriter:
         self.warn = warn
         self.url_file = run.path / WANDB_URL
         self.waiting: queue.SimpleQueue[tuple[int, dict[str, float]] | None] = queue.SimpleQueue()
-        identity = {"name": experiment.name, "version": experiment.version, "fingerprint": run.fingerprint}
+        if not run.wandb_file.exists():  # the first release took the id from what stands in run.json
+            identity = {"name": experiment.name, "version": experiment.version, "fingerprint": run.fingerprint}
+            write_text(run.wandb_file, short(fingerprint(identity)) if self.url_file.exists() else secrets.token_hex(8))
         settings = {
             "project": experiment.execution.wandb_project,
             "name": f"{experiment.name}/{experiment.version}",
-            "id": short(fingerprint(identity)),
+            "id": run.wandb_file.read_text(),
             "resume": "allow",
             "dir": str(run.path),
             "config": experiment.model_dump(mode="json"),

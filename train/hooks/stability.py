@@ -96,7 +96,13 @@ class SkippedSteps(Hook):
         super().__init__(trainer)
         self.stability = Stability(trainer.experiment.training, trainer.world)
 
+        self.skip_steps = frozenset(trainer.experiment.training.skip_steps)
+
     def accepts(self, step: Step) -> bool:
+        if self.trainer.step + 1 in self.skip_steps:
+            self.stability.reason = "it is one of training.skip_steps"
+            return False
+        self.stability.reason = None
         return self.stability.accepts(step.loss, step.grad_norm)
 
     def after_step(self, step: Step, taken: bool) -> None:
