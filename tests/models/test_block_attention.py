@@ -1,5 +1,7 @@
 """Attention by blocks of queries is causal attention to the precision of bfloat16, and the same bits each time."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -58,3 +60,9 @@ def test_its_shapes_and_gradients_are_what_the_compiler_is_told():
 def test_bfloat16_uses_it(dtype: str, is_used: bool):
     q, k, v, _ = inputs(getattr(torch, dtype))
     assert torch.equal(attend(q, k, v, None), block_attention(q, k, v)) == is_used
+
+
+def test_compiled_without_a_graph_break_it_has_the_same_bits():
+    compiled = torch.compile(partial(attend, mask=None), fullgraph=True, backend="aot_eager")
+    for a, b in zip(with_gradients(compiled, *inputs()), with_gradients(block_attention, *inputs())):
+        assert torch.equal(a, b)
