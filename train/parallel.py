@@ -30,6 +30,7 @@ _KEPT_BY_SELECTIVE = {
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.openlm.block_attention.default,
     torch.ops.higher_order.flex_attention,
 }
 """Matrix products and attention: dear to make again, while norms, rotations and activations are cheap."""
@@ -47,6 +48,12 @@ def use_deterministic_algorithms() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies in bfloat16; a processor without does it more slowly than fp32."""
+    has = torch.cpu.get_capabilities()
+    return device.type != "cpu" or any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
 def make_mesh(world: World, replicas: int) -> DeviceMesh:
