@@ -30,7 +30,6 @@ _KEPT_BY_SELECTIVE = {
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.openlm.block_attention.default,
     torch.ops.higher_order.flex_attention,
 }
 """Matrix products and attention: dear to make again, while norms, rotations and activations are cheap."""

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from openlm_pipeline.models.block_attention import block_attention
 from openlm_pipeline.models.config import ModelConfig
 from openlm_pipeline.models.norms import make_norm
 
@@ -20,8 +19,6 @@ ROPE_THETA = 10_000.0
 _FLEX_MIN_HEAD_DIM = 16
 _CPU_HEAD_DIM = 16
 """Narrower heads are filled up with zeros: the CPU's kernel takes 1.7 times as long for heads of 8 as of 16."""
-_BLOCKS_MIN_HEAD_DIM, _BLOCKS_MIN_SEQ_LEN = 64, 512
-"""From here on attention by blocks beats a CPU's SDPA in bfloat16; in fp32 it never does."""
 
 StoreKV = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Keeps the keys and values [B, H, S, K] of a layer, and gives all so far, [B, H, T, K]."""
@@ -53,21 +50,19 @@ class RotaryFrequencies(nn.Module):
 
 
 class Rotation:
-    """The rotation of each position, int [S] or [B, S]; call it on queries and keys.
+    """The rotation of each position, int [S] or [B, S]; call it on queries and keys [B, S, H, K].
 
     Neither a tensor nor a dataclass, because FSDP's mixed precision looks into those among a block's inputs and
     would cast the tables to bfloat16.
     """
 
     def __init__(self, frequencies: Tensor, positions: Tensor, interleaved: bool):
-        angles = positions.float()[..., None] * frequencies
-        if positions.ndim == 2:
-            angles = angles[:, None]  # B, 1, S, K/2: the same for all heads
+        angles = positions.float()[..., None, None] * frequencies  # B, S, 1, K/2: the same for all heads
         self.cos, self.sin, self.interleaved = angles.cos(), angles.sin(), interleaved
 
-    def __call__(self, x_BHSK: Tensor) -> Tensor:
+    def __call__(self, x_BSHK: Tensor) -> Tensor:
         """Rotate the pairs (i, i + K/2), or (2i, 2i + 1) if interleaved; computed and returned in fp32."""
-        a, b = x_BHSK.unflatten(-1, (-1, 2)).unbind(-1) if self.interleaved else x_BHSK.chunk(2, dim=-1)
+        a, b = x_BSHK.unflatten(-1, (-1, 2)).unbind(-1) if self.interleaved else x_BSHK.chunk(2, dim=-1)
         rotated = a * self.cos - b * self.sin, b * self.cos + a * self.sin
         return torch.stack(rotated, dim=-1).flatten(-2) if self.interleaved else torch.cat(rotated, dim=-1)
 
@@ -168,12 +163,8 @@ def attend(q_BHSK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask: Tensor | BlockM
     is_causal = mask is None
     if q_BHSK.shape[2] == 1:  # a branch, as a comparison is no bool in a graph that is compiled for any length
         is_causal = False
-    seq_len, head_dim = q_BHSK.shape[-2:]
-    on_cpu = q_BHSK.device.type == "cpu"
-    is_long = on_cpu and head_dim >= _BLOCKS_MIN_HEAD_DIM and seq_len >= _BLOCKS_MIN_SEQ_LEN
-    if is_causal and is_long and q_BHSK.dtype == torch.bfloat16 and q_BHSK.shape == k_BHTK.shape:
-        return block_attention(q_BHSK, k_BHTK, v_BHTK)
-    if on_cpu and head_dim < _CPU_HEAD_DIM:
+    head_dim = q_BHSK.shape[-1]
+    if q_BHSK.device.type == "cpu" and head_dim < _CPU_HEAD_DIM:
         q_BHSK, k_BHTK, v_BHTK = (F.pad(t, (0, _CPU_HEAD_DIM - head_dim)) for t in (q_BHSK, k_BHTK, v_BHTK))
     out_BHSK = F.scaled_dot_product_attention(
         q_BHSK, k_BHTK, v_BHTK, attn_mask=mask, is_causal=is_causal, scale=head_dim**-0.5
@@ -200,10 +191,10 @@ class Attention(nn.Module):
     ) -> Tensor:
         q, k, v = self.in_proj(x_BSD).chunk(3, dim=-1)
         q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))  # B, H, S, K
-        if rotation is not None:
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))  # B, S, H, K
+        if rotation is not None:  # so laid out, attention's result has its heads side by side, as out_proj takes them
             q, k = rotation(q), rotation(k)
-        q, k = q.to(v.dtype), k.to(v.dtype)
+        q, k, v = (t.transpose(1, 2) for t in (q.to(v.dtype), k.to(v.dtype), v))
         if store is not None:
             k, v = store(k, v)
         return self.out_proj(attend(q, k, v, mask).transpose(1, 2).flatten(-2))
