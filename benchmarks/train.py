@@ -2,11 +2,15 @@
 
     python benchmarks/train.py [--models open_lm_11m ...] [--switches base compile ...] [--shards FOLDER]
                                [--set key=value ...] [--runs 3] [--markdown OUT.md]
+                               [--open-lm FOLDER --open-lm-python PYTHON]
 
 Every measurement is a new process with the trainer itself: the real loop, optimizer and loader, on shards of real text
 (`--shards`, with samples of `--seq-len` tokens; by default made from the embedded corpus). A few steps warm up, then
 some are timed. A round measures every model with every switch once, so that what else the machine does touches all.
 `base` is fp32; `--set` gives what all have, such as `training.precision=bf16`. What one GPU reaches tells `gpu.py`.
+
+With `--open-lm`, a checkout of open_lm and an interpreter with what it needs, its own training loop is measured in the
+same rounds on a CPU: single sequences, one thread, in fp32 and with autocast to bf16.
 """
 
 import sys
@@ -33,6 +37,7 @@ SWITCHES = {
     "no compile": ["execution.compile=false"],
     "fp32": ["training.precision=fp32"],
     "bf16": ["training.precision=bf16"],
+    "bf16 compile": ["training.precision=bf16", "execution.compile=true"],
     "bf16 states": ["training.precision=bf16", "training.state_precision=bf16"],
     "float8": ["training.precision=bf16", "training.float8=true"],
     "selective checkpointing": ["execution.activation_checkpointing=selective"],
@@ -64,6 +69,29 @@ def measure(job: dict[str, Any]) -> None:
                 print(json.dumps({**record, "tokens_per_cpu_second": tokens / cpu_seconds}))
     finally:
         leave_process_group()
+
+
+def measure_open_lm(model: str, switch: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Record of open_lm's own training loop."""
+    job = [model, switch.removeprefix("open_lm "), arguments.seq_len, arguments.warmup, arguments.steps]
+    usage = run(
+        [arguments.open_lm_python, str(Path(__file__).with_name("train_open_lm.py")), *map(str, job)],
+        **{"OMP_NUM_THREADS": "1", **MALLOC_ENVIRONMENT, "PYTHONPATH": str(arguments.open_lm)},
+    )
+    seconds = json.loads(usage.output.splitlines()[-1])["seconds"]
+    return {"tokens_per_cpu_second": arguments.seq_len * len(seconds) / sum(seconds), "peak_mib": usage.peak_mib}
+
+
+def comparison_table(seen: dict[tuple[str, str], list[dict[str, Any]]], seq_len: int) -> str:
+    """One row a model and switch; how many times as fast as open_lm in the same precision, within a round."""
+    rows = []
+    for (model, switch), records in seen.items():
+        rates = [r["tokens_per_cpu_second"] for r in records]
+        theirs = seen[model, "open_lm bf16" if "bf16" in switch else "open_lm fp32"]
+        times = [rate / r["tokens_per_cpu_second"] for rate, r in zip(rates, theirs)]
+        peak = max(r["peak_mib"] for r in records) / 1024
+        rows.append([model, switch, spread([seq_len / rate for rate in rates]), spread(times), f"{peak:.1f}"])
+    return table(["model", "switch", "CPU-seconds per step", "times as fast as open_lm", "peak GiB"], rows)
 
 
 def settings_of(model: str, switch: str, arguments: argparse.Namespace) -> list[str]:
@@ -123,6 +151,8 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=1, help="steps")
     parser.add_argument("--steps", type=int, default=2, help="timed ones")
     parser.add_argument("--runs", type=int, default=3, help="rounds")
+    parser.add_argument("--open-lm", type=Path, help="a checkout of open_lm, to compare with")
+    parser.add_argument("--open-lm-python", default=sys.executable, help="interpreter that can import it")
     parser.add_argument("--markdown", type=Path, help="write the results here too")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -132,6 +162,8 @@ def main() -> None:
     device = run([sys.executable, "-c", probe]).output.strip()
     cuda = bool(device)
     switches = list(dict.fromkeys(["base", *arguments.switches]))
+    if arguments.open_lm:
+        switches = ["open_lm fp32", "open_lm bf16", *switches]
     launcher = [sys.executable]
     if arguments.processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.processes}"]
@@ -149,18 +181,22 @@ def main() -> None:
         recipe.write_text(json.dumps(settings))
         for n in range(arguments.runs):
             for model, switch in list(seen):
+                if switch.startswith("open_lm "):
+                    seen[model, switch].append(measure_open_lm(model, switch, arguments))
+                    continue
                 overrides = settings_of(model, switch, arguments)
                 job = {"recipe": str(recipe), "home": folder, "overrides": overrides}
                 job |= {"warmup": arguments.warmup, "steps": arguments.steps}
                 try:
-                    output = run(
+                    usage = run(
                         [*launcher, __file__, "--child", json.dumps(job)], OMP_NUM_THREADS="1", **MALLOC_ENVIRONMENT
-                    ).output
+                    )
                 except SystemExit as e:  # such as float8 on a device that has none, or too little memory
                     print(f"{model}, {switch} is left out: {str(e).splitlines()[-1]}", flush=True)
                     del seen[model, switch]
                     continue
-                record = json.loads(next(line for line in reversed(output.splitlines()) if line.startswith("{")))
+                lines = reversed(usage.output.splitlines())
+                record = json.loads(next(line for line in lines if line.startswith("{"))) | {"peak_mib": usage.peak_mib}
                 seen[model, switch].append(record)
                 print(
                     f"round {n + 1}, {model}, {switch}: {record['tokens_per_second']:,.1f} tokens/s, "
@@ -168,7 +204,8 @@ def main() -> None:
                     flush=True,
                 )
     about = f"{device or 'CPU'}; {machine('torch')}; sequences of {arguments.seq_len} tokens, n = {arguments.runs}"
-    text = f"{about}\n\n{results_table(seen, cuda)}"
+    results = comparison_table(seen, arguments.seq_len) if arguments.open_lm else results_table(seen, cuda)
+    text = f"{about}\n\n{results}"
     show(text, arguments.markdown)
     return None
 

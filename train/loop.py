@@ -40,7 +40,7 @@ from train.hooks import Hooks, Step
 from train.hooks.metrics import console_text
 from train.masking import Masking, ModelInput
 from train.optimizers import make_optimizer
-from train.parallel import build_model, use_deterministic_algorithms
+from train.parallel import build_model, has_bf16, use_deterministic_algorithms
 from train.signals import StopRequest
 
 
@@ -114,6 +114,8 @@ class Trainer:
         )
         for note in layout(experiment, world.size, world.per_node).notes:
             self.console.print(note)
+        if experiment.training.precision == "bf16" and not has_bf16(world.device):
+            self.console.print("this processor has no bfloat16 instructions: training.precision=fp32 may be faster")
 
     @property
     def tokens(self) -> int:

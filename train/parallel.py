@@ -49,6 +49,12 @@ def use_deterministic_algorithms() -> None:
     torch.backends.cudnn.benchmark = False
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies in bfloat16; a processor without does it more slowly than fp32."""
+    has = torch.cpu.get_capabilities()
+    return device.type != "cpu" or any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+
+
 def make_mesh(world: World, replicas: int) -> DeviceMesh:
     """All processes as one axis `shard`, or as `replicate` x `shard` where each of `replicas` groups has all weights.
 

@@ -50,21 +50,19 @@ class RotaryFrequencies(nn.Module):
 
 
 class Rotation:
-    """The rotation of each position, int [S] or [B, S]; call it on queries and keys.
+    """The rotation of each position, int [S] or [B, S]; call it on queries and keys [B, S, H, K].
 
     Neither a tensor nor a dataclass, because FSDP's mixed precision looks into those among a block's inputs and
     would cast the tables to bfloat16.
     """
 
     def __init__(self, frequencies: Tensor, positions: Tensor, interleaved: bool):
-        angles = positions.float()[..., None] * frequencies
-        if positions.ndim == 2:
-            angles = angles[:, None]  # B, 1, S, K/2: the same for all heads
+        angles = positions.float()[..., None, None] * frequencies  # B, S, 1, K/2: the same for all heads
         self.cos, self.sin, self.interleaved = angles.cos(), angles.sin(), interleaved
 
-    def __call__(self, x_BHSK: Tensor) -> Tensor:
+    def __call__(self, x_BSHK: Tensor) -> Tensor:
         """Rotate the pairs (i, i + K/2), or (2i, 2i + 1) if interleaved; computed and returned in fp32."""
-        a, b = x_BHSK.unflatten(-1, (-1, 2)).unbind(-1) if self.interleaved else x_BHSK.chunk(2, dim=-1)
+        a, b = x_BSHK.unflatten(-1, (-1, 2)).unbind(-1) if self.interleaved else x_BSHK.chunk(2, dim=-1)
         rotated = a * self.cos - b * self.sin, b * self.cos + a * self.sin
         return torch.stack(rotated, dim=-1).flatten(-2) if self.interleaved else torch.cat(rotated, dim=-1)
 
@@ -193,10 +191,10 @@ class Attention(nn.Module):
     ) -> Tensor:
         q, k, v = self.in_proj(x_BSD).chunk(3, dim=-1)
         q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))  # B, H, S, K
-        if rotation is not None:
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))  # B, S, H, K
+        if rotation is not None:  # so laid out, attention's result has its heads side by side, as out_proj takes them
             q, k = rotation(q), rotation(k)
-        q, k = q.to(v.dtype), k.to(v.dtype)
+        q, k, v = (t.transpose(1, 2) for t in (q.to(v.dtype), k.to(v.dtype), v))
         if store is not None:
             k, v = store(k, v)
         return self.out_proj(attend(q, k, v, mask).transpose(1, 2).flatten(-2))

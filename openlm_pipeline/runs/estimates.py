@@ -151,9 +151,8 @@ def block_activations(config: ModelConfig, element_bytes: int, keep: str = "none
     sums = 4 * config.n_heads  # of the softmax, in fp32
     if keep == "selective":  # also q, k and v, what attention gives, its projection, and the products of the FFN
         return (3 * width + 4 * inner + products * hidden) * element_bytes + sums
-    turned = 0 if config.positional_embedding in ("none", "head_rotary") else 3 * inner  # q, k, and attention's in rows
-    if config.qk_norm and not turned:
-        turned = 2 * inner
+    is_turned = config.qk_norm or config.positional_embedding not in ("none", "head_rotary")
+    turned = 2 * inner if is_turned else 0  # q and k
     # Input and the sum after attention, each with its norm; q, k and v; attention; the FFN's products, twice activated.
     kept = 4 * width + 4 * inner + turned + 2 * products * hidden
     return kept * element_bytes + sums

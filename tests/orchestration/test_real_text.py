@@ -20,7 +20,7 @@ extends: pretrain_11m
 milestones: [16K, 32K]
 training: {global_batch: 8192, warmup: 8K, precision: fp32}
 evaluation: {suite: "${OPENLM_HOME}/two_tasks.yaml"}
-execution: {micro_batch: 1, log_every: 1}
+execution: {micro_batch: 1, log_every: 1, compile: false}
 launcher: {processes: 1}
 """
 SUITE = """

@@ -31,6 +31,7 @@ def test_it_trains_two_steps_at_reduced_width(recipe: str, small: SmallRun):
         "model.n_heads=2",
         "seq_len=32",
         "execution.micro_batch=2",
+        "execution.compile=false",  # it takes a minute, and test_parallel.py has it
     ]
     settings += ["training.global_batch=256", "training.warmup=256", "milestones=[512]", "execution.log_every=1"]
     reduced = load_experiment(recipe, settings)

@@ -57,8 +57,8 @@ def validate(
 ) -> ValidationResult:
     """Loss over the first `max_samples` samples, split over the ranks, with the masks of training.
 
-    Every rank makes the same number of forward passes, as sharded models need; a rank that has run out of samples
-    passes one without targets.
+    Every rank makes the same number of forward passes, as sharded models need, each of `batch_size` samples; those that
+    a rank does not have are passed without targets.
 
     Args:
         batch_size: samples in a forward pass of a rank; an interval needs the loss of each, so then it is 1.
@@ -70,9 +70,11 @@ def validate(
     token_counts = torch.zeros(count, device=world.device, dtype=torch.float64)
     for start in range(0, count, batch_size * world.size):
         mine = np.arange(start + world.rank, min(start + batch_size * world.size, count), world.size)
-        samples = dataset.gather(mine if len(mine) else np.zeros(1, np.int64)).astype(np.int64)
+        # Filled up, as a compiled model would be compiled anew for another shape.
+        samples = dataset.gather(np.resize(mine, batch_size)).astype(np.int64)
         batch = masking(torch.from_numpy(samples).to(world.device))
-        targets = batch.targets_BS if len(mine) else torch.full_like(batch.targets_BS, IGNORE_INDEX)
+        targets = batch.targets_BS.clone()
+        targets[len(mine) :] = IGNORE_INDEX
         loss_sum, _ = model(batch.ids_BS, targets, documents_BS=batch.documents_BS)
         if len(mine):
             loss_sums[mine[0]] = loss_sum
