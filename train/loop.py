@@ -154,14 +154,13 @@ class Trainer:
             label, step = goal
             if not self._go_to_start(step):
                 continue  # what was taken for a milestone was damaged: there is an earlier one to make
-            if not self._train_to(step):
-                self._save(milestone=None)
+            if not self._train_to(step) or (label is not None and not self._reach_milestone(label)):
+                if (None, self.step) not in there:
+                    self._save(milestone=None)
                 self.saver.wait()
                 return Outcome("preempted", self.step, self.tokens)
             if label is None:
                 self._save(milestone=None)
-            else:
-                self._reach_milestone(label)
             being_saved.add(goal)
 
     def _list(self) -> list[Checkpoint]:
@@ -227,9 +226,8 @@ class Trainer:
                 self._optimizer_step(batch.to(self.world.device, non_blocking=True), waited)
                 if self.step % self.experiment.execution.log_every == 0 or self.step == target:
                     self._log()
-                must_stop = self.world.any(self.stop.requested or self.saver.failed)
                 self.hooks.between_steps()
-                if must_stop:
+                if self.world.any(self.stop.requested or self.saver.failed):
                     self.saver.wait()  # raises what went wrong in a save
                     return False
                 if save_every and self.step % save_every == 0 and self.step < target:
@@ -298,14 +296,18 @@ class Trainer:
             hook.close()
         self.saver.close(self.warn)
 
-    def _reach_milestone(self, label: str) -> None:
+    def _reach_milestone(self, label: str) -> bool:
+        """Whether the milestone was made; not, if a signal asked to stop while it was validated."""
         self.saver.wait()
         metrics = self.hooks.at_milestone()
+        if self.world.any(self.stop.requested):
+            return False
         here = [c for c in self.world.from_rank0(self._list) if c.step == self.step]
         if here:  # a rotating checkpoint stands exactly here, from before this was a milestone
             self.world.from_rank0(lambda: self._keep(promote(here[0], label, metrics)))
         else:
             self._save(milestone=label, metrics=metrics)
+        return True
 
     def _save(self, milestone: str | None, metrics: dict[str, float] | None = None) -> None:
         if self.world.any(not self._weights_finite()):

@@ -1,12 +1,14 @@
 """Held-out loss: when it is measured, against a plain loop, at any world size, and how sure it is."""
 
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from gloo_workers import train_in_processes
-from small_run import SmallRun
+from small_run import BATCH, SmallRun
 
 from openlm_pipeline.checkpoints.folders import list_checkpoints
 from openlm_pipeline.checkpoints.reading import load_model
@@ -102,3 +104,35 @@ def test_an_interval_is_seeded_and_weighs_samples_by_their_tokens():
     assert (low, high) == bootstrap_interval(losses, tokens)
     assert (low, high) == (1.0, 3.0)  # all draws of the first, and all of the last, are likely enough: 1 in 27
     assert bootstrap_interval(losses[:1], tokens[:1]) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("at", ["a milestone", "between"])
+def test_a_signal_while_validating_ends_it_within_a_batch(at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A checkpoint is kept, and the run that resumes validates and goes on as one that was never stopped."""
+    small, whole = (SmallRun(tmp_path / name, (4, 8)) for name in ("small", "whole"))
+    every = [] if at == "a milestone" else [f"validation.every={2 * BATCH}"]
+    step, gathered = (4 if at == "a milestone" else 2), []
+    gather = ShardedDataset.gather
+
+    def gather_and_stop(self: ShardedDataset, samples: np.ndarray) -> np.ndarray:
+        if self.folder.parent.name == "heldout":
+            gathered.append(samples)
+            if len(gathered) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return gather(self, samples)
+
+    settings = [INTERVALS, *every]
+    with monkeypatch.context() as patched:
+        patched.setattr(ShardedDataset, "gather", gather_and_stop)
+        small.train(*settings)
+    assert len(gathered) == 2
+    assert small.run.read_outcome()["status"] == "preempted"
+    assert small.steps_on_disk() == {step: None}
+    assert not validations(small)
+    small.train(*settings)
+    whole.train(*settings)
+    assert small.losses() == whole.losses()
+    expected = {s: r["validation_loss"] for s, r in validations(whole).items()}
+    if at == "between":
+        del expected[2]  # between steps nothing waits for it
+    assert {s: r["validation_loss"] for s, r in validations(small).items()} == expected

@@ -1,6 +1,7 @@
 """Loss on held-out samples, in nats per token; the same at any world size up to the order of summation."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -54,7 +55,8 @@ def validate(
     max_samples: int,
     batch_size: int,
     intervals: bool,
-) -> ValidationResult:
+    must_stop: Callable[[], bool] = lambda: False,
+) -> ValidationResult | None:
     """Loss over the first `max_samples` samples, split over the ranks, with the masks of training.
 
     Every rank makes the same number of forward passes, as sharded models need, each of `batch_size` samples; those that
@@ -62,6 +64,10 @@ def validate(
 
     Args:
         batch_size: samples in a forward pass of a rank; an interval needs the loss of each, so then it is 1.
+        must_stop: asked before each forward pass; the same on all ranks.
+
+    Returns:
+        None where it was to stop.
     """
     count = min(max_samples, len(dataset))
     batch_size = 1 if intervals else batch_size
@@ -69,6 +75,8 @@ def validate(
     loss_sums = torch.zeros(count, device=world.device, dtype=torch.float64)
     token_counts = torch.zeros(count, device=world.device, dtype=torch.float64)
     for start in range(0, count, batch_size * world.size):
+        if must_stop():
+            return None
         mine = np.arange(start + world.rank, min(start + batch_size * world.size, count), world.size)
         # Filled up, as a compiled model would be compiled anew for another shape.
         samples = dataset.gather(np.resize(mine, batch_size)).astype(np.int64)
@@ -139,7 +147,10 @@ class HeldOutLoss(Hook):
             max_samples=self.settings.max_samples,
             batch_size=trainer.batches.micro_batch,
             intervals=self.settings.intervals,
+            must_stop=lambda: trainer.world.any(trainer.stop.requested),
         )
+        if result is None:  # the loop ends the run, and one that resumes validates here first
+            return {}
         if not math.isfinite(result.loss):
             raise TrainingError(f"validation loss {result.loss} at step {trainer.step}: not finite; nothing was saved")
         trainer.write_record(result.record())
