@@ -12,6 +12,7 @@ CONSENTS = {
     "supersede": "set aside what was made from other settings or data, and make it again",
     "remake": "set a damaged milestone aside, and train it again",
     "cpu": "train without a GPU what would take days",
+    "extend": "continue a run whose schedule has ended at the rates of a longer one",
     "rate": "train at a learning rate that jumps, climbs or is 0",
     "repeat_data": "train on the same text many times over",
 }

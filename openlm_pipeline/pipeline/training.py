@@ -100,7 +100,7 @@ def train(
     there, damaged = _milestones(experiment, run, identity, wanted, hashes="remake" in allow)
     is_done = not wanted - set(there) and run.belongs_to(identity) and is_there(experiment, run, until)
     if not is_done:  # looked at before anything is set aside
-        found = [run.superseded_by(experiment, identity), *damaged.values(), *spending(experiment, home, until)]
+        found = [run.superseded_by(experiment, identity, allow), *damaged.values(), *spending(experiment, home, until)]
         refuse(filter(None, found), allow)
     changed: list[str] = []
     if not training:

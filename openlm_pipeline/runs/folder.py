@@ -19,7 +19,7 @@ from openlm_pipeline.errors import IdentityError
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.fingerprint import Tree, differences, fingerprint
 from openlm_pipeline.result import Finding, refusal, refuse
-from openlm_pipeline.runs.identity import extension_refusal, settled
+from openlm_pipeline.runs.identity import ends_later, extension_refusal, settled
 from openlm_pipeline.storage.files import atomic_writer, folder_lock, read_json, set_aside, write_json, write_text
 
 WANDB_URL = "wandb_url.txt"
@@ -72,7 +72,12 @@ class RunFolder:
 
     def belongs_to(self, identity: Tree) -> bool:
         """Whether the folder is free or is that run's."""
-        return not (self.path / "run.json").exists() or settled(self.identity) == identity
+        if not (self.path / "run.json").exists():
+            return True
+        recorded, horizon = settled(self.identity), identity.get("training", {}).get("horizon")
+        if horizon in read_json(self.path / "run.json").get("extended", ()):
+            recorded["training"]["horizon"] = horizon
+        return recorded == identity
 
     @property
     def has_begun(self) -> bool:
@@ -83,13 +88,18 @@ class RunFolder:
         """How the run in the folder differs from `identity`, a line per field."""
         return differences(settled(self.identity), identity)
 
-    def superseded_by(self, experiment: Experiment, identity: Tree) -> Finding | None:
+    def superseded_by(self, experiment: Experiment, identity: Tree, allow: Collection[str] = ()) -> Finding | None:
         """What `claim` would set aside: another run that has begun; the finding names each field that differs.
+
+        Args:
+            allow: consents; with `extend` a run whose schedule has ended is extended.
 
         Raises:
             IdentityError: it is this run with a schedule that ended before the new last milestone.
         """
         if self.belongs_to(identity) or not self.has_begun:
+            return None
+        if "extend" in allow and ends_later(settled(self.identity), identity):
             return None
         if impossible := extension_refusal(experiment, settled(self.identity), identity):
             raise IdentityError(impossible)
@@ -100,7 +110,8 @@ class RunFolder:
         """Make the folder this run's, and record the resolved experiment.
 
         Args:
-            allow: consents; `supersede` sets the folder of another run aside instead of refusing it.
+            allow: consents; `supersede` sets the folder of another run aside instead of refusing it, and `extend`
+                gives this run a later end of its schedule, which is recorded.
 
         Returns:
             How the run that was set aside differed.
@@ -110,14 +121,19 @@ class RunFolder:
             IdentityError: it is this run with a schedule that ended before the new last milestone.
         """
         changed: list[str] = []
-        if found := self.superseded_by(experiment, identity):
+        if found := self.superseded_by(experiment, identity, allow):
             refuse([found], allow)
             changed = self.differences(identity)
             set_aside(self.path)
+        extended: list[int] = []
         if (self.path / "run.json").exists():
+            extended = read_json(self.path / "run.json").get("extended", [])
+            if not self.belongs_to(identity):
+                extended.append(experiment.schedule_horizon())
             identity = self.identity  # its checkpoints have this fingerprint
         write_text(self.experiment_file, yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False))
         record = {"name": experiment.name, "version": experiment.version, "fingerprint": fingerprint(identity)}
+        record |= {"extended": extended} if extended else {}
         write_json(self.path / "run.json", {**record, "identity": identity})
         return changed
 

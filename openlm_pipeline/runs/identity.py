@@ -60,6 +60,14 @@ def run_identity(experiment: Experiment, dataset_versions: dict[str, str], paren
     return identity
 
 
+def ends_later(old: Tree, new: Tree) -> bool:
+    """Whether all that differs is that the schedule of `new` ends later."""
+    before, after = (tree.get("training", {}).get("horizon") for tree in (old, new))
+    if before is None or after is None or after <= before:
+        return False
+    return {**old, "training": {**old["training"], "horizon": after}} == new
+
+
 def extension_refusal(experiment: Experiment, old: Tree, new: Tree) -> str | None:
     """Why a finished schedule is not simply longer now; None where anything else differs, or the recipe says how.
 
@@ -67,9 +75,7 @@ def extension_refusal(experiment: Experiment, old: Tree, new: Tree) -> str | Non
     change the learning rate of steps that were trained.
     """
     training, before = experiment.training, old.get("training", {}).get("horizon")
-    if training.horizon is not None or before is None or old == new:
-        return None
-    if {**old, "training": {**old["training"], "horizon": experiment.schedule_horizon()}} != new:
+    if training.horizon is not None or not ends_later(old, new):
         return None
     ended, longer = format_tokens(before), format_tokens(experiment.schedule_horizon())
     schedule = SCHEDULES[training.schedule](training, before - experiment.schedule_start())
@@ -82,7 +88,11 @@ def extension_refusal(experiment: Experiment, old: Tree, new: Tree) -> str | Non
         fork += f"own; the one at {format_tokens(stable[-1])} is the last before the decay"
     else:
         fork += "own; parent.schedule=restart warms up again"
-    choices = [fork, f"training.horizon={longer}: train all of it again, with the longer schedule"]
+    choices = [
+        fork,
+        f"training.horizon={longer}: train all of it again, with the longer schedule",
+        "`--allow extend`: continue at the rates that the longer schedule has from here on, as OpenLM does",
+    ]
     if floor > 0:
         choices.insert(0, f"training.horizon={ended}: continue at the final learning rate of {floor:g}")
     return (

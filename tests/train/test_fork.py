@@ -172,6 +172,21 @@ def test_a_finished_cosine_is_extended_by_explicit_choice_only(small):
     assert len(small.losses()) == 12
 
 
+def test_a_finished_schedule_is_extended_by_consent(small):
+    cosine = ("training.schedule=cosine", f"milestones=[{8 * BATCH}]")
+    longer = ("training.schedule=cosine", f"milestones=[{8 * BATCH}, {16 * BATCH}]")
+    small.train(*cosine)
+    fingerprint, losses = small.run.fingerprint, small.losses()
+    with pytest.raises(IdentityError, match="`--allow extend`: continue at the rates that the longer schedule has"):
+        small.train(*longer)
+    small.train(*longer, allow=["extend"])
+    lrs = {r["step"]: r["lr"] for r in small.run.read_metrics() if "lr" in r}
+    assert lrs[9] == small.experiment(*longer).learning_rates(0)(8) > lrs[8]
+    assert small.run.fingerprint == fingerprint
+    assert {step: small.losses()[step] for step in losses} == losses
+    small.train(*longer)  # consent was given
+
+
 def test_a_wsd_run_goes_on_from_before_its_decay(small):
     wsd = ("training.schedule=wsd", f"training.decay={2 * BATCH}")
     small.train(*wsd)

@@ -179,3 +179,17 @@ def test_torchrun_refuses_its_own_ambiguities_without_the_hook(trained: Flags, c
     codes, printed = trained.forked(1, *given)
     assert codes == [ConfigError.exit_code]
     assert "--log-local: the first process alone" in printed
+
+
+def test_more_epochs_go_on_where_the_run_ended(trained: Flags):
+    """OpenLM's cosine over four epochs, from the ninth step on."""
+    before = {r["step"]: r["lr"] for r in trained.folder.read_metrics() if "loss" in r}
+    codes, printed = trained.forked(2, *trained.line(), "--epochs", "4")
+    assert codes == [0, 0], printed
+    assert "resumed from step-00000008" in printed
+    after = {r["step"]: r["lr"] for r in trained.folder.read_metrics() if "loss" in r}
+    assert list(trained.checkpoints()) == [4, 8, 12, 16]
+    assert {step: after[step] for step in before} == before
+    assert before[8] < after[10] > after[12] > after[16]
+    codes, printed = trained.forked(2, *trained.line(), "--epochs", "4")
+    assert codes == [0, 0], printed  # nothing is left to do

@@ -63,4 +63,7 @@ def train_openlm(arguments: Sequence[str], allow: Collection[str] = ()) -> None:
     with contextlib.redirect_stdout(_Log(sys.stdout, run)) if first else contextlib.nullcontext():
         until = run.experiment.milestones[-1]
         weights = run.initial_weights
-        run_training(run.experiment, home, until, allow=allow, run_path=run.run_path, initial_weights=weights)
+        resumes = {"extend"} if values.resume == "latest" else set()  # with more epochs, as there
+        run_training(
+            run.experiment, home, until, allow={*allow, *resumes}, run_path=run.run_path, initial_weights=weights
+        )
