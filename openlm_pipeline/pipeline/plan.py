@@ -28,6 +28,7 @@ from openlm_pipeline.runs.traffic import BETWEEN
 from openlm_pipeline.shards.manifest import DOCUMENTS, MANIFEST, read_dataset
 from openlm_pipeline.shards.opening import open_dataset, published_url
 from openlm_pipeline.storage.home import Home
+from openlm_pipeline.storage.remote import public
 from openlm_pipeline.tokenization.documents import FileTokens, finished, left_out
 from openlm_pipeline.tokenization.packing_job import lost_files, shards_identity
 from openlm_pipeline.tokenizers.tokenizer import TRAINING_VERSION, TokenizerInfo, read_tokenizer_info
@@ -200,8 +201,30 @@ def _findings(experiment: Experiment, home: Home, artefacts: list[Artefact]) -> 
     untrained = {a.name for a in artefacts if a.kind == "checkpoint" and a.state != "fresh"}
     until = [t for label, t in experiment.labelled_milestones() if f"checkpoint/{experiment.name}/{label}" in untrained]
     if until:
+        yield from _seen_in_validation(experiment, home)
         yield from _order_refusals(experiment, home)
         yield from spending(experiment, home, until[-1])
+
+
+def _seen_in_validation(experiment: Experiment, home: Home) -> Iterator[Finding]:
+    """Raw files, or ready-made shards, that are trained on and validated on."""
+
+    def places(dataset: Dataset) -> set[str]:
+        try:
+            return {dataset.source.shards} if dataset.source.shards else {raw.url for raw in discover(dataset, home)}
+        except OpenLMError:  # whoever reads them says what is wrong
+            return set()
+
+    held_out = experiment.validation_dataset()
+    validated = places(held_out) if held_out else set()
+    for dataset in experiment.training_datasets() if validated else ():
+        if both := sorted(validated & places(dataset)):
+            yield Finding(
+                "warning",
+                f"{len(both)} of the validation set's files are also in {dataset.name}, such as {public(both[0])}: its "
+                "loss says nothing of unseen text",
+                "Take them out of the training source",
+            )
 
 
 def _order_refusals(experiment: Experiment, home: Home) -> Iterator[Finding]:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
-from openlm_pipeline.errors import IdentityError
+from openlm_pipeline.errors import IdentityError, TrainingError
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.fingerprint import Tree, differences, fingerprint
 from openlm_pipeline.result import Finding, refusal, refuse
@@ -138,13 +138,20 @@ class RunFolder:
         return changed
 
     def append_metrics(self, record: dict[str, Any]) -> None:
+        """
+        Raises:
+            TrainingError: there is no room for it, or it can't be written.
+        """
         line = json.dumps({**record, "time": round(time.time(), 3)}) + "\n"
-        with self.metrics_file.open("ab+") as f:
-            if f.tell():
-                f.seek(-1, os.SEEK_END)
-                if f.read(1) != b"\n":  # a killed process left half a line
-                    line = "\n" + line
-            f.write(line.encode())
+        try:
+            with self.metrics_file.open("ab+") as f:
+                if f.tell():
+                    f.seek(-1, os.SEEK_END)
+                    if f.read(1) != b"\n":  # a killed process left half a line
+                        line = "\n" + line
+                f.write(line.encode())
+        except OSError as e:
+            raise TrainingError(f"{self.metrics_file} can't be written: {e.strerror or e}") from e
 
     def new_metrics(self, offset: int) -> tuple[list[dict[str, Any]], int]:
         """The records of the whole lines after byte `offset`, as they were written, and where to continue from."""
