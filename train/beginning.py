@@ -90,7 +90,7 @@ def _begin_from(
 
 def _check(checkpoint: Checkpoint, experiment: Experiment, model: Transformer) -> None:
     verify(checkpoint)
-    theirs, ours = read_json(checkpoint.path / MODEL_CONFIG), model.config.model_dump()
+    theirs, ours = ModelConfig(**read_json(checkpoint.path / MODEL_CONFIG)).model_dump(), model.config.model_dump()
     if changed := differences({**theirs, "seq_len": 0}, {**ours, "seq_len": 0}):
         raise ConfigError(f"a fork has its parent's model; here differ: {'; '.join(changed)}")
     before = RunFolder(checkpoint.path.parents[1]).identity["training"]

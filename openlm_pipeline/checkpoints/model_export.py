@@ -17,7 +17,6 @@ from openlm_pipeline.checkpoints.loading import load_checkpoint
 from openlm_pipeline.checkpoints.reading import AdamState, load_adam_state
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
 from openlm_pipeline.models.config import MODELS, ModelConfig
-from openlm_pipeline.models.norms import NORM_EPS
 from openlm_pipeline.models.transformer import Transformer
 from openlm_pipeline.storage.files import atomic_writer, read_json, write_json, write_text
 
@@ -191,7 +190,7 @@ def _huggingface_config(config: ModelConfig) -> dict[str, Any]:
         "n_heads": config.n_heads,
         "vocab_size": config.vocab_size,
         "seq_len": config.seq_len,
-        "norm_eps": NORM_EPS,
+        "norm_eps": config.norm_eps,
         "norm_type": config.norm,
         "apply_qk_norm": config.qk_norm,
         "post_embed_norm": config.post_embed_norm,

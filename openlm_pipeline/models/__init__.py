@@ -77,7 +77,10 @@ def count_parameters(config: ModelConfig) -> int:
     """Trainable parameters, a tied embedding counted once."""
     width, inner_width = config.hidden_dim, config.n_heads * config.head_dim
     per_norm_unit = {"default_layer_norm": 2, "lp_layer_norm": 2, "no_wb_layer_norm": 0}.get(config.norm, 1)
-    attention = 4 * width * inner_width + (2 * inner_width * per_norm_unit if config.qk_norm else 0)
+    kv_width = config.kv_heads * config.head_dim
+    attention = 2 * width * (inner_width + kv_width)
+    if config.qk_norm:
+        attention += per_norm_unit * (2 * config.head_dim if config.qk_norm_per_head else inner_width + kv_width)
     feed_forward = (2 if config.ffn == "gelu" else 3) * width * config.ffn_dim
     if config.ffn == "gemma_geglu":
         feed_forward += 2 * config.ffn_dim + width  # biases

@@ -15,7 +15,6 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from openlm_pipeline.models.config import ModelConfig
 from openlm_pipeline.models.norms import make_norm
 
-ROPE_THETA = 10_000.0
 _FLEX_MIN_HEAD_DIM = 16
 _CPU_HEAD_DIM = 16
 """Narrower heads are filled up with zeros: the CPU's kernel takes 1.7 times as long for heads of 8 as of 16."""
@@ -24,21 +23,21 @@ StoreKV = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Keeps the keys and values [B, H, S, K] of a layer, and gives all so far, [B, H, T, K]."""
 
 
-def rotary_frequencies(head_dim: int, device: torch.device | str = "cpu") -> Tensor:
+def rotary_frequencies(head_dim: int, device: torch.device | str = "cpu", theta: float = 10_000.0) -> Tensor:
     """theta^(-2j/K) for j < K/2, in radians per position, fp32. RoPE, https://arxiv.org/abs/2104.09864."""
-    return ROPE_THETA ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    return theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
 
 
 class RotaryFrequencies(nn.Module):
     """Holder of `inv_freq`, the buffer that OpenLM's checkpoints have in every layer."""
 
-    def __init__(self, head_dim: int):
+    def __init__(self, head_dim: int, theta: float):
         super().__init__()
-        self.head_dim = head_dim
-        self.register_buffer("inv_freq", rotary_frequencies(head_dim))
+        self.head_dim, self.theta = head_dim, theta
+        self.register_buffer("inv_freq", rotary_frequencies(head_dim, theta=theta))
 
     def init_buffers(self) -> None:
-        self.inv_freq.copy_(rotary_frequencies(self.head_dim, self.inv_freq.device))
+        self.inv_freq.copy_(rotary_frequencies(self.head_dim, self.inv_freq.device, self.theta))
 
     def _apply(self, fn, recurse=True):
         before = self.inv_freq
@@ -84,7 +83,7 @@ class KVCache:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ):
-        shape = (config.n_layers, batch_size, config.n_heads, max_len, config.head_dim)
+        shape = (config.n_layers, batch_size, config.kv_heads, max_len, config.head_dim)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0
@@ -154,12 +153,13 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
 def attend(q_BHSK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
     """softmax(q k^T / sqrt(K)) v under the mask, [B, H, S, K]; without one each position sees those up to itself.
 
-    A single query without a mask sees all keys.
+    A single query without a mask sees all keys. Where keys and values have fewer heads, each serves several of queries.
     """
+    grouped = q_BHSK.shape[1] != k_BHTK.shape[1]
     if isinstance(mask, BlockMask):
         # Alone it would write out all scores; inside a compiled block it is compiled with it.
         flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
-        return flex(q_BHSK, k_BHTK, v_BHTK, block_mask=mask)
+        return flex(q_BHSK, k_BHTK, v_BHTK, block_mask=mask, enable_gqa=grouped)
     is_causal = mask is None
     if q_BHSK.shape[2] == 1:  # a branch, as a comparison is no bool in a graph that is compiled for any length
         is_causal = False
@@ -167,7 +167,7 @@ def attend(q_BHSK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask: Tensor | BlockM
     if q_BHSK.device.type == "cpu" and head_dim < _CPU_HEAD_DIM:
         q_BHSK, k_BHTK, v_BHTK = (F.pad(t, (0, _CPU_HEAD_DIM - head_dim)) for t in (q_BHSK, k_BHTK, v_BHTK))
     out_BHSK = F.scaled_dot_product_attention(
-        q_BHSK, k_BHTK, v_BHTK, attn_mask=mask, is_causal=is_causal, scale=head_dim**-0.5
+        q_BHSK, k_BHTK, v_BHTK, attn_mask=mask, is_causal=is_causal, scale=head_dim**-0.5, enable_gqa=grouped
     )
     return out_BHSK[..., :head_dim]
 
@@ -177,21 +177,27 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.head_dim = config.head_dim
+        self.head_dim, self.norm_per_head = config.head_dim, config.qk_norm_per_head
         inner_dim = config.n_heads * config.head_dim  # 480, not 488, in the 87m model
-        self.in_proj = nn.Linear(config.hidden_dim, 3 * inner_dim, bias=False)
+        kv_dim = config.kv_heads * config.head_dim
+        self.widths = [inner_dim, kv_dim, kv_dim]
+        self.in_proj = nn.Linear(config.hidden_dim, sum(self.widths), bias=False)
         self.out_proj = nn.Linear(inner_dim, config.hidden_dim, bias=False)
         if config.positional_embedding in ("rotary", "head_rotary"):
-            self.pos_embed = RotaryFrequencies(config.head_dim)
-        self.q_norm = make_norm(config, inner_dim) if config.qk_norm else nn.Identity()
-        self.k_norm = make_norm(config, inner_dim) if config.qk_norm else nn.Identity()
+            self.pos_embed = RotaryFrequencies(config.head_dim, config.rope_theta)
+        q_width, k_width = (config.head_dim, config.head_dim) if config.qk_norm_per_head else (inner_dim, kv_dim)
+        self.q_norm = make_norm(config, q_width) if config.qk_norm else nn.Identity()
+        self.k_norm = make_norm(config, k_width) if config.qk_norm else nn.Identity()
 
     def forward(
         self, x_BSD: Tensor, rotation: Rotation | None, mask: Tensor | BlockMask | None, store: StoreKV | None
     ) -> Tensor:
-        q, k, v = self.in_proj(x_BSD).chunk(3, dim=-1)
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self.in_proj(x_BSD).split(self.widths, dim=-1)
+        if not self.norm_per_head:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))  # B, S, H, K
+        if self.norm_per_head:
+            q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:  # so laid out, attention's result has its heads side by side, as out_proj takes them
             q, k = rotation(q), rotation(k)
         q, k, v = (t.transpose(1, 2) for t in (q.to(v.dtype), k.to(v.dtype), v))

@@ -40,12 +40,33 @@ class ModelConfig(Strict):
     """The two SwiGLUs are one; `gemma_geglu` has OpenLM's only biases outside norms."""
     rope_freq_dtype: Literal["float32", "bfloat16"] = "float32"
     """`bfloat16` rounds the rotary frequencies as OpenLM did under autocast; for weights that were trained so."""
+    n_kv_heads: int | None = Field(default=None, ge=1)
+    """Heads of keys and values, of which each serves n_heads / n_kv_heads heads of queries (GQA,
+    https://arxiv.org/abs/2305.13245); by default as many as of queries."""
+    ffn_hidden_dim: int | None = Field(default=None, ge=1, le=10**7)
+    """Width inside the feed-forward network, in place of OpenLM's."""
+    rope_theta: float = Field(default=10_000.0, gt=1)
+    """Base of the rotary frequencies; another needs `llama_rotary` or `rotary`."""
+    norm_eps: float = Field(default=1e-5, gt=0)
+    qk_norm_per_head: bool = False
+    """With `qk_norm`: normalize each head's queries and keys by themselves, with one gain for all, as Qwen3 does."""
+    init_std: float | None = Field(default=None, gt=0)
+    """Standard deviation of all matrices, before truncation at 3 of it, in place of OpenLM's rule."""
 
     @model_validator(mode="after")
     def _even_heads(self) -> "ModelConfig":
         if self.head_dim < 1 or (self.head_dim % 2 and self.positional_embedding != "none"):
             raise ValueError(f"hidden_dim {self.hidden_dim} // n_heads {self.n_heads} must be even and positive")
+        if self.n_heads % self.kv_heads:
+            raise ValueError(f"n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}")
+        if self.qk_norm_per_head and not self.qk_norm:
+            raise ValueError("qk_norm_per_head needs qk_norm")
         return self
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys, and of values."""
+        return self.n_kv_heads or self.n_heads
 
     @property
     def head_dim(self) -> int:
@@ -55,6 +76,8 @@ class ModelConfig(Strict):
     @property
     def ffn_dim(self) -> int:
         """Width inside the feed-forward network: gated ones 8/3 of hidden_dim up to a multiple of 256, GELU 4 times."""
+        if self.ffn_hidden_dim:
+            return self.ffn_hidden_dim
         if self.ffn == "gelu":
             return 4 * self.hidden_dim
         return 256 * -(-int(8 * self.hidden_dim / 3) // 256)

@@ -35,6 +35,8 @@ def init_std(name: str, config: ModelConfig) -> float:
     1/sqrt(fan_in), and for the two matrices that write to the residual stream of layer l also 1/sqrt(2(l + 1)).
     OpenLM takes hidden_dim as the fan-in of `out_proj` even where the heads are narrower (87m).
     """
+    if config.init_std is not None:
+        return config.init_std
     module = name.removesuffix(".weight").rpartition(".")[2]
     if module in ("w3", "_ff_w2"):
         return _depth_scale(name) / math.sqrt(config.ffn_dim)

@@ -1,12 +1,10 @@
-"""The norms that OpenLM's `--model-norm` names, over the last axis, with its epsilon for all of them."""
+"""The norms that OpenLM's `--model-norm` names, over the last axis."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openlm_pipeline.models.config import ModelConfig
-
-NORM_EPS = 1e-5
 
 
 class LowPrecisionLayerNorm(nn.LayerNorm):
@@ -24,17 +22,18 @@ class LowPrecisionLayerNorm(nn.LayerNorm):
 
 def make_norm(config: ModelConfig, width: int) -> nn.Module:
     """The norm that `config.norm` names, over the last axis."""
+    eps = config.norm_eps
     match config.norm:
         case "default_layer_norm":
-            return nn.LayerNorm(width, NORM_EPS)
+            return nn.LayerNorm(width, eps)
         case "lp_layer_norm":
-            return LowPrecisionLayerNorm(width, NORM_EPS)
+            return LowPrecisionLayerNorm(width, eps)
         case "gain_only_layer_norm":
-            return nn.LayerNorm(width, NORM_EPS, bias=False)
+            return nn.LayerNorm(width, eps, bias=False)
         case "gain_only_lp_layer_norm":
-            return LowPrecisionLayerNorm(width, NORM_EPS, bias=False)
+            return LowPrecisionLayerNorm(width, eps, bias=False)
         case "no_wb_layer_norm":
-            return nn.LayerNorm(width, NORM_EPS, elementwise_affine=False)
+            return nn.LayerNorm(width, eps, elementwise_affine=False)
         case "rms_norm":
-            return nn.RMSNorm(width, NORM_EPS)
+            return nn.RMSNorm(width, eps)
     raise AssertionError(config.norm)

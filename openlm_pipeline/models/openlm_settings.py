@@ -22,7 +22,6 @@ _NAMES = {
     "positional_embedding_type": "positional_embedding",
     "ffn_type": "ffn",
 }
-_EPS = 1e-5
 
 
 def find_config(name_or_config: str | Path | ModelConfig, **overrides: Any) -> ModelConfig:
@@ -72,11 +71,9 @@ def settings_of_flags(flags: Mapping[str, Any], where: str) -> dict[str, Any]:
     A model's own JSON settings win over flags, as in OpenLM. Of two names for one field, the later in `_NAMES` counts.
 
     Raises:
-        ConfigError: a model that is not built here, or one with another epsilon in its norms.
+        ConfigError: a model that is not built here.
     """
     _refuse_other_models(flags, where)
-    if flags.get("norm_eps") not in (None, _EPS):
-        raise ConfigError(f"{where} has norm_eps {flags['norm_eps']}; only OpenLM's {_EPS} is supported")
     fields: dict[str, Any] = {}
     for name in [*ModelConfig.model_fields, *_NAMES]:
         if flags.get(name) is not None:

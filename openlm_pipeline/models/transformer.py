@@ -148,7 +148,7 @@ class Transformer(nn.Module):
         if kind == "rotary":
             frequencies = self.layers[0].attention.pos_embed.inv_freq
         else:
-            frequencies = rotary_frequencies(self.config.head_dim, positions.device)
+            frequencies = rotary_frequencies(self.config.head_dim, positions.device, self.config.rope_theta)
         if self.config.rope_freq_dtype == "bfloat16":
             frequencies = frequencies.bfloat16().float()
         return Rotation(frequencies, positions, interleaved=kind == "llama_rotary")

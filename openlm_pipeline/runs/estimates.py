@@ -29,7 +29,8 @@ def block_matrices(config: ModelConfig) -> list[tuple[int, int]]:
     """[rows, columns] of the matrices of one block, as they are stored: q, k and v in one, SwiGLU's two in one."""
     width, inner, hidden = config.hidden_dim, config.n_heads * config.head_dim, config.ffn_dim
     into = {"gelu": [hidden], "gemma_geglu": [hidden, hidden]}.get(config.ffn, [2 * hidden])
-    return [(3 * inner, width), (width, inner), *((rows, width) for rows in into), (width, hidden)]
+    in_rows = inner + 2 * config.kv_heads * config.head_dim
+    return [(in_rows, width), (width, inner), *((rows, width) for rows in into), (width, hidden)]
 
 
 def matmul_parameters(config: ModelConfig) -> int:
@@ -145,16 +146,16 @@ def block_activations(config: ModelConfig, element_bytes: int, keep: str = "none
         keep: `none`, `selective` or `full` activation checkpointing.
     """
     width, inner, hidden = config.hidden_dim, config.n_heads * config.head_dim, config.ffn_dim
-    products = 2 if config.ffn != "gelu" else 1
+    products, kv = 2 if config.ffn != "gelu" else 1, config.kv_heads * config.head_dim
     if keep == "full":
         return width * element_bytes  # the block's input
     sums = 4 * config.n_heads  # of the softmax, in fp32
     if keep == "selective":  # also q, k and v, what attention gives, its projection, and the products of the FFN
-        return (3 * width + 4 * inner + products * hidden) * element_bytes + sums
+        return (3 * width + 2 * inner + 2 * kv + products * hidden) * element_bytes + sums
     is_turned = config.qk_norm or config.positional_embedding not in ("none", "head_rotary")
-    turned = 2 * inner if is_turned else 0  # q and k
+    turned = inner + kv if is_turned else 0  # q and k
     # Input and the sum after attention, each with its norm; q, k and v; attention; the FFN's products, twice activated.
-    kept = 4 * width + 4 * inner + turned + 2 * products * hidden
+    kept = 4 * width + 2 * inner + 2 * kv + turned + 2 * products * hidden
     return kept * element_bytes + sums
 
 

@@ -185,7 +185,7 @@ def test_a_file_that_is_no_recipe(write: Write, text: str, message: str) -> None
 def test_an_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"there is no recipe 'pretrain_1bb'; did you mean 'pretrain_1b'\?"):
         load_experiment("pretrain_1bb")
-    with pytest.raises(ConfigError, match=r"there is no recipe 'zzz'; known: demo, "):
+    with pytest.raises(ConfigError, match=r"there is no recipe 'zzz'; known: dclm_1b_1x, "):
         load_experiment("zzz")
     with pytest.raises(ConfigError, match=r"there is no recipe file nowhere\.yaml"):
         load_experiment("nowhere.yaml")

@@ -29,6 +29,9 @@ def test_it_trains_two_steps_at_reduced_width(recipe: str, small: SmallRun):
         "model.hidden_dim=32",
         "model.n_layers=2",
         "model.n_heads=2",
+        "model.n_kv_heads=null",
+        "model.ffn_hidden_dim=null",
+        "training.decay=0",
         "seq_len=32",
         "execution.micro_batch=2",
         "execution.compile=false",  # it takes a minute, and test_parallel.py has it

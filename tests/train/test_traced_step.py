@@ -40,6 +40,7 @@ SMALL = ["model.n_layers=3", "training.global_batch=131072", "execution.micro_ba
         ["training.optimizer=muon", "training.averages=[ema_0.99]"],
         ["model.qk_norm=true", "model.weight_tying=true"],
         ["model.ffn=gelu", "model.positional_embedding=none"],
+        ["model.n_kv_heads=4", "model.ffn_hidden_dim=8192"],
     ],
     ids=lambda overrides: overrides[0].partition(".")[2],
 )
