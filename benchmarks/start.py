@@ -2,9 +2,9 @@
 
     python benchmarks/start.py [--model open_lm_7b] [--ranks 8] [--threads 2] [--folder FOLDER]
 
-The share that one rank really has, alone on this machine. `one rank, one thread` is what a trainer does that draws all
-weights on every rank and has rank 0 verify all files; of that a rank's share is timed and multiplied. Weights of the
-checkpoint are random bytes, written to the folder and read from the page cache where they fit.
+The share that one rank really has. `one rank for all` is a trainer that draws all weights on every rank, in one thread,
+and has rank 0 verify all files: a rank's share is timed and multiplied. The checkpoint is random bytes, read from the
+page cache where they fit.
 """
 
 import sys
@@ -47,17 +47,18 @@ def main() -> None:
     def draw(tensor: tuple[str, torch.Size]) -> None:
         initial_values(*tensor, config, 0)
 
-    def timed(work, items: list, threads: int) -> float:
-        began = time.perf_counter()
+    def timed(work, items: list, threads: int) -> tuple[float, float]:
+        """CPU-seconds and seconds."""
+        began, cpu = time.perf_counter(), time.process_time()
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(work, items))
-        return time.perf_counter() - began
+        return time.process_time() - cpu, time.perf_counter() - began
 
     rows = []
 
     def row(what: str, work, items: list, parts: float) -> None:
-        alone, here = (timed(work, items, threads) for threads in (1, arguments.threads))
-        rows.append([what, f"{alone * parts:.0f}", f"{alone:.1f}", f"{here:.1f}"])
+        (cpu, _), (_, seconds) = (timed(work, items, threads) for threads in (1, arguments.threads))
+        rows.append([what, f"{cpu * parts:.0f}", f"{cpu:.1f}", f"{seconds:.1f}"])
 
     row(f"draw {total:,} weights", draw, mine, total / values)
     checkpoint = 12 * total // arguments.ranks
@@ -68,9 +69,10 @@ def main() -> None:
                 for _ in range(checkpoint // len(files) // 2**24):
                     f.write(os.urandom(2**24))
         row(f"hash a checkpoint of {12 * total / 1e9:.0f} GB", sha256_file, files, arguments.ranks)
-    head = ["seconds to", "one rank, one thread", f"a rank of {arguments.ranks}, one thread"]
+    share = f"a rank of {arguments.ranks}"
+    head = ["to", "CPU-seconds of one rank for all", f"CPU-seconds of {share}"]
     print(machine())
-    print(table([*head, f"a rank of {arguments.ranks}, {arguments.threads} threads"], rows))
+    print(table([*head, f"seconds of {share} with {arguments.threads} threads"], rows))
 
 
 if __name__ == "__main__":
