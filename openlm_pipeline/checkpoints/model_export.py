@@ -230,6 +230,7 @@ def _write_tokenizer(path: Path, out: Path, eot: str, config: ModelConfig) -> di
         "pad_token": pad,
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": config.seq_len,
     }
     write_json(out / "tokenizer_config.json", description)

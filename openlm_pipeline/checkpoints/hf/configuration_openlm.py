@@ -1,4 +1,4 @@
-"""Configuration of OpenLM models for transformers (4.40 and later). Stands alone: copied into exported folders."""
+"""Configuration of OpenLM models for transformers (4.48 and later). Stands alone: copied into exported folders."""
 
 from transformers import PretrainedConfig
 
