@@ -1,12 +1,10 @@
-"""OpenLM models in transformers: the two files that exported folders carry along, and `register()`, after which Auto
-classes load our exports, OpenLM's and DCLM's folders without remote code.
+"""OpenLM models in transformers: the two files that exported folders carry along, and what `save_pretrained` makes of
+them too, and `register()`, after which Auto classes load our exports, OpenLM's and DCLM's folders without remote code.
 """
 
 
 def register() -> None:
     """Make `AutoConfig` and `AutoModelForCausalLM` know model type `openlm`: our exports, OpenLM's and DCLM's folders.
-
-    What `save_pretrained` then writes has the two files too, and so loads elsewhere with `trust_remote_code=True`.
 
     Raises:
         ImportError: transformers is not installed (`pip install openlm-pipeline[hf]`).
@@ -18,5 +16,3 @@ def register() -> None:
 
     AutoConfig.register("openlm", OpenLMConfig, exist_ok=True)
     AutoModelForCausalLM.register(OpenLMConfig, OpenLMForCausalLM, exist_ok=True)
-    OpenLMConfig.register_for_auto_class()
-    OpenLMForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -15,6 +15,7 @@ class OpenLMConfig(PretrainedConfig):
     """
 
     model_type = "openlm"
+    _auto_class = "AutoConfig"  # `save_pretrained` copies this file
     attribute_map = {
         "hidden_size": "dim",
         "num_hidden_layers": "n_layers",

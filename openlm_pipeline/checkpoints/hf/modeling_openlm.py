@@ -193,6 +193,7 @@ class Transformer(nn.Module):
 
 class OpenLMForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = OpenLMConfig
+    _auto_class = "AutoModelForCausalLM"  # `save_pretrained` copies this file
     base_model_prefix = "model"
     _no_split_modules = ["Block"]
     _supports_sdpa = True
