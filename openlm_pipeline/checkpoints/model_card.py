@@ -17,6 +17,7 @@ def model_card(
     *,
     licence: str | None,
     with_remote_code: bool,
+    with_tokenizer: bool,
 ) -> str:
     """The card's text.
 
@@ -45,12 +46,18 @@ def model_card(
     head = ["library_name: transformers", "pipeline_tag: text-generation"]
     if licence:
         head.append(f"license: {json.dumps(licence)}")
-    trust = ", trust_remote_code=True" if with_remote_code else ""
+    folder = '"THIS_FOLDER", trust_remote_code=True' if with_remote_code else '"THIS_FOLDER"'
+    generate = [
+        f"tokenizer = AutoTokenizer.from_pretrained({folder})",
+        'made = model.generate(**tokenizer("A text begins", return_tensors="pt"), max_new_tokens=20)',
+        "print(tokenizer.decode(made[0]))",
+    ]
     lines = [
         *("---", *head, "---", f"# {name}", "", "| | |", "|---|---|"),
         *(f"| {key} | {value} |" for key, value in rows.items()),
-        *("", "```python", "from transformers import AutoModelForCausalLM", ""),
-        f'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER"{trust})',
+        *("", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""),
+        f"model = AutoModelForCausalLM.from_pretrained({folder})",
+        *(generate if with_tokenizer else []),
         "```",
     ]
     return "\n".join(lines) + "\n"

@@ -154,8 +154,8 @@ def export_huggingface(
     }
     recipe = _recipe(checkpoint) if checkpoint else {}
     data = [source["name"] for source in recipe.get("sources", [])]
-    card = model_card(out.resolve().name, config, export, data, licence=licence, with_remote_code=not llama)
-    write_text(out / "README.md", card)
+    has = {"with_remote_code": not llama, "with_tokenizer": bool(special)}
+    write_text(out / "README.md", model_card(out.resolve().name, config, export, data, licence=licence, **has))
     write_json(out / "export.json", export)
     write_json(out / "generation_config.json", special)
     write_json(out / "config.json", settings)

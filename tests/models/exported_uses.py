@@ -8,6 +8,7 @@ error of each as JSON to ROOT/uses.json.
 
 import json
 import logging
+import re
 import sys
 import tempfile
 import traceback
@@ -32,6 +33,14 @@ def logits(folder, expected):
     same_logits(folder / "model", expected)
 
 
+def card(folder, expected):
+    """The model card's code runs."""
+    (code,) = re.findall("```python\n(.*?)```", (folder / "model" / "README.md").read_text(), re.DOTALL)
+    made = {}
+    exec(code.replace("THIS_FOLDER", str(folder / "model")), made)
+    assert made["made"].shape[1] > 3
+
+
 def save_pretrained(folder, expected):
     """Saved by one who loaded it with remote code, and by one who has registered classes."""
     with tempfile.TemporaryDirectory() as out:
@@ -41,7 +50,7 @@ def save_pretrained(folder, expected):
 
 
 def generate(folder, expected):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model", trust_remote_code=True)
     prompt = tokenizer(TEXT, return_tensors="pt")
     made = load(folder / "model").generate(**prompt, max_new_tokens=8, min_new_tokens=8, do_sample=False)
     assert made.tolist() == expected["greedy"].tolist(), f"{made.tolist()} is not {expected['greedy'].tolist()}"

@@ -21,7 +21,7 @@ from openlm_pipeline.models.config import ModelConfig
 transformers = pytest.importorskip("transformers")
 REPOSITORY = Path(__file__).parents[2]
 USES = Path(__file__).with_name("exported_uses.py")
-WITHOUT_MORE_PACKAGES = ("logits", "generate", "save_pretrained", "outputs", "loss")
+WITHOUT_MORE_PACKAGES = ("logits", "generate", "card", "save_pretrained", "outputs", "loss")
 ALL_USES = (*WITHOUT_MORE_PACKAGES, "accumulation", "checkpointing", "lora")
 VERSIONS = ("4.48.3", "4.57.6", importlib.metadata.version("transformers"))
 TINY = ModelConfig(hidden_dim=48, n_layers=2, n_heads=3, seq_len=32, vocab_size=61)
