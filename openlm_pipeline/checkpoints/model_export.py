@@ -16,7 +16,7 @@ from openlm_pipeline.checkpoints.folders import INFO, Checkpoint, read_checkpoin
 from openlm_pipeline.checkpoints.llama import check_llama, has_exact_frequencies, llama_config, llama_state
 from openlm_pipeline.checkpoints.loading import load_checkpoint
 from openlm_pipeline.checkpoints.model_card import model_card
-from openlm_pipeline.checkpoints.reading import AdamState, load_adam_state, load_model
+from openlm_pipeline.checkpoints.reading import AdamState, averages_in, load_adam_state, load_model
 from openlm_pipeline.checkpoints.weights_digest import digest_of_parts, local_part, weights_digest
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
 from openlm_pipeline.models.config import MODELS, ModelConfig
@@ -173,9 +173,9 @@ def _open(
     checkpoint = read_checkpoint(path) if (path / INFO).is_file() else None
     if average is None:
         return load_checkpoint(path), checkpoint
-    kept = _recipe(checkpoint).get("training", {}).get("averages", []) if checkpoint else []
-    if average not in kept:
-        raise ConfigError(f"{path} has no average {average!r}; it has {', '.join(kept) or 'none'}")
+    found = averages_in(checkpoint) if checkpoint else []
+    if average not in found:
+        raise ConfigError(f"{path} has no average {average!r}; it has {', '.join(found) or 'none'}")
     return load_model(checkpoint, average=average), checkpoint
 
 
@@ -193,9 +193,9 @@ def _origin(model: Transformer, checkpoint: Checkpoint | None) -> dict[str, Any]
     """What the export was made from: digest of the weights, and of a run's checkpoint where it stands in the run."""
     if checkpoint is None:
         return {"weights_digest": _digest(dict(model.named_parameters()))}
-    recipe, run = _recipe(checkpoint), checkpoint.path.parent.parent
+    recipe = _recipe(checkpoint)
     return {
-        "run": f"{recipe.get('name', run.parent.name)}/{recipe.get('version', run.name)}",
+        "run": f"{recipe['name']}/{recipe['version']}" if recipe else None,
         "run_fingerprint": checkpoint.run_fingerprint,
         "step": checkpoint.step,
         "tokens": checkpoint.tokens,

@@ -1,6 +1,7 @@
 """Exports give back the logits of the model they were made from, in OpenLM's files and in transformers."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -239,6 +240,13 @@ def test_an_average_is_exported_in_place_of_the_weights(tmp_path: Path):
     said = json.loads((tmp_path / "hf" / "export.json").read_text())
     assert said["average"] == "ema_0.5_1" and said["checkpoint"]["weights_digest"] == checkpoint.weights_digest
     assert said["weights_digest"] == digest_of(found) != checkpoint.weights_digest
+    alone = shutil.copytree(checkpoint.path, tmp_path / "some" / "where" / "step")
+    export_huggingface(alone, tmp_path / "alone", average="ema_0.5_1")
+    assert json.loads((tmp_path / "alone" / "export.json").read_text()) == {
+        **said,
+        "checkpoint": said["checkpoint"] | {"run": None},
+    }
+    assert "| run | not stated |" in (tmp_path / "alone" / "README.md").read_text()
     with pytest.raises(ConfigError, match="no average 'ema_0.9_1'; it has ema_0.5_1"):
         export_huggingface(checkpoint.path, tmp_path / "hf", average="ema_0.9_1")
     with pytest.raises(ConfigError, match="no average 'ema_0.5_1'; it has none"):
