@@ -63,4 +63,4 @@ lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) $(FOUNDRY) build *.egg-info
+	rm -rf $(VENV) $(FOUNDRY) .transformers build *.egg-info

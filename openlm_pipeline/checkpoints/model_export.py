@@ -6,15 +6,18 @@ Both say what model they hold, so that `load_checkpoint` needs nothing else to r
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
 from torch import Tensor
 
 from openlm_pipeline.checkpoints.folders import INFO, Checkpoint, read_checkpoint
+from openlm_pipeline.checkpoints.llama import check_llama, has_exact_frequencies, llama_config, llama_state
 from openlm_pipeline.checkpoints.loading import load_checkpoint
-from openlm_pipeline.checkpoints.reading import AdamState, load_adam_state
+from openlm_pipeline.checkpoints.model_card import model_card
+from openlm_pipeline.checkpoints.reading import AdamState, averages_in, load_adam_state, load_model
+from openlm_pipeline.checkpoints.weights_digest import digest_of_parts, local_part, weights_digest
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
 from openlm_pipeline.models.config import MODELS, ModelConfig
 from openlm_pipeline.models.transformer import Transformer
@@ -25,6 +28,7 @@ _PADDING = "<|padding|>"
 _SIZES = ("hidden_dim", "n_layers", "n_heads", "seq_len", "vocab_size", "post_embed_norm", "weight_tying")
 _HF_FILES = ("configuration_openlm.py", "modeling_openlm.py")
 _MAX_SHARD_BYTES = 5_000_000_000
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def export_openlm(
@@ -91,49 +95,112 @@ def export_huggingface(
     *,
     eot: str = EOT,
     max_shard_bytes: int = _MAX_SHARD_BYTES,
+    llama: bool = False,
+    dtype: Literal["fp32", "bf16"] = "fp32",
+    average: str | None = None,
+    licence: str | None = None,
 ) -> Path:
     """Write a folder for `AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)`; returns it.
 
-    It has safetensors, `config.json`, the two Python files of the model, and with a tokenizer what `AutoTokenizer`
-    needs. After `models.huggingface.register()` it loads without remote code.
+    It has safetensors, `config.json`, the two Python files of the model, a model card, `export.json`, which names the
+    checkpoint and the weights by their digests, and with a tokenizer what `AutoTokenizer` needs. After
+    `checkpoints.hf.register()` it loads without remote code.
 
     Args:
         tokenizer_json: a `tokenizer.json`, or its folder.
         eot: the tokenizer's end-of-text token, which ends generation.
         max_shard_bytes: weights are split into files up to this size.
+        llama: write transformers' own `LlamaForCausalLM`, without Python files.
+        dtype: type of the weights; rotary frequencies stay fp32.
+        average: one of the run's `training.averages`, to have it in place of the last weights.
+        licence: identifier for the model card.
 
     Raises:
         MissingInputError: there is no such tokenizer.
-        ConfigError: the tokenizer has no token `eot`, or more ids than the model.
+        ConfigError: the tokenizer has no token `eot`, or more ids than the model; the model is not exactly a Llama; the
+            checkpoint has no such average; bf16 would lose rotary frequencies that are not the formula's.
         OpenLMError: as `load_checkpoint`.
     """
     from huggingface_hub import save_torch_state_dict
 
     out = Path(out)
-    model, _ = _open(model_or_checkpoint)
+    model, checkpoint = _open(model_or_checkpoint, average)
     config = model.config
+    if llama:
+        check_llama(model)
+    if dtype == "bf16" and not has_exact_frequencies(model):
+        raise ConfigError("its rotary frequencies are not those of the formula, and in bf16 they would be; use fp32")
     special = _write_tokenizer(Path(tokenizer_json), out, eot, config) if tokenizer_json else {}
     out.mkdir(parents=True, exist_ok=True)
-    # One name for each weight: the head of a tied model and GELU's second names are left out.
-    doubled = (".feed_forward.0.", ".feed_forward.2.") if config.ffn == "gelu" else ()
-    state = {
-        f"model.{name}": value
-        for name, value in model.state_dict().items()
-        if not any(part in name for part in doubled) and not (config.weight_tying and name == "output.weight")
-    }
+    # Each weight under one name: the head of a tied model and GELU's second names are left out.
+    weights = {name: p.detach().to(_DTYPES[dtype]) for name, p in model.named_parameters()}
+    settings = {"torch_dtype": str(_DTYPES[dtype]).removeprefix("torch.")} | special
+    if llama:
+        weights = state = llama_state(weights, config)
+        # transformers would train no embedding of padding, and that may be the end-of-text token.
+        settings = llama_config(config) | {key: value for key, value in settings.items() if key != "pad_token_id"}
+    else:
+        state = {f"model.{name}": value for name, value in (weights | dict(model.named_buffers())).items()}
+        settings = _huggingface_config(config) | settings
+        for name in _HF_FILES:
+            shutil.copyfile(Path(__file__).parent / "hf" / name, out / name)
     save_torch_state_dict(state, out, max_shard_size=max_shard_bytes, metadata={"format": "pt"})
-    for name in _HF_FILES:
-        shutil.copyfile(Path(__file__).parent / "hf" / name, out / name)
+    export = {
+        "checkpoint": _origin(model, checkpoint),
+        "average": average,
+        "dtype": settings["torch_dtype"],
+        "weights_digest": _digest(weights),
+    }
+    recipe = _recipe(checkpoint) if checkpoint else {}
+    data = [source["name"] for source in recipe.get("sources", [])]
+    has = {"with_remote_code": not llama, "with_tokenizer": bool(special)}
+    write_text(out / "README.md", model_card(out.resolve().name, config, export, data, licence=licence, **has))
+    write_json(out / "export.json", export)
     write_json(out / "generation_config.json", special)
-    write_json(out / "config.json", _huggingface_config(config) | special)
+    write_json(out / "config.json", settings)
+    for path in out.glob("*.safetensors*"):
+        path.chmod(0o644)  # safetensors writes files that only their owner may read
     return out
 
 
-def _open(model_or_checkpoint: Transformer | str | Path) -> tuple[Transformer, Checkpoint | None]:
+def _open(
+    model_or_checkpoint: Transformer | str | Path, average: str | None = None
+) -> tuple[Transformer, Checkpoint | None]:
     if isinstance(model_or_checkpoint, Transformer):
         return model_or_checkpoint, None
     path = Path(model_or_checkpoint)
-    return load_checkpoint(path), read_checkpoint(path) if (path / INFO).is_file() else None
+    checkpoint = read_checkpoint(path) if (path / INFO).is_file() else None
+    if average is None:
+        return load_checkpoint(path), checkpoint
+    found = averages_in(checkpoint) if checkpoint else []
+    if average not in found:
+        raise ConfigError(f"{path} has no average {average!r}; it has {', '.join(found) or 'none'}")
+    return load_model(checkpoint, average=average), checkpoint
+
+
+def _recipe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The resolved recipe of the checkpoint's run, in the run folder, two levels up; empty if it is not there."""
+    path = checkpoint.path.parent.parent / "experiment.yaml"
+    return yaml.safe_load(path.read_text()) if path.is_file() else {}
+
+
+def _digest(weights: dict[str, Tensor]) -> str:
+    return digest_of_parts([{name: local_part(value) for name, value in weights.items()}])
+
+
+def _origin(model: Transformer, checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """What the export was made from: digest of the weights, and of a run's checkpoint where it stands in the run."""
+    if checkpoint is None:
+        return {"weights_digest": _digest(dict(model.named_parameters()))}
+    recipe = _recipe(checkpoint)
+    return {
+        "run": f"{recipe['name']}/{recipe['version']}" if recipe else None,
+        "run_fingerprint": checkpoint.run_fingerprint,
+        "step": checkpoint.step,
+        "tokens": checkpoint.tokens,
+        "milestone": checkpoint.milestone,
+        "weights_digest": weights_digest(checkpoint),
+    }
 
 
 def _save(path: Path, document: dict[str, Any]) -> None:
@@ -164,9 +231,9 @@ def _evaluation_metrics(checkpoint: Checkpoint | None) -> list[dict[str, float]]
 
 
 def _is_final(checkpoint: Checkpoint) -> bool:
-    """Whether the run's recipe ends here; its resolved form stands in the run folder, two levels up."""
-    path = checkpoint.path.parent.parent / "experiment.yaml"
-    return path.is_file() and checkpoint.tokens >= max(yaml.safe_load(path.read_text())["milestones"])
+    """Whether the run's recipe ends here."""
+    recipe = _recipe(checkpoint)
+    return bool(recipe) and checkpoint.tokens >= max(recipe["milestones"])
 
 
 def _adamw(state: AdamState, fsdp: bool) -> dict[str, Any]:
@@ -200,7 +267,6 @@ def _huggingface_config(config: ModelConfig) -> dict[str, Any]:
         "ffn_type": config.ffn,
         "attn_name": "auto",
         "rope_freq_dtype": config.rope_freq_dtype,
-        "torch_dtype": "float32",
     }
 
 
@@ -229,6 +295,7 @@ def _write_tokenizer(path: Path, out: Path, eot: str, config: ModelConfig) -> di
         "pad_token": pad,
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": config.seq_len,
     }
     write_json(out / "tokenizer_config.json", description)

@@ -137,6 +137,13 @@ def load_model(
     return model.eval()
 
 
+def averages_in(checkpoint: Checkpoint) -> list[str]:
+    """Names of the averages of the weights that a checkpoint holds."""
+    tensors = SafeReader(checkpoint.path).read_metadata().state_dict_metadata
+    parts = {name.partition(".layers.0.")[0] for name in tensors if ".layers.0." in name}
+    return sorted(part for part in parts if part.startswith(("ema_", "poly_")))
+
+
 _STATE = "optimizer.state."
 _GROUPS = "optimizer.param_groups."
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")

@@ -1,5 +1,7 @@
 """Exports give back the logits of the model they were made from, in OpenLM's files and in transformers."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,11 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
 from small_run import SmallRun
 from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
 from openlm_pipeline.checkpoints import export_huggingface, export_openlm, find_model_config, load_checkpoint
+from openlm_pipeline.checkpoints.folders import list_checkpoints
+from openlm_pipeline.checkpoints.reading import load_model
+from openlm_pipeline.checkpoints.weights_digest import digest_of_parts, local_part
 from openlm_pipeline.errors import ConfigError, MissingInputError
 from openlm_pipeline.models import create_model
 from openlm_pipeline.models.config import ModelConfig
@@ -162,6 +169,90 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(tmp_path: Path, tokenizer
         export_huggingface(small, tmp_path / "hf", tmp_path / "absent.json")
 
 
+def of_file(folder: Path) -> dict[str, torch.Tensor]:
+    """The parameters of an exported folder, by OpenLM's names."""
+    state = {name.removeprefix("model."): value for name, value in load_file(folder / "model.safetensors").items()}
+    return {name: value for name, value in state.items() if not name.endswith("inv_freq")}
+
+
+def digest_of(tensors: dict[str, torch.Tensor]) -> str:
+    return digest_of_parts([{name: local_part(value) for name, value in tensors.items()}])
+
+
+def test_an_export_names_its_checkpoint_and_its_weights(trained: SmallRun, tmp_path: Path):
+    (checkpoint,) = list_checkpoints(trained.run.checkpoints, trained.run.fingerprint, pytest.fail)
+    export_huggingface(checkpoint.path, tmp_path / "fp32", licence="apache-2.0")
+    said = json.loads((tmp_path / "fp32" / "export.json").read_text())
+    origin = said["checkpoint"]
+    assert (origin["run"], origin["step"], origin["tokens"]) == ("small/v1", 2, checkpoint.tokens)
+    assert origin["weights_digest"] == said["weights_digest"] == checkpoint.weights_digest
+    assert digest_of(of_file(tmp_path / "fp32")) == said["weights_digest"]
+    assert all(path.stat().st_mode & 0o777 == 0o644 for path in (tmp_path / "fp32").iterdir())
+    card = (tmp_path / "fp32" / "README.md").read_text()
+    parameters = sum(p.numel() for p in load_checkpoint(checkpoint.path).parameters())
+    for text in (f"{parameters:,}", "text, code", f"{checkpoint.tokens:,}", checkpoint.weights_digest):
+        assert text in card
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["license"] == "apache-2.0"
+
+    export_huggingface(checkpoint.path, tmp_path / "bf16", dtype="bf16")
+    card, said = ((tmp_path / "bf16" / name).read_text() for name in ("README.md", "export.json"))
+    assert "| licence | not stated |" in card and "license" not in card
+    said = json.loads(said)
+    assert said["checkpoint"] == origin and said["dtype"] == "bfloat16"
+    assert digest_of(of_file(tmp_path / "bf16")) == said["weights_digest"] != checkpoint.weights_digest
+
+
+@pytest.mark.parametrize("llama", [False, True])
+def test_bf16_rounds_the_weights_and_no_rotary_frequency(tmp_path: Path, llama: bool):
+    transformers = pytest.importorskip("transformers")
+    from openlm_pipeline.checkpoints.hf import register
+
+    register()
+    model = create_model(TINY, norm="rms_norm")
+    folder = export_huggingface(model, tmp_path, llama=llama, dtype="bf16")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    long = torch.randint(0, 61, (1, 400), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(long).logits, model(long), rtol=0, atol=1e-5)
+    if not llama:
+        assert torch.equal(load_checkpoint(folder, warn=silent)(long), model(long))
+    as_stored = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert as_stored.dtype == torch.bfloat16
+    with torch.no_grad():
+        torch.testing.assert_close(as_stored(long).logits.float(), model(long), rtol=0, atol=0.05)
+
+    model.get_buffer("layers.0.attention.pos_embed.inv_freq").mul_(1.5)
+    with pytest.raises(ConfigError, match="not those of the formula"):
+        export_huggingface(model, tmp_path / "other", llama=llama, dtype="bf16")
+
+
+def test_an_average_is_exported_in_place_of_the_weights(tmp_path: Path):
+    small = SmallRun(tmp_path, (2,))
+    small.train("training.averages=[ema_0.5_1]", "model.norm=rms_norm")
+    (checkpoint,) = list_checkpoints(small.run.checkpoints, small.run.fingerprint, pytest.fail)
+    export_huggingface(checkpoint.path, tmp_path / "hf", average="ema_0.5_1")
+    found = of_file(tmp_path / "hf")
+    for name, value in load_model(checkpoint, average="ema_0.5_1").named_parameters():
+        assert torch.equal(found[name], value)
+    said = json.loads((tmp_path / "hf" / "export.json").read_text())
+    assert said["average"] == "ema_0.5_1" and said["checkpoint"]["weights_digest"] == checkpoint.weights_digest
+    assert said["weights_digest"] == digest_of(found) != checkpoint.weights_digest
+    alone = shutil.copytree(checkpoint.path, tmp_path / "some" / "where" / "step")
+    export_huggingface(alone, tmp_path / "alone", average="ema_0.5_1")
+    assert json.loads((tmp_path / "alone" / "export.json").read_text()) == {
+        **said,
+        "checkpoint": said["checkpoint"] | {"run": None},
+    }
+    assert "| run | not stated |" in (tmp_path / "alone" / "README.md").read_text()
+    with pytest.raises(ConfigError, match="no average 'ema_0.9_1'; it has ema_0.5_1"):
+        export_huggingface(checkpoint.path, tmp_path / "hf", average="ema_0.9_1")
+    with pytest.raises(ConfigError, match="no average 'ema_0.5_1'; it has none"):
+        export_huggingface(tmp_path / "hf", tmp_path / "again", average="ema_0.5_1")
+
+
 def test_the_command_exports_both_forms(trained: SmallRun, tmp_path: Path):
     import typer
 
@@ -175,5 +266,11 @@ def test_the_command_exports_both_forms(trained: SmallRun, tmp_path: Path):
         result = CliRunner().invoke(app, [checkpoint, "--format", form, "--output-dir", str(out)])
         assert result.exit_code == 0, result.output
         assert (out / made).is_file()
+    for options, message in {
+        ("--format", "llama"): "not exactly a Llama: its norm is default_layer_norm, not rms_norm",
+        ("--format", "openlm", "--dtype", "bf16"): "go with --format huggingface or llama",
+    }.items():
+        refused = CliRunner().invoke(app, [checkpoint, "-o", str(tmp_path / "no"), *options])
+        assert isinstance(refused.exception, ConfigError) and message in str(refused.exception)
     wrong = CliRunner().invoke(app, [checkpoint, "--format", "openlm", "-o", str(tmp_path), "--tokenizer", "t.json"])
     assert isinstance(wrong.exception, ConfigError)

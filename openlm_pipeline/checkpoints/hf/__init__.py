@@ -1,5 +1,5 @@
-"""OpenLM models in transformers: the two files that exported folders carry along, and `register()`, after which Auto
-classes load our exports, OpenLM's and DCLM's folders without remote code.
+"""OpenLM models in transformers: the two files that exported folders carry along, and what `save_pretrained` makes of
+them too, and `register()`, after which Auto classes load our exports, OpenLM's and DCLM's folders without remote code.
 """
 
 

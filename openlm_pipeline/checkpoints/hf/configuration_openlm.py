@@ -1,4 +1,4 @@
-"""Configuration of OpenLM models for transformers (4.40 and later). Stands alone: copied into exported folders."""
+"""Configuration of OpenLM models for transformers (4.48 and later). Stands alone: copied into exported folders."""
 
 from transformers import PretrainedConfig
 
@@ -15,6 +15,7 @@ class OpenLMConfig(PretrainedConfig):
     """
 
     model_type = "openlm"
+    _auto_class = "AutoConfig"  # `save_pretrained` copies this file
     attribute_map = {
         "hidden_size": "dim",
         "num_hidden_layers": "n_layers",

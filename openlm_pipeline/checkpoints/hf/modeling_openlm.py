@@ -1,8 +1,10 @@
-"""OpenLM models for transformers (4.40 and later). Stands alone: copied into exported folders.
+"""OpenLM models for transformers (4.48 and later). Stands alone: copied into exported folders.
 
 Parameters have OpenLM's names under `model.`. Shapes: B batch, S tokens of this call, T tokens seen so far, D dim,
 H heads, K dim // n_heads.
 """
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +66,8 @@ class Attention(nn.Module):
         self.q_norm = make_norm(config, inner_dim) if config.apply_qk_norm else nn.Identity()
         self.k_norm = make_norm(config, inner_dim) if config.apply_qk_norm else nn.Identity()
 
-    def forward(self, x_BSD, angles, mask, cache):
+    def forward(self, x_BSD, angles, mask, cache, with_weights):
+        """Output [B, S, D], and if asked for the weights [B, H, S, T] of the values, else None."""
         q, k, v = self.in_proj(x_BSD).chunk(3, dim=-1)
         q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))
@@ -75,11 +78,22 @@ class Attention(nn.Module):
             start = cache.get_seq_length(self.layer)
             where = torch.arange(k.shape[2], device=k.device) + start  # for transformers 4's caches of fixed length
             k, v = cache.update(k, v, self.layer, {"cache_position": where})
-        if mask is None:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mask = None if mask is None else mask_for_keys(mask, k.shape[2])
+        weights = attention_weights(q, k, mask) if with_weights else None
+        if with_weights:
+            out = weights @ v
         else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_for_keys(mask, k.shape[2]))
-        return self.out_proj(out.transpose(1, 2).flatten(-2))
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.out_proj(out.transpose(1, 2).flatten(-2)), weights
+
+
+def attention_weights(q, k, mask):
+    """The softmax of the scores, [B, H, S, T], which torch's fused attention does not give."""
+    if mask is None:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(-1, dtype=torch.float32).to(q.dtype)
 
 
 def mask_for_keys(mask, num_keys):
@@ -127,16 +141,18 @@ class Block(nn.Module):
         self.attention_norm = make_norm(config, config.dim)
         self.ffn_norm = make_norm(config, config.dim)
 
-    def forward(self, x, angles, mask, cache):
-        x = x + self.attention(self.attention_norm(x), angles, mask, cache)
+    def forward(self, x, angles, mask, cache, with_weights):
+        attended, weights = self.attention(self.attention_norm(x), angles, mask, cache, with_weights)
+        x = x + attended
         y = self.ffn_norm(x)
-        return x + (self._ff_w2(F.gelu(self._ff_w1(y))) if self.gelu else self.feed_forward(y))
+        return x + (self._ff_w2(F.gelu(self._ff_w1(y))) if self.gelu else self.feed_forward(y)), weights
 
 
 class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False  # transformers sets it, and with it the function that checkpoints
         self.post_embed_norm = make_norm(config, config.dim) if config.post_embed_norm else nn.Identity()
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
@@ -159,19 +175,29 @@ class Transformer(nn.Module):
         angles = position_ids_BS[:, None, :, None].float() * frequencies
         return angles.cos(), angles.sin()
 
-    def forward(self, x_BSD, position_ids_BS, mask, cache):
+    def forward(self, x_BSD, position_ids_BS, mask, cache, with_states, with_weights):
+        """Hidden states after the last norm, and if asked for those before each layer, and each attention's weights."""
         x_BSD = self.post_embed_norm(x_BSD)
         angles = self.angles(position_ids_BS)
+        states, weights = [], []
         for layer in self.layers:
-            x_BSD = layer(x_BSD, angles, mask, cache)
-        return self.norm(x_BSD)
+            if with_states:
+                states.append(x_BSD)
+            call = layer
+            if self.gradient_checkpointing and self.training:
+                call = partial(self._gradient_checkpointing_func, layer.__call__)
+            x_BSD, w = call(x_BSD, angles, mask, cache, with_weights)
+            weights.append(w)
+        return self.norm(x_BSD), states, weights
 
 
 class OpenLMForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = OpenLMConfig
+    _auto_class = "AutoModelForCausalLM"  # `save_pretrained` copies this file
     base_model_prefix = "model"
     _no_split_modules = ["Block"]
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
     # OpenLM has GELU's weights under two names, and a tied head under one more.
     _keys_to_ignore_on_load_unexpected = [r"feed_forward\.[02]\.weight", r"inv_freq"]
 
@@ -208,17 +234,27 @@ class OpenLMForCausalLM(PreTrainedModel, GenerationMixin):
         labels=None,
         use_cache=None,
         logits_to_keep=0,
+        output_hidden_states=None,
+        output_attentions=None,
+        return_dict=None,
         **kwargs,
     ):
         """Logits [B, S, V] in fp32, and with `labels` [B, S] (-100 for none) their mean loss, shifted by one inside.
 
+        Hidden states are the input of each layer and what the last norm gives; attentions [B, H, S, T] for each layer.
+
         Args:
+            kwargs: for transformers' loss, such as `num_items_in_batch`, by which the sum is divided then.
             attention_mask: [B, T], 0 at padding, which no token sees; or [B, 1, S, T], bool or additive.
             position_ids: [B, S]; by default counted over what `attention_mask` leaves.
             logits_to_keep: only the last so many positions get logits; 0 is all.
         """
         cache = past_key_values if cache is None else cache
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        with_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        with_weights = self.config.output_attentions if output_attentions is None else output_attentions
+        if self.training and self.model.gradient_checkpointing:  # a layer that is run twice would store its keys twice
+            cache, use_cache = None, False
         if use_cache and cache is None:
             cache = DynamicCache()
         start = 0 if cache is None else int(cache.get_seq_length())
@@ -231,15 +267,23 @@ class OpenLMForCausalLM(PreTrainedModel, GenerationMixin):
                 position_ids = torch.arange(start, start + seq_len, device=device)[None]
             else:
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -seq_len:]
-        hidden = self.model(x_BSD, position_ids, self._mask(attention_mask, start, seq_len, device, cache), cache)
+        mask = self._mask(attention_mask, start, seq_len, device, cache)
+        hidden, states, weights = self.model(x_BSD, position_ids, mask, cache, with_states, with_weights)
+        states.append(hidden)
         hidden = hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep]
         head = self.model.tok_embeddings if self.config.weight_tying else self.model.output
         logits = F.linear(hidden, head.weight).float()
         loss = None
         if labels is not None:
-            shifted = labels[:, 1:].flatten().to(logits.device)
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), shifted, ignore_index=-100)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **{_CACHE_FIELD: cache if use_cache else None})
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            hidden_states=tuple(states) if with_states else None,
+            attentions=tuple(weights) if with_weights else None,
+            **{_CACHE_FIELD: cache if use_cache else None},
+        )
+        return output.to_tuple() if return_dict is False else output
 
     def _mask(self, attention_mask, start, seq_len, device, cache):
         """bool [B or 1, 1, S, T], or additive where the caller's is; None where plain causal attention will do."""
