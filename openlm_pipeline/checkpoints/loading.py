@@ -161,7 +161,7 @@ def _seen_in(files: WeightFiles, known: dict[str, Any]) -> tuple[dict[str, Any],
             "its weights do not tell the position type: rotary is assumed. Pass positional_embedding='head_rotary' if "
             "OpenLM's code of August 2023 trained it, as it did the released 1B and 7B"
         )
-    exact = rotary_frequencies(head_dim)
+    exact = rotary_frequencies(head_dim, theta=known.get("rope_theta", 10_000.0))
     if not torch.allclose(frequencies.float(), exact, rtol=1e-5, atol=0):
         if torch.equal(frequencies.float(), exact.bfloat16().float()):
             seen["rope_freq_dtype"] = "bfloat16"

@@ -58,6 +58,10 @@ def export_openlm(
     out = Path(out)
     model, checkpoint = _open(model_or_checkpoint)
     config, folder = model.config, out / "checkpoints"
+    if config.beyond_openlm:
+        raise ConfigError(
+            f"OpenLM has no {', '.join(config.beyond_openlm)}; use --format huggingface, or llama where that is exact"
+        )
     write_json(out / "model.json", {name: getattr(config, name) for name in _SIZES} | _variant(config))
     flags = {"name": out.name, "model": _model_name(config) or str(out / "model.json"), **_variant(config)}
     write_text(out / "params.txt", "".join(f"{key}: {flags[key]}\n" for key in sorted(flags)))
@@ -110,7 +114,7 @@ def export_huggingface(
         tokenizer_json: a `tokenizer.json`, or its folder.
         eot: the tokenizer's end-of-text token, which ends generation.
         max_shard_bytes: weights are split into files up to this size.
-        llama: write transformers' own `LlamaForCausalLM`, without Python files.
+        llama: write transformers' own `LlamaForCausalLM`, or `Qwen3ForCausalLM`, without Python files.
         dtype: type of the weights; rotary frequencies stay fp32.
         average: one of the run's `training.averages`, to have it in place of the last weights.
         licence: identifier for the model card.
@@ -267,6 +271,7 @@ def _huggingface_config(config: ModelConfig) -> dict[str, Any]:
         "ffn_type": config.ffn,
         "attn_name": "auto",
         "rope_freq_dtype": config.rope_freq_dtype,
+        **{name: getattr(config, name) for name in config.beyond_openlm},
     }
 
 

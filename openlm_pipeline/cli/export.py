@@ -35,7 +35,8 @@ def export(
     openlm: OUTPUT_DIR/checkpoints/epoch_N.pt, with optimizer_N.pt and stats_N.pt from a run's checkpoint, for OpenLM's
     --resume or --pretrained. huggingface: a folder for transformers' AutoModelForCausalLM with trust_remote_code=True,
     whatever the model's variant. llama: the same for models that are exactly a Llama (rms_norm, SwiGLU, rotary or
-    llama_rotary, no qk_norm), without remote code, and so for every program that reads a Llama; others are refused.
+    llama_rotary, no qk_norm) or, with qk_norm_per_head, a Qwen3: without remote code, and so for every program that
+    reads those; others are refused.
 
     Example: openlm export openlm_home/runs/demo/v1/checkpoints/step-00000196 --format huggingface -o demo-hf
     --tokenizer openlm_home/tokenizers/demo_bpe

@@ -64,6 +64,12 @@ class ModelConfig(Strict):
         return self
 
     @property
+    def beyond_openlm(self) -> list[str]:
+        """Fields with a value that OpenLM's model does not have."""
+        ours = ("n_kv_heads", "ffn_hidden_dim", "rope_theta", "norm_eps", "qk_norm_per_head")
+        return [name for name in ours if getattr(self, name) != type(self).model_fields[name].default]
+
+    @property
     def kv_heads(self) -> int:
         """Heads of keys, and of values."""
         return self.n_kv_heads or self.n_heads

@@ -188,7 +188,8 @@ def estimate_memory(experiment: Experiment, processes: int, per_node: int | None
     kept = config.n_layers * by_block + 2 * stream
     made_again = tokens * block_activations(config, compute_bytes) - by_block
     chunk = min(execution.loss_chunk, tokens)
-    logits = 3 * chunk * config.vocab_size * 4  # log-probabilities and two gradients
+    copies = 4 if training.z_loss else 3  # log-probabilities and gradients, in fp32
+    logits = copies * chunk * config.vocab_size * 4
     if chunk < tokens:  # the gradients of earlier chunks are there; adding one up takes three of the output matrix
         logits = stream + max(logits + matrix * compute_bytes, 3 * matrix * compute_bytes)
     alive = embeddings + (block if reshard else blocks)

@@ -1,9 +1,13 @@
 """Models of today: grouped queries, norms per head, widths and bases of one's own; against transformers' Qwen3."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+from openlm_pipeline.checkpoints import load_checkpoint
+from openlm_pipeline.checkpoints.model_export import export_huggingface, export_openlm
 from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.models import count_parameters, create_model
 from openlm_pipeline.models.attention import KVCache
@@ -121,3 +125,26 @@ def test_initial_weights_have_the_deviation_asked_for(model: Transformer):
 def test_what_does_not_fit_is_refused(fields: dict, message: str):
     with pytest.raises(ConfigError, match=message):
         resolve_model({"hidden_dim": 64, "n_layers": 2, **fields})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changed", [{}, {"qk_norm": False, "qk_norm_per_head": False}, {"weight_tying": False}])
+@pytest.mark.parametrize("llama", [True, False], ids=["native", "remote code"])
+def test_exports_give_the_same_logits(model: Transformer, changed: dict, llama: bool, tmp_path: Path):
+    transformers = pytest.importorskip("transformers")
+    made = create_model(model.config.model_copy(update=changed), seed=2)
+    export_huggingface(made, tmp_path, llama=llama)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=not llama).eval()
+    kind = "OpenLM" if not llama else "Qwen3" if made.config.qk_norm else "Llama"
+    assert type(theirs).__name__ == f"{kind}ForCausalLM"
+    torch.testing.assert_close(made(IDS), theirs(IDS).logits, rtol=0, atol=1e-5)
+    if not llama:
+        loaded = load_checkpoint(tmp_path)
+        assert loaded.config == made.config.model_copy(update={"init_std": None})
+        torch.testing.assert_close(loaded(IDS), made(IDS), rtol=0, atol=1e-6)
+
+
+def test_openlms_own_checkpoints_hold_no_such_model(model: Transformer, tmp_path: Path):
+    with pytest.raises(ConfigError, match="OpenLM has no n_kv_heads, ffn_hidden_dim, rope_theta, norm_eps, qk_norm"):
+        export_openlm(model, tmp_path)
+    assert not list(tmp_path.iterdir())

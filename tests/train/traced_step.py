@@ -4,7 +4,7 @@
 
 Tensors have shapes and no values (FakeTensorMode), and rank 0 is alone in a process group that pretends to have the
 others. Everything else is the trainer's own: model, FSDP2, autograd, loss, clipping, hooks, optimizer. The tensors are
-a CPU's, whose kernels keep what those of a GPU keep, but for RMSNorm, which is many small operations there.
+a CPU's, whose kernels keep what those of a GPU keep. But RMSNorm is many small operations there: LayerNorm stands in.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -172,6 +173,7 @@ def trace(experiment: Experiment, processes: int, explain: bool = False) -> Trac
             patch.object(parallel, "make_mesh", real(parallel.make_mesh)),
             patch.object(Transformer, "to", cast),
             patch.object(attention, "_CPU_HEAD_DIM", 1),
+            patch.object(nn, "RMSNorm", partial(nn.LayerNorm, bias=False)),  # which keeps what a fused RMSNorm does
             contextlib.redirect_stdout(io.StringIO()),
             FakeTensorMode(allow_non_fake_inputs=True),
         ):

@@ -11,6 +11,10 @@ class OpenLMConfig(PretrainedConfig):
         norm_type: one of OpenLM's norms; `lp_` ones are the same as others here.
         positional_embedding_type: rotary, llama_rotary, head_rotary (as good as none) or none.
         ffn_type: swiglu, swiglu_torch, gelu or gemma_geglu.
+        n_kv_heads: heads of keys and values; by default as many as of queries.
+        ffn_hidden_dim: width inside the feed-forward network; by default OpenLM's.
+        rope_theta: base of the rotary frequencies.
+        qk_norm_per_head: one norm for the queries of each head, and one for the keys.
         rope_freq_dtype: bfloat16 rounds the rotary frequencies, as OpenLM did under autocast.
     """
 
@@ -40,6 +44,10 @@ class OpenLMConfig(PretrainedConfig):
         ffn_type="swiglu",
         attn_name="auto",
         rope_freq_dtype="float32",
+        n_kv_heads=None,
+        ffn_hidden_dim=None,
+        rope_theta=10000.0,
+        qk_norm_per_head=False,
         use_cache=True,
         params_args_dict=None,
         **kwargs,
@@ -59,6 +67,10 @@ class OpenLMConfig(PretrainedConfig):
         self.ffn_type = p.get("ffn_type") or ffn_type
         self.attn_name = attn_name
         self.rope_freq_dtype = rope_freq_dtype
+        self.n_kv_heads = n_kv_heads or self.n_heads
+        self.ffn_hidden_dim = ffn_hidden_dim
+        self.rope_theta = rope_theta
+        self.qk_norm_per_head = qk_norm_per_head
         self.use_cache = use_cache
         # The head has its own weight unless `weight_tying`; transformers' default of tying would replace it.
         kwargs["tie_word_embeddings"] = self.weight_tying

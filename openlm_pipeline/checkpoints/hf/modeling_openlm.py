@@ -33,17 +33,17 @@ def make_norm(config, width):
     raise ValueError(f"norm_type {kind!r} is none of OpenLM's")
 
 
-def rotary_frequencies(head_dim, device=None):
-    """10000^(-2j/K) in radians per position, fp32."""
-    return 10000.0 ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+def rotary_frequencies(head_dim, theta, device=None):
+    """theta^(-2j/K) in radians per position, fp32."""
+    return theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
 
 
 class RotaryFrequencies(nn.Module):
     """Holder of the buffer that OpenLM's checkpoints have in every layer."""
 
-    def __init__(self, head_dim):
+    def __init__(self, head_dim, theta):
         super().__init__()
-        self.register_buffer("inv_freq", rotary_frequencies(head_dim))
+        self.register_buffer("inv_freq", rotary_frequencies(head_dim, theta))
 
 
 def rotate(x_BHSK, cos, sin, interleaved):
@@ -58,19 +58,25 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_dim = layer, config.dim // config.n_heads
         self.interleaved = config.positional_embedding_type == "llama_rotary"
-        inner_dim = config.n_heads * self.head_dim
-        self.in_proj = nn.Linear(config.dim, 3 * inner_dim, bias=False)
+        inner_dim, kv_dim = config.n_heads * self.head_dim, config.n_kv_heads * self.head_dim
+        self.widths, self.norm_per_head = [inner_dim, kv_dim, kv_dim], config.qk_norm_per_head
+        self.group = config.n_heads // config.n_kv_heads
+        self.in_proj = nn.Linear(config.dim, sum(self.widths), bias=False)
         self.out_proj = nn.Linear(inner_dim, config.dim, bias=False)
         if config.positional_embedding_type in ("rotary", "head_rotary"):
-            self.pos_embed = RotaryFrequencies(self.head_dim)
-        self.q_norm = make_norm(config, inner_dim) if config.apply_qk_norm else nn.Identity()
-        self.k_norm = make_norm(config, inner_dim) if config.apply_qk_norm else nn.Identity()
+            self.pos_embed = RotaryFrequencies(self.head_dim, config.rope_theta)
+        q_width, k_width = [self.head_dim] * 2 if self.norm_per_head else [inner_dim, kv_dim]
+        self.q_norm = make_norm(config, q_width) if config.apply_qk_norm else nn.Identity()
+        self.k_norm = make_norm(config, k_width) if config.apply_qk_norm else nn.Identity()
 
     def forward(self, x_BSD, angles, mask, cache, with_weights):
         """Output [B, S, D], and if asked for the weights [B, H, S, T] of the values, else None."""
-        q, k, v = self.in_proj(x_BSD).chunk(3, dim=-1)
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self.in_proj(x_BSD).split(self.widths, dim=-1)
+        if not self.norm_per_head:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))
+        if self.norm_per_head:
+            q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:
             q, k = (rotate(t, *angles, self.interleaved) for t in (q, k))
         q, k = q.to(v.dtype), k.to(v.dtype)
@@ -78,6 +84,8 @@ class Attention(nn.Module):
             start = cache.get_seq_length(self.layer)
             where = torch.arange(k.shape[2], device=k.device) + start  # for transformers 4's caches of fixed length
             k, v = cache.update(k, v, self.layer, {"cache_position": where})
+        if self.group > 1:
+            k, v = (t.repeat_interleave(self.group, dim=1) for t in (k, v))
         mask = None if mask is None else mask_for_keys(mask, k.shape[2])
         weights = attention_weights(q, k, mask) if with_weights else None
         if with_weights:
@@ -127,11 +135,12 @@ class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.attention = Attention(config, layer)
-        hidden_dim = 256 * -(-int(8 * config.dim / 3) // 256)
+        hidden_dim = config.ffn_hidden_dim or 256 * -(-int(8 * config.dim / 3) // 256)
         self.gelu = config.ffn_type == "gelu"
         if self.gelu:
-            self._ff_w1 = nn.Linear(config.dim, 4 * config.dim, bias=False)
-            self._ff_w2 = nn.Linear(4 * config.dim, config.dim, bias=False)
+            hidden_dim = config.ffn_hidden_dim or 4 * config.dim
+            self._ff_w1 = nn.Linear(config.dim, hidden_dim, bias=False)
+            self._ff_w2 = nn.Linear(hidden_dim, config.dim, bias=False)
         elif config.ffn_type == "gemma_geglu":
             self.feed_forward = GeGLU(config.dim, hidden_dim)
         elif config.ffn_type in ("swiglu", "swiglu_torch"):
@@ -165,7 +174,7 @@ class Transformer(nn.Module):
         kind, head_dim = self.config.positional_embedding_type, self.config.dim // self.config.n_heads
         if kind in ("none", "head_rotary"):
             return None
-        frequencies = rotary_frequencies(head_dim, position_ids_BS.device)
+        frequencies = rotary_frequencies(head_dim, self.config.rope_theta, position_ids_BS.device)
         if kind == "rotary":
             stored = self.layers[0].attention.pos_embed.inv_freq
             if stored.dtype == torch.float32:  # in a model cast to lower precision they would be off by radians
