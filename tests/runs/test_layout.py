@@ -7,7 +7,7 @@ from openlm_pipeline.experiments import load_experiment
 from openlm_pipeline.experiments.load import SHIPPED as RECIPES
 from openlm_pipeline.runs.layout import largest_divisor, layout
 
-SHIPPED = sorted(path.stem for path in RECIPES.glob("pretrain_*.yaml"))
+SHIPPED = sorted(path.stem for path in RECIPES.glob("*_*.yaml"))
 WORLDS = (1, 2, 8, 64, 256)
 
 
