@@ -37,11 +37,6 @@ SWITCHES = {
     "no compile": ["execution.compile=false"],
     "fp32": ["training.precision=fp32"],
     "bf16": ["training.precision=bf16"],
-    "bf16 compile rounded": [
-        "training.precision=bf16",
-        "execution.compile=true",
-        "training.rounded_attention=true",
-    ],
     "bf16 compile": ["training.precision=bf16", "execution.compile=true"],
     "bf16 states": ["training.precision=bf16", "training.state_precision=bf16"],
     "float8": ["training.precision=bf16", "training.float8=true"],

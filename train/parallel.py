@@ -30,7 +30,6 @@ _KEPT_BY_SELECTIVE = {
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.openlm.block_attention.default,
     torch.ops.higher_order.flex_attention,
 }
 """Matrix products and attention: dear to make again, while norms, rotations and activations are cheap."""
@@ -90,7 +89,6 @@ def build_model(experiment: Experiment, world: World) -> Transformer:
     compute_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[training.precision]
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for name, block in model.layers.named_children():
-        block.attention.rounded = training.rounded_attention and world.device.type == "cpu"
         if execution.activation_checkpointing != "none":
             block = with_activation_checkpointing(block, selective=execution.activation_checkpointing == "selective")
             model.layers.register_module(name, block)

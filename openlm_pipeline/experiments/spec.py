@@ -174,9 +174,6 @@ class Training(Strict):
     """`bf16`: parameters are cast to bfloat16 for compute, gradients are reduced in fp32."""
     float8: bool = False
     """Matrix products of the blocks in float8 with one scale a tensor (torchao; H100 and later)."""
-    rounded_attention: bool = False
-    """On a CPU in bf16, round attention's scores to bf16: a step takes about a fifth less. Where scores are large it is
-    several times coarser than the usual kernels, on CPUs and GPUs, which keep them in fp32."""
     document_mask: bool = False
     """Attention within a document only: tokens do not see what stands before the last end-of-text."""
     mask_left: int | None = Field(default=None, ge=0)

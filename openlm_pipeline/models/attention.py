@@ -12,15 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from openlm_pipeline.models.block_attention import block_attention
 from openlm_pipeline.models.config import ModelConfig
 from openlm_pipeline.models.norms import make_norm
 
 _FLEX_MIN_HEAD_DIM = 16
 _CPU_HEAD_DIM = 16
 """Narrower heads are filled up with zeros: the CPU's kernel takes 1.7 times as long for heads of 8 as of 16."""
-_BLOCKS_MIN_HEAD_DIM, _BLOCKS_MIN_SEQ_LEN = 64, 512
-"""From here on attention by blocks beats a CPU's SDPA in bfloat16; in fp32 it never does."""
 
 StoreKV = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Keeps the keys and values [B, H, S, K] of a layer, and gives all so far, [B, H, T, K]."""
@@ -153,15 +150,10 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
     return torch.compile(flex_attention)
 
 
-def attend(
-    q_BHSK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask: Tensor | BlockMask | None, rounded: bool = False
-) -> Tensor:
+def attend(q_BHSK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
     """softmax(q k^T / sqrt(K)) v under the mask, [B, H, S, K]; without one each position sees those up to itself.
 
     A single query without a mask sees all keys. Where keys and values have fewer heads, each serves several of queries.
-
-    Args:
-        rounded: take `block_attention` where it is faster: on a CPU in bf16, for long sequences and wide heads.
     """
     grouped = q_BHSK.shape[1] != k_BHTK.shape[1]
     if isinstance(mask, BlockMask):
@@ -172,9 +164,6 @@ def attend(
     if q_BHSK.shape[2] == 1:  # a branch, as a comparison is no bool in a graph that is compiled for any length
         is_causal = False
     head_dim = q_BHSK.shape[-1]
-    is_long = q_BHSK.shape[2] >= _BLOCKS_MIN_SEQ_LEN and head_dim >= _BLOCKS_MIN_HEAD_DIM
-    if rounded and is_causal and is_long and q_BHSK.dtype == torch.bfloat16 and q_BHSK.shape == k_BHTK.shape:
-        return block_attention(q_BHSK, k_BHTK, v_BHTK)
     if q_BHSK.device.type == "cpu" and head_dim < _CPU_HEAD_DIM:
         q_BHSK, k_BHTK, v_BHTK = (F.pad(t, (0, _CPU_HEAD_DIM - head_dim)) for t in (q_BHSK, k_BHTK, v_BHTK))
     out_BHSK = F.scaled_dot_product_attention(
@@ -192,8 +181,6 @@ class Attention(nn.Module):
         inner_dim = config.n_heads * config.head_dim  # 480, not 488, in the 87m model
         kv_dim = config.kv_heads * config.head_dim
         self.widths = [inner_dim, kv_dim, kv_dim]
-        self.rounded = False
-        """See `attend`."""
         self.in_proj = nn.Linear(config.hidden_dim, sum(self.widths), bias=False)
         self.out_proj = nn.Linear(inner_dim, config.hidden_dim, bias=False)
         if config.positional_embedding in ("rotary", "head_rotary"):
@@ -216,4 +203,4 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q.to(v.dtype), k.to(v.dtype), v))
         if store is not None:
             k, v = store(k, v)
-        return self.out_proj(attend(q, k, v, mask, self.rounded).transpose(1, 2).flatten(-2))
+        return self.out_proj(attend(q, k, v, mask).transpose(1, 2).flatten(-2))
