@@ -6,6 +6,7 @@ import torch
 from openlm_pipeline.models.transformer import chunk_loss_sums
 
 
+@pytest.mark.drill  # a C++ compiler, twice
 def test_code_generated_for_the_loss_gives_the_same_loss_and_gradients():
     torch.manual_seed(0)
     weight_VD = torch.randn(100, 16, requires_grad=True)

@@ -123,8 +123,8 @@ def measured_peak(experiment: Experiment, trace: Path) -> int:
                 micro_batches = ids.split(experiment.execution.micro_batch or sequences)
                 for i, micro in enumerate(micro_batches):
                     model.set_requires_gradient_sync(i == len(micro_batches) - 1)
-                    loss_sum, _ = model(micro[:, :-1], micro[:, 1:], with_z=False)
-                    (loss_sum / experiment.training.global_batch).backward()
+                    loss_sum, z_sum = model(micro[:, :-1], micro[:, 1:])
+                    ((loss_sum + 1e-4 * z_sum) / experiment.training.global_batch).backward()
                 optimizer.step()
                 optimizer.zero_grad()
     finally:

@@ -163,7 +163,7 @@ class Traced:
 
 
 def trace(experiment: Experiment, processes: int, explain: bool = False) -> Traced:
-    """The second step of rank 0 of so many on machines of `PER_NODE`; the first one makes the optimizer's state."""
+    """A step of rank 0 of so many on machines of `PER_NODE`, when the optimizer has its state."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
     ledger = Ledger()
     try:
@@ -189,7 +189,10 @@ def trace(experiment: Experiment, processes: int, explain: bool = False) -> Trac
             for hook in trainer.hooks:
                 hook.at_resume()
             batch = torch.randint(0, 128, (trainer.batches.local_sequences, experiment.seq_len + 1))
-            trainer._optimizer_step(batch[: trainer.batches.micro_batch], 0.0)
+            for parameter in trainer.model.parameters():  # for the optimizer's state
+                parameter.grad = torch.zeros_like(parameter)
+            trainer.optimizer.step()
+            trainer.optimizer.zero_grad()
             gc.collect()
             for tensor in (*trainer.model.parameters(), *trainer.model.buffers(), *_states(trainer), batch):
                 ledger.add(tensor.to_local() if hasattr(tensor, "to_local") else tensor, "kept between steps")
