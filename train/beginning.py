@@ -11,15 +11,15 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 
 from openlm_pipeline.checkpoints import load_checkpoint
 from openlm_pipeline.checkpoints.folders import MODEL_CONFIG, Checkpoint, verify
-from openlm_pipeline.errors import ConfigError, MissingInputError
+from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.experiments import Experiment
-from openlm_pipeline.fingerprint import Tree, differences, fingerprint, settings_tree
+from openlm_pipeline.fingerprint import differences, settings_tree
 from openlm_pipeline.models import ModelConfig
 from openlm_pipeline.models.init import initialize
 from openlm_pipeline.models.transformer import Transformer
 from openlm_pipeline.runs.folder import RunFolder
-from openlm_pipeline.runs.parent import parent_checkpoint
-from openlm_pipeline.storage.files import read_json, sha256_file
+from openlm_pipeline.runs.parent import initial_weights, parent_checkpoint
+from openlm_pipeline.storage.files import read_json
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.units import format_tokens
 from train import saver as checkpoints
@@ -50,9 +50,11 @@ class Beginning:
         Returns:
             Names of the states in `extra` that were loaded as well.
         """
-        if self.initial_weights:
+        given = self.initial_weights or self.world.from_rank0(lambda: initial_weights(self.experiment, self.home))
+        if given:
             config = self.experiment.model_config_resolved()
-            _load_initial_weights(model, config, self.initial_weights, self.world)
+            _load_initial_weights(model, config, given, self.world)
+            console.print(f"begins with the weights of {', '.join(map(str, given))}")
             return ()
         if self.experiment.parent:
             parent = self.world.from_rank0(lambda: parent_checkpoint(self.experiment, self.home))
@@ -101,23 +103,6 @@ def _check(checkpoint: Checkpoint, experiment: Experiment, model: Transformer) -
             f"the optimizer's state of the parent does not fit: {'; '.join(changed)}; parent.optimizer=reset begins "
             "with a new one"
         )
-
-
-def weights_identity(weights: Mapping[Path, float]) -> Tree:
-    """What a run records of its initial weights: the hash of each checkpoint's content, and its coefficient.
-
-    Raises:
-        MissingInputError: a checkpoint is not there.
-    """
-    return [{"sha256": _digest(path), "coefficient": coefficient} for path, coefficient in weights.items()]
-
-
-def _digest(path: Path) -> str:
-    if not path.exists():
-        raise MissingInputError(f"there is no checkpoint {path} to begin with")
-    if path.is_file():
-        return sha256_file(path)
-    return fingerprint({p.name: sha256_file(p) for p in sorted(path.iterdir()) if p.is_file()})
 
 
 def _load_initial_weights(

@@ -8,12 +8,11 @@ from openlm_pipeline.fingerprint import short
 from openlm_pipeline.result import refuse
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.identity import run_identity
-from openlm_pipeline.runs.parent import parent_identity
+from openlm_pipeline.runs.parent import parent_identity, weights_identity
 from openlm_pipeline.runs.rates import rate_findings
 from openlm_pipeline.runs.spending import without_gpu
 from openlm_pipeline.shards.opening import open_dataset
 from openlm_pipeline.storage.home import Home
-from train.beginning import weights_identity
 from train.distributed import World, raise_file_limit, start
 from train.hooks.watchdog import record_collectives
 from train.loop import Outcome, Trainer
@@ -65,7 +64,7 @@ def run_training(
                 datasets,
                 run=run,
                 initial_weights=initial_weights,
-                start_tokens=began["tokens"] if began else 0,
+                start_tokens=began["tokens"] if experiment.parent else 0,
                 allow=allow,
             )
             trainer.console.print(f"run {run.path} ({short(run.fingerprint)})")

@@ -403,6 +403,9 @@ class Experiment(Strict):
     training: Training
     milestones: tuple[Tokens, ...] = Field(min_length=1)
     """Token counts at which a checkpoint is kept for ever and scored."""
+    init_from: str | None = None
+    """Weights that the run begins with, in place of drawn ones: a checkpoint of OpenLM, a folder that `openlm export`
+    or OpenLM wrote for Hugging Face, or a run's milestone as `RUN@250B`. Tokens and samples begin at 0."""
     parent: Parent | None = None
     """Where a fork begins; by default a run begins at 0 tokens with weights of its own."""
     evaluation: Evaluation | None = None
@@ -421,6 +424,8 @@ class Experiment(Strict):
             raise ValueError(
                 f"the first milestone {format_tokens(self.milestones[0])} is less than one global batch{after}"
             )
+        if self.parent and self.init_from:
+            raise ValueError("a fork has its parent's weights; init_from is for a run of its own")
         if self.parent and (self.parent.run, self.parent.version) == (self.name, self.version):
             raise ValueError("a run cannot be its own parent; give the fork another name or version")
         if len({self.steps(m) for m in self.milestones}) < len(self.milestones):

@@ -44,7 +44,7 @@ def run_identity(experiment: Experiment, dataset_versions: dict[str, str], paren
 
     Args:
         dataset_versions: sha256 of the manifest of each training dataset, by name.
-        parent: what is known of the checkpoint that a fork continues from, see `runs.parent.parent_identity`.
+        parent: what is known of what the run begins with, see `runs.parent.parent_identity`.
     """
     data = [
         {"name": d.name, "weight": d.source.weight, "manifest_sha256": dataset_versions[d.name]}
@@ -53,7 +53,7 @@ def run_identity(experiment: Experiment, dataset_versions: dict[str, str], paren
     settings = settings_identity(experiment)
     if experiment.parent:
         settings["parent"] |= parent
-    identity = {**settings, "data": data}
+    identity = {**settings, "data": data, **((parent or {}) if not experiment.parent else {})}
     before = identity.get("parent", {}).get("order", {"before": None})
     if "before" not in before and is_same_mixture(order_record(identity, 0), before):
         del identity["parent"]["order"]  # the parent's order simply goes on

@@ -1,13 +1,17 @@
-"""The milestone that a fork continues from."""
+"""What a run begins with: the milestone that a fork continues from, or weights from elsewhere."""
 
-from openlm_pipeline.checkpoints.folders import Checkpoint, list_checkpoints, promote
+from collections.abc import Mapping
+from pathlib import Path
+
+from openlm_pipeline.checkpoints.folders import INFO, Checkpoint, list_checkpoints, promote, read_checkpoint
 from openlm_pipeline.errors import ConfigError, MissingInputError
 from openlm_pipeline.experiments import Experiment
-from openlm_pipeline.fingerprint import Tree, settings_tree
+from openlm_pipeline.fingerprint import Tree, fingerprint, settings_tree
 from openlm_pipeline.ordering.continued import order_record
 from openlm_pipeline.runs.folder import RunFolder
+from openlm_pipeline.storage.files import sha256_file
 from openlm_pipeline.storage.home import Home
-from openlm_pipeline.units import format_tokens, milestone_label
+from openlm_pipeline.units import format_tokens, milestone_label, parse_tokens
 
 
 def parent_folder(experiment: Experiment, home: Home) -> RunFolder:
@@ -34,6 +38,48 @@ def parent_checkpoint(experiment: Experiment, home: Home) -> Checkpoint:
     )
 
 
+def weights_identity(weights: Mapping[Path, float]) -> Tree:
+    """What a run records of its initial weights: the hash of each checkpoint's content, and its coefficient.
+
+    Raises:
+        MissingInputError: a checkpoint is not there.
+    """
+    return [{"sha256": _digest(path), "coefficient": coefficient} for path, coefficient in weights.items()]
+
+
+def _digest(path: Path) -> str:
+    if not path.exists():
+        raise MissingInputError(f"there is no checkpoint {path} to begin with")
+    if path.is_file():
+        return sha256_file(path)
+    if (path / INFO).is_file():
+        return read_checkpoint(path).digest
+    return fingerprint({p.name: sha256_file(p) for p in sorted(path.iterdir()) if p.is_file()})
+
+
+def initial_weights(experiment: Experiment, home: Home) -> dict[Path, float]:
+    """The checkpoint that a recipe's `init_from` names, with coefficient 1; empty where it has none.
+
+    Raises:
+        MissingInputError: a run has no such milestone.
+    """
+    place = experiment.init_from
+    if place is None:
+        return {}
+    run_name, at, tokens = place.partition("@")
+    if not at or "/" in place:
+        return {Path(home.resolve(place)): 1.0}
+    run = RunFolder(home.run(run_name, "v1"))
+    there = list_checkpoints(run.checkpoints, run.fingerprint, lambda _: None) if run.experiment_file.exists() else []
+    label = milestone_label(parse_tokens(tokens))
+    for checkpoint in there:
+        if checkpoint.milestone == label:
+            return {checkpoint.path: 1.0}
+    raise MissingInputError(
+        f"{experiment.name} begins with the weights of {place}, a milestone not in {run.checkpoints}"
+    )
+
+
 def pin_latest(experiment: Experiment, home: Home) -> int:
     """Tokens of the newest checkpoint of a run, which becomes a milestone that no rotation deletes.
 
@@ -53,7 +99,7 @@ def pin_latest(experiment: Experiment, home: Home) -> int:
 
 def parent_identity(experiment: Experiment, home: Home) -> Tree | None:
     """What a fork's identity holds of its parent: `checkpoint`, a digest, `tokens`, and `order`, what the parent's
-    order of samples is made of; None where there is no parent.
+    order of samples is made of; with `init_from` the digest of those weights; None where there is neither.
 
     For a parent that is gone it is what the fork recorded when it began. Forks with another mixture that the first
     release began have no `order`, and continue without one.
@@ -63,7 +109,8 @@ def parent_identity(experiment: Experiment, home: Home) -> Tree | None:
         ConfigError: the parent's tokens are no whole number of the fork's steps.
     """
     if experiment.parent is None:
-        return None
+        weights = initial_weights(experiment, home)
+        return {"initial_weights": weights_identity(weights)} if weights else None
     own, settings = RunFolder(home.run(experiment.name, experiment.version)), settings_tree(experiment.parent)
     begun = own.identity if (own.path / "run.json").exists() else {}
     recorded = begun.get("parent", {})

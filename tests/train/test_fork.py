@@ -8,6 +8,7 @@ from small_run import BATCH, SmallRun, train_here
 from typer.testing import CliRunner
 
 from openlm_pipeline.checkpoints.folders import Checkpoint, read_checkpoint
+from openlm_pipeline.checkpoints.model_export import export_huggingface
 from openlm_pipeline.checkpoints.reading import load_model
 from openlm_pipeline.cli.main import app
 from openlm_pipeline.errors import ConfigError, ConsentError, DataError, IdentityError, MissingInputError
@@ -312,3 +313,24 @@ def test_a_run_is_forked_from_its_newest_checkpoint(small: SmallRun, monkeypatch
     train_here(fork, small.home)
     losses = {r["step"]: r["loss"] for r in RunFolder(small.home.run("twig", "v1")).read_metrics() if "loss" in r}
     assert losses == {step: small.losses()[step] for step in (7, 8)}
+
+
+def test_a_recipe_begins_with_the_weights_of_a_milestone_or_an_export(parent: SmallRun, tmp_path):
+    """The same first loss, at whatever place they stand; other weights are another run."""
+    export_huggingface(_at(parent.run, 8).path, tmp_path / "exported")
+    first, digests = {}, []
+    for name, place in (("run", f"small@{8 * BATCH}"), ("folder", tmp_path / "exported"), ("drawn", None)):
+        begins = [f"init_from={place}"] if place else []
+        experiment = parent.experiment(f"name={name}", f"milestones=[{2 * BATCH}]", *begins)
+        train_here(experiment, parent.home)
+        run = RunFolder(parent.home.run(name, "v1"))
+        (first[name],) = [r["loss"] for r in run.read_metrics() if r.get("loss") and r["step"] == 1]
+        digests.append(run.identity.get("initial_weights"))
+        train_here(experiment, parent.home)  # nothing to do, and the same run
+    assert first["run"] == pytest.approx(first["folder"], rel=1e-6)
+    assert first["run"] < first["drawn"] - 0.5
+    assert digests[0] != digests[1] and digests[2] is None
+    with pytest.raises(MissingInputError, match="small@1B, a milestone not in"):
+        train_here(parent.experiment("name=none", "init_from=small@1B"), parent.home)
+    with pytest.raises(ConfigError, match="a fork has its parent's weights"):
+        Fork(parent, "init_from=small@1B")
