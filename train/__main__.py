@@ -11,7 +11,7 @@ import sys
 
 from openlm_pipeline.errors import OpenLMError
 from openlm_pipeline.experiments import load_experiment
-from openlm_pipeline.result import parse_allow
+from openlm_pipeline.result import CONSENTS, parse_allow
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.units import parse_tokens
 from train.signals import die_with_parent
@@ -28,7 +28,7 @@ def _recipe_parser() -> argparse.ArgumentParser:
     parser.add_argument("--until", type=parse_tokens, help="stop after this many tokens; by default the last milestone")
     parser.add_argument("--steps", type=int, help="as --until, in steps")
     parser.add_argument(
-        "--allow", action="append", metavar="NAME", help="what is otherwise refused: supersede, remake, cpu"
+        "--allow", action="append", metavar="NAME", help=f"what is otherwise refused: {', '.join(CONSENTS)}"
     )
     parser.add_argument("--supersede", dest="allow", action="append_const", const="supersede", help=argparse.SUPPRESS)
     return parser

@@ -87,7 +87,7 @@ def _begin_from(
     if experiment.parent.optimizer == "reset":
         checkpoints.load_weights(checkpoint, model)
         return ()
-    return checkpoints.load(checkpoint, model, optimizer, extra)
+    return checkpoints.load(checkpoint, model, optimizer, extra, optional=extra.keys())
 
 
 def _check(checkpoint: Checkpoint, experiment: Experiment, model: Transformer) -> None:

@@ -154,13 +154,11 @@ class Trainer:
             label, step = goal
             if not self._go_to_start(step):
                 continue  # what was taken for a milestone was damaged: there is an earlier one to make
-            if not self._train_to(step) or (label is not None and not self._reach_milestone(label)):
+            if not (self._train_to(step) and self._reach(label)):
                 if (None, self.step) not in there:
                     self._save(milestone=None)
                 self.saver.wait()
                 return Outcome("preempted", self.step, self.tokens)
-            if label is None:
-                self._save(milestone=None)
             being_saved.add(goal)
 
     def _list(self) -> list[Checkpoint]:
@@ -180,7 +178,8 @@ class Trainer:
         if milestone_lost:
             return False
         if newest is not None:
-            checkpoints.load(newest, self.model, self.optimizer, self.hooks.state())
+            changeable = ("stability",)  # a run may be resumed with another policy
+            checkpoints.load(newest, self.model, self.optimizer, self.hooks.state(), optional=changeable)
             self.step = newest.step
             self.console.print(f"resumed from {newest.path.name} ({format_tokens(newest.tokens)} tokens)")
         elif here < 0:
@@ -296,8 +295,12 @@ class Trainer:
             hook.close()
         self.saver.close(self.warn)
 
-    def _reach_milestone(self, label: str) -> bool:
-        """Whether the milestone was made; not, if a signal asked to stop while it was validated."""
+    def _reach(self, label: str | None) -> bool:
+        """Whether the milestone, or a checkpoint without a label, is being saved; not, if a signal asked to stop while
+        the milestone was validated."""
+        if label is None:
+            self._save(milestone=None)
+            return True
         self.saver.wait()
         metrics = self.hooks.at_milestone()
         if self.world.any(self.stop.requested):

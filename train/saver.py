@@ -240,17 +240,23 @@ class Saver:
         return found or []
 
 
-def load(checkpoint: Checkpoint, model: Transformer, optimizer: Optimizers, extra: Extra) -> Collection[str]:
+def load(
+    checkpoint: Checkpoint, model: Transformer, optimizer: Optimizers, extra: Extra, optional: Collection[str] = ()
+) -> Collection[str]:
     """Load a verified checkpoint into model, optimizer and the tensors of `extra`, whatever world size saved it.
 
     The optimizer keeps its own settings, such as weight decay.
 
+    Args:
+        optional: names of the states in `extra` that it need not have.
+
     Returns:
-        Names of the states in `extra` that the checkpoint has.
+        Names of the states in `extra` that were loaded.
     """
     reader = SafeReader(checkpoint.path)
     saved = reader.read_metadata().state_dict_metadata
-    extra = {name: state for name, state in extra.items() if any(key.startswith(f"{name}.") for key in saved)}
+    absent = {name for name in optional if not any(key.startswith(f"{name}.") for key in saved)}
+    extra = {name: state for name, state in extra.items() if name not in absent}
     own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     state = _state(model, optimizer, extra)
     dcp.load(state, storage_reader=reader, planner=SafePlanner())

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from openlm_pipeline.checkpoints.folders import KEEP_DAMAGED, Checkpoint, list_checkpoints, verify
+from openlm_pipeline.checkpoints.folders import KEEP_DAMAGED, Checkpoint, verify
 from openlm_pipeline.corpus.discovery import discover
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError, OpenLMError
 from openlm_pipeline.experiments import Dataset, Experiment
@@ -358,7 +358,7 @@ def _checkpoints(experiment: Experiment, home: Home, upstream: list[Artefact]) -
         consent = "supersede" if begun else None
         return [Artefact(name, "stale", tuple(changed), consent) for name in names.values()], start
     there = milestone_checkpoints(experiment, run)
-    newest = max((c.tokens for c in list_checkpoints(run.checkpoints, run.fingerprint, lambda _: None)), default=start)
+    newest = max((c.tokens for c in run.saved()), default=start)
     return [_milestone(names[label], there.get(label)) for label in labels], newest
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
+from openlm_pipeline.checkpoints.folders import Checkpoint, list_checkpoints
 from openlm_pipeline.errors import IdentityError, TrainingError
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.fingerprint import Tree, differences, fingerprint
@@ -54,12 +55,23 @@ class RunFolder:
         return self.path / "experiment.yaml"
 
     @property
+    def _record(self) -> dict[str, Any] | None:
+        """What `claim` wrote; None where nobody did."""
+        path = self.path / "run.json"
+        return read_json(path) if path.exists() else None
+
+    @property
     def fingerprint(self) -> str:
         return read_json(self.path / "run.json")["fingerprint"]
 
     @property
     def identity(self) -> Tree:
         return read_json(self.path / "run.json")["identity"]
+
+    def saved(self) -> list[Checkpoint]:
+        """Its complete checkpoints by step, damaged descriptions passed over; none where it was never claimed."""
+        record = self._record
+        return list_checkpoints(self.checkpoints, record["fingerprint"], warn=lambda _: None) if record else []
 
     def lock(self) -> AbstractContextManager[None]:
         """Held by the one process that may train this run, for its lifetime. It stands beside the folder, which
@@ -72,10 +84,10 @@ class RunFolder:
 
     def belongs_to(self, identity: Tree) -> bool:
         """Whether the folder is free or is that run's."""
-        if not (self.path / "run.json").exists():
+        if (record := self._record) is None:
             return True
-        recorded, horizon = settled(self.identity), identity.get("training", {}).get("horizon")
-        if horizon in read_json(self.path / "run.json").get("extended", ()):
+        recorded, horizon = settled(record["identity"]), identity.get("training", {}).get("horizon")
+        if horizon in record.get("extended", ()):
             recorded["training"]["horizon"] = horizon
         return recorded == identity
 
@@ -126,11 +138,11 @@ class RunFolder:
             changed = self.differences(identity)
             set_aside(self.path)
         extended: list[int] = []
-        if (self.path / "run.json").exists():
-            extended = read_json(self.path / "run.json").get("extended", [])
+        if before := self._record:
+            extended = before.get("extended", [])
             if not self.belongs_to(identity):
                 extended.append(experiment.schedule_horizon())
-            identity = self.identity  # its checkpoints have this fingerprint
+            identity = before["identity"]  # its checkpoints have this fingerprint
         write_text(self.experiment_file, yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False))
         record = {"name": experiment.name, "version": experiment.version, "fingerprint": fingerprint(identity)}
         record |= {"extended": extended} if extended else {}

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from openlm_pipeline.checkpoints.folders import Checkpoint, list_checkpoints
+from openlm_pipeline.checkpoints.folders import Checkpoint
 from openlm_pipeline.errors import TrainingError
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.registry import LAUNCHERS
@@ -55,11 +55,8 @@ Event = Measured | StepSkipped | MilestoneReached
 
 def milestone_checkpoints(experiment: Experiment, run: RunFolder) -> dict[str, Checkpoint]:
     """The complete milestones of a run by label, those of the experiment only."""
-    if not (run.path / "run.json").exists():
-        return {}
     wanted = dict(experiment.labelled_milestones())
-    found = list_checkpoints(run.checkpoints, run.fingerprint, warn=lambda _: None)
-    return {c.milestone: c for c in found if c.milestone in wanted}
+    return {c.milestone: c for c in run.saved() if c.milestone in wanted}
 
 
 def launcher_of(
@@ -75,11 +72,9 @@ def launcher_of(
 
 def is_there(experiment: Experiment, run: RunFolder, until: int) -> bool:
     """Whether all milestones up to `until` tokens have their checkpoints, and some checkpoint is as far as that."""
+    saved = run.saved()
     wanted = {label for label, tokens in experiment.labelled_milestones() if tokens <= until}
-    if not wanted <= set(milestone_checkpoints(experiment, run)):
-        return False
-    found = list_checkpoints(run.checkpoints, run.fingerprint, warn=lambda _: None)
-    return any(c.step >= experiment.steps(until) for c in found)
+    return wanted <= {c.milestone for c in saved} and any(c.step >= experiment.steps(until) for c in saved)
 
 
 def train_run(

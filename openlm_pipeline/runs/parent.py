@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from openlm_pipeline.checkpoints.folders import INFO, Checkpoint, list_checkpoints, promote, read_checkpoint
+from openlm_pipeline.checkpoints.folders import INFO, Checkpoint, promote, read_checkpoint
 from openlm_pipeline.errors import ConfigError, MissingInputError
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.fingerprint import Tree, fingerprint, settings_tree
@@ -26,16 +26,18 @@ def parent_checkpoint(experiment: Experiment, home: Home) -> Checkpoint:
         MissingInputError: it is not there.
     """
     parent, folder = experiment.parent, parent_folder(experiment, home)
-    if (folder.path / "run.json").exists():
-        label = milestone_label(parent.milestone)
-        for checkpoint in list_checkpoints(folder.checkpoints, folder.fingerprint, warn=lambda _: None):
-            if checkpoint.milestone == label:
-                return checkpoint
+    if checkpoint := _milestone(folder, parent.milestone):
+        return checkpoint
     tokens = format_tokens(parent.milestone)
     raise MissingInputError(
         f"{experiment.name} continues from {parent.run} at {tokens} tokens, a milestone that is not in "
         f"{folder.checkpoints}; `openlm train {parent.run} --until {tokens}` makes it"
     )
+
+
+def _milestone(run: RunFolder, tokens: int) -> Checkpoint | None:
+    label = milestone_label(tokens)
+    return next((c for c in run.saved() if c.milestone == label), None)
 
 
 def weights_identity(weights: Mapping[Path, float]) -> Tree:
@@ -61,6 +63,7 @@ def initial_weights(experiment: Experiment, home: Home) -> dict[Path, float]:
     """The checkpoint that a recipe's `init_from` names, with coefficient 1; empty where it has none.
 
     Raises:
+        ConfigError: what stands behind the @ is no number of tokens.
         MissingInputError: a run has no such milestone.
     """
     place = experiment.init_from
@@ -70,11 +73,12 @@ def initial_weights(experiment: Experiment, home: Home) -> dict[Path, float]:
     if not at or "/" in place:
         return {Path(home.resolve(place)): 1.0}
     run = RunFolder(home.run(run_name, "v1"))
-    there = list_checkpoints(run.checkpoints, run.fingerprint, lambda _: None) if run.experiment_file.exists() else []
-    label = milestone_label(parse_tokens(tokens))
-    for checkpoint in there:
-        if checkpoint.milestone == label:
-            return {checkpoint.path: 1.0}
+    try:
+        checkpoint = _milestone(run, parse_tokens(tokens))
+    except ValueError as e:
+        raise ConfigError(f"init_from={place}: {e}") from e
+    if checkpoint:
+        return {checkpoint.path: 1.0}
     raise MissingInputError(
         f"{experiment.name} begins with the weights of {place}, a milestone not in {run.checkpoints}"
     )
@@ -87,10 +91,9 @@ def pin_latest(experiment: Experiment, home: Home) -> int:
         MissingInputError: the run has none.
     """
     run = RunFolder(home.run(experiment.name, experiment.version))
-    there = list_checkpoints(run.checkpoints, run.fingerprint, lambda _: None) if run.experiment_file.exists() else []
-    if not there:
+    if not (saved := run.saved()):
         raise MissingInputError(f"{experiment.name} has no checkpoint yet to fork from in {run.checkpoints}")
-    newest = there[-1]
+    newest = saved[-1]
     if newest.milestone is None:
         promote(newest, milestone_label(newest.tokens), {})
         return newest.tokens

@@ -43,7 +43,7 @@ def push_run(home: Home, run: RunFolder) -> None:
         return
     home.sync.make_way(run.path)
     home.sync.push(run.path, [name for name in _RECORDS if (run.path / name).exists()])
-    for checkpoint in list_checkpoints(run.checkpoints, run.fingerprint, warn=lambda _: None):
+    for checkpoint in run.saved():
         if checkpoint.milestone:
             home.sync.push(checkpoint.path)
 

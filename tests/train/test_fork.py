@@ -332,5 +332,7 @@ def test_a_recipe_begins_with_the_weights_of_a_milestone_or_an_export(parent: Sm
     assert digests[0] != digests[1] and digests[2] is None
     with pytest.raises(MissingInputError, match="small@1B, a milestone not in"):
         train_here(parent.experiment("name=none", "init_from=small@1B"), parent.home)
+    with pytest.raises(ConfigError, match="init_from=small@main: 'main' is not a number of tokens"):
+        train_here(parent.experiment("name=none", "init_from=small@main"), parent.home)
     with pytest.raises(ConfigError, match="a fork has its parent's weights"):
         Fork(parent, "init_from=small@1B")
