@@ -19,7 +19,7 @@ from openlm_pipeline.ordering import order_of
 from openlm_pipeline.result import Finding, refusal
 from openlm_pipeline.runs.dry_run import describe
 from openlm_pipeline.runs.folder import RunFolder
-from openlm_pipeline.runs.identity import extension_refusal, run_identity
+from openlm_pipeline.runs.identity import run_identity
 from openlm_pipeline.runs.launch import milestone_checkpoints
 from openlm_pipeline.runs.parent import parent_identity
 from openlm_pipeline.runs.rates import rate_line
@@ -189,8 +189,9 @@ def _findings(experiment: Experiment, home: Home, artefacts: list[Artefact]) -> 
             continue
         told.add((kind, *artefact.why))
         what = f"the run {name.rpartition('/')[0]}" if kind == "checkpoint" else artefact.name
-        if artefact.consent == REFUSED:
-            yield Finding("refusal", "\n  ".join(artefact.why))
+        if artefact.consent in (REFUSED, "extend"):  # whose text names the ways on
+            consent = None if artefact.consent == REFUSED else artefact.consent
+            yield Finding("refusal", "\n  ".join(artefact.why), consent=consent)
             continue
         if artefact.consent == "supersede":
             keep = f"To keep it, give {_OWNERS[kind]} another `version` or name"
@@ -352,8 +353,8 @@ def _checkpoints(experiment: Experiment, home: Home, upstream: list[Artefact]) -
         return [Artefact(name, "missing", ("it was not trained yet",)) for name in names.values()], start
     versions = {d.name: open_dataset(d, home).version for d in experiment.training_datasets()}
     identity = run_identity(experiment, versions, began)
-    if refusal := extension_refusal(experiment, run.identity, identity):
-        return [Artefact(name, "stale", tuple(refusal.splitlines()), REFUSED) for name in names.values()], start
+    if refusal := run.extension_refusal(experiment, identity):
+        return [Artefact(name, "stale", tuple(refusal.splitlines()), "extend") for name in names.values()], start
     if changed := run.differences(identity):
         consent = "supersede" if begun else None
         return [Artefact(name, "stale", tuple(changed), consent) for name in names.values()], start

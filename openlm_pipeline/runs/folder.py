@@ -84,12 +84,16 @@ class RunFolder:
 
     def belongs_to(self, identity: Tree) -> bool:
         """Whether the folder is free or is that run's."""
-        if (record := self._record) is None:
-            return True
+        return self._record is None or self._recorded(identity) == identity
+
+    def _recorded(self, identity: Tree) -> Tree:
+        """The identity in the folder, to compare with `identity`: without what may change as a run goes, and with the
+        later end of its schedule that it was given consent to."""
+        record = self._record
         recorded, horizon = settled(record["identity"]), identity.get("training", {}).get("horizon")
         if horizon in record.get("extended", ()):
             recorded["training"]["horizon"] = horizon
-        return recorded == identity
+        return recorded
 
     @property
     def has_begun(self) -> bool:
@@ -98,7 +102,11 @@ class RunFolder:
 
     def differences(self, identity: Tree) -> list[str]:
         """How the run in the folder differs from `identity`, a line per field."""
-        return differences(settled(self.identity), identity)
+        return differences(self._recorded(identity), identity)
+
+    def extension_refusal(self, experiment: Experiment, identity: Tree) -> str | None:
+        """Why the run's schedule is not simply longer now, see `identity.extension_refusal`."""
+        return extension_refusal(experiment, self._recorded(identity), identity)
 
     def superseded_by(self, experiment: Experiment, identity: Tree, allow: Collection[str] = ()) -> Finding | None:
         """What `claim` would set aside: another run that has begun; the finding names each field that differs.
@@ -111,9 +119,9 @@ class RunFolder:
         """
         if self.belongs_to(identity) or not self.has_begun:
             return None
-        if "extend" in allow and ends_later(settled(self.identity), identity):
+        if "extend" in allow and ends_later(self._recorded(identity), identity):
             return None
-        if impossible := extension_refusal(experiment, settled(self.identity), identity):
+        if impossible := self.extension_refusal(experiment, identity):
             raise IdentityError(impossible)
         what = "\n  ".join([f"{self.path} holds another run. What differs:", *self.differences(identity)])
         return refusal("supersede", what, "To keep it, give the recipe another `version` or name")
@@ -138,9 +146,9 @@ class RunFolder:
             changed = self.differences(identity)
             set_aside(self.path)
         extended: list[int] = []
-        if before := self._record:
+        if (before := self._record) and (self.has_begun or self.belongs_to(identity)):
             extended = before.get("extended", [])
-            if not self.belongs_to(identity):
+            if not self.belongs_to(identity):  # it has the consent to be extended
                 extended.append(experiment.schedule_horizon())
             identity = before["identity"]  # its checkpoints have this fingerprint
         write_text(self.experiment_file, yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False))

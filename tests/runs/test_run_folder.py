@@ -53,6 +53,7 @@ def test_a_folder_belongs_to_the_run_that_claimed_it(run: RunFolder, tmp_path: P
     assert run.claim(experiment, mine, allow=()) == []
     assert run.belongs_to(mine) and not run.belongs_to(other)
     assert run.claim(experiment, other, allow=()) == []  # nothing was trained yet
+    assert run.identity == other
     assert run.claim(experiment, mine, allow=()) == []
     run.append_metrics({"step": 1, "loss": 2.0})
     with pytest.raises(IdentityError, match=r"training\.lr 0\.1 -> 0\.2\n.*--allow supersede"):

@@ -1,5 +1,6 @@
 """A fork continues from a milestone of another run; a finished schedule is not made longer in silence."""
 
+import json
 import shutil
 
 import pytest
@@ -15,6 +16,7 @@ from openlm_pipeline.errors import ConfigError, ConsentError, DataError, Identit
 from openlm_pipeline.experiments import load_experiment
 from openlm_pipeline.experiments.fork_recipe import write_fork
 from openlm_pipeline.ordering import order_of
+from openlm_pipeline.pipeline.plan import plan
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.rates import rate_findings
 from openlm_pipeline.shards.opening import open_dataset
@@ -180,12 +182,21 @@ def test_a_finished_schedule_is_extended_by_consent(small):
     fingerprint, losses = small.run.fingerprint, small.losses()
     with pytest.raises(IdentityError, match="`--allow extend`: continue at the rates that the longer schedule has"):
         small.train(*longer)
+    ready = [{"name": n, "shards": str(small.home.shards(n, "v1")), "weight": w} for n, w in (("text", 3), ("code", 1))]
+
+    def consents() -> list[str]:
+        made = ("tokenizer.train=null", "tokenizer.source=tokenizer.json", f"sources={json.dumps(ready)}")
+        found = plan(small.experiment(*longer, *made), small.home).findings
+        return [f.consent for f in found if f.level == "refusal" and f.consent]
+
+    assert consents() == ["extend"]
     small.train(*longer, allow=["extend"])
     lrs = {r["step"]: r["lr"] for r in small.run.read_metrics() if "lr" in r}
     assert lrs[9] == small.experiment(*longer).learning_rates(0)(8) > lrs[8]
     assert small.run.fingerprint == fingerprint
     assert {step: small.losses()[step] for step in losses} == losses
     small.train(*longer)  # consent was given
+    assert consents() == []
 
 
 def test_a_wsd_run_goes_on_from_before_its_decay(small):
