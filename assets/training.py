@@ -94,7 +94,7 @@ def _observe(context: dg.AssetExecutionContext, experiment: Experiment, record: 
     """Loss and speed on the milestone that is being trained, while it is."""
     ahead = [label for label, tokens in experiment.labelled_milestones() if tokens >= record["tokens"]]
     label = ahead[0] if ahead else [name for name, _ in experiment.labelled_milestones()][-1]
-    facts = {k: v for k, v in record.items() if k != "time"}
+    facts = {k: v for k, v in record.items() if k != "time" and not isinstance(v, dict)}
     context.log_event(dg.AssetObservation(checkpoint_key(experiment.name, label), metadata=facts))
     context.log.info(
         f"{format_tokens(record['tokens'])} tokens, "

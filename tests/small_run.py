@@ -39,7 +39,15 @@ execution: {{log_every: 1}}
 
 
 def write_dataset(
-    home: Home, name: str, num_samples: int, *, seed: int, vocab_size: int = 260, sums: bool = True, seq_len: int = 32
+    home: Home,
+    name: str,
+    num_samples: int,
+    *,
+    seed: int,
+    vocab_size: int = 260,
+    sums: bool = True,
+    seq_len: int = 32,
+    tokenizer_sha256: str = "0" * 64,
 ) -> None:
     """Shards of seeded text-like ids: each id is followed by one of few, so that a model can learn them.
 
@@ -55,7 +63,7 @@ def write_dataset(
         sums_sha256 = write_sums(folder / f"{n:08d}.sums", half) if sums else None
         made = write_shard(folder / f"{n:08d}.tar", half, first, sample_format)
         entries.append(ShardEntry(shard=f"{n:08d}", source=name, sums_sha256=sums_sha256, **made))
-    tokenizer = {"name": "bytes", "sha256": "0" * 64, "vocab_size": vocab_size}
+    tokenizer = {"name": "bytes", "sha256": tokenizer_sha256, "vocab_size": vocab_size}
     info = {"name": name, "version": "v1", "tokenizer": tokenizer, "eot_id": 0, "seq_len": seq_len, "dtype": "uint16"}
     if sums:
         finish_dataset(folder, entries, info)

@@ -76,19 +76,19 @@ class Trainer:
             allow: consents, as in `run_training`.
         """
         self.allow = allow
-        self.experiment, self.world = experiment, world
+        self.experiment, self.home, self.world = experiment, home, world
         self.run = run or RunFolder(home.run(experiment.name, experiment.version))
-        held_out = experiment.validation_dataset()
-        self.held_out = open_dataset(held_out, home) if held_out else None
-        if self.held_out:
-            check_ids(self.held_out, experiment.model_config_resolved().vocab_size)
+        self.held_out = {d.name: open_dataset(d, home) for d in experiment.validation_datasets()}
+        """Validated on."""
+        for held_out in self.held_out.values():
+            check_ids(held_out, experiment.model_config_resolved().vocab_size)
         self.stop = StopRequest()
         self.console = Console(quiet=world.rank != 0, highlight=False, width=200, soft_wrap=True)
         identity = world.from_rank0(lambda: self.run.identity)
         self.batches = Batches(experiment, datasets, world.rank, world.size, identity)
         if experiment.execution.deterministic:
             use_deterministic_algorithms()
-        opened = [*datasets, self.held_out] if self.held_out else datasets
+        opened = [*datasets, *self.held_out.values()]
         self.masking = Masking(experiment.training, {d.info["eot_id"] for d in opened})
         self.model = build_model(experiment, world)
         self.optimizer = make_optimizer(experiment.training, self.model)
@@ -252,7 +252,7 @@ class Trainer:
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.grad_clip or math.inf)
         if isinstance(grad_norm, DTensor):
             grad_norm = grad_norm.full_tensor()
-        step = Step(lr, loss, grad_norm, waited)
+        step = Step(lr, loss, grad_norm, waited, num_targets)
         taken = self.hooks.accept(step)
         if taken:
             self.optimizer.step()

@@ -241,7 +241,9 @@ def progress_line(record: dict[str, float]) -> str:
     """A record of `metrics.jsonl` for people."""
     start = f"step {record['step']}, {format_tokens(int(record['tokens']))} tokens: "
     if "validation_loss" in record:
-        return start + f"validation loss {record['validation_loss']:.4f}"
+        named = {k.rpartition("/")[2]: v for k, v in record.items() if k.startswith("validation_loss/")}
+        parts = [f"{name} {loss:.4f}" for name, loss in named.items()] or [f"{record['validation_loss']:.4f}"]
+        return start + f"validation loss {', '.join(parts)}"
     return start + f"loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s"
 
 

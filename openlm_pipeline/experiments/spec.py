@@ -121,15 +121,28 @@ class Dataset(Strict):
 
 
 class Validation(Strict):
-    """Held-out text on which each milestone's loss is measured."""
+    """Held-out text on which each milestone's loss is measured: one `source`, or several `sources`."""
 
-    source: Source
+    source: Source | None = None
+    sources: tuple[Source, ...] = ()
+    """Each has its own loss; the first one's is the loss of scorecards and reports."""
     every: Tokens | None = None
     """Tokens between validations; by default only milestones are validated."""
     intervals: bool = False
     """Also give a 95% bootstrap interval over samples."""
     max_samples: int = Field(default=512, ge=1)
-    """At most this many samples of `seq_len` tokens, the first ones in shard order."""
+    """At most this many samples of `seq_len` tokens of a source, the first ones in shard order."""
+
+    @property
+    def held_out(self) -> tuple[Source, ...]:
+        """The sources, however they were given."""
+        return (self.source,) if self.source else self.sources
+
+    @model_validator(mode="after")
+    def _some(self) -> "Validation":
+        if bool(self.source) == bool(self.sources):
+            raise ValueError("give exactly one of 'source' and 'sources'")
+        return self
 
 
 class Training(Strict):
@@ -432,7 +445,7 @@ class Experiment(Strict):
             raise ValueError(f"two milestones end at the same step; one step is {format_tokens(batch)} tokens")
         names = [d.name for d in self.datasets()]
         if len(names) != len(set(names)):
-            raise ValueError("every source, the validation source included, needs its own name")
+            raise ValueError("every source, those of validation included, needs its own name")
         if self.tokenizer.train and not self.sources[0].files:
             raise ValueError("the tokenizer is trained on the first source, which needs 'files'")
         average = self.evaluation.average if self.evaluation else None
@@ -459,8 +472,8 @@ class Experiment(Strict):
         return resolve_model(settings)
 
     def datasets(self) -> list[Dataset]:
-        """The mixture's datasets in order, then the validation dataset."""
-        sources = [*self.sources, *([self.validation.source] if self.validation else [])]
+        """The mixture's datasets in order, then those of validation."""
+        sources = [*self.sources, *(self.validation.held_out if self.validation else ())]
         ready_made = any(s.shards for s in sources)
         return [
             Dataset(
@@ -483,8 +496,8 @@ class Experiment(Strict):
     def training_datasets(self) -> list[Dataset]:
         return self.datasets()[: len(self.sources)]
 
-    def validation_dataset(self) -> Dataset | None:
-        return self.datasets()[-1] if self.validation else None
+    def validation_datasets(self) -> list[Dataset]:
+        return self.datasets()[len(self.sources) :]
 
     def schedule_horizon(self) -> int | None:
         """Tokens at which the learning-rate schedule ends, None for one without an end."""

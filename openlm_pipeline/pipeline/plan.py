@@ -216,8 +216,7 @@ def _seen_in_validation(experiment: Experiment, home: Home) -> Iterator[Finding]
         except OpenLMError:  # whoever reads them says what is wrong
             return set()
 
-    held_out = experiment.validation_dataset()
-    validated = places(held_out) if held_out else set()
+    validated = set[str]().union(*map(places, experiment.validation_datasets()))
     for dataset in experiment.training_datasets() if validated else ():
         if both := sorted(validated & places(dataset)):
             yield Finding(

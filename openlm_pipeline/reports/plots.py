@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from openlm_pipeline.units import format_tokens
 
 Records = Sequence[Mapping[str, Any]]
 
+_HELD_OUT = "validation_loss"
 _WIDTH_INCHES = 9.6
 _MAX_POINTS = 800
 """Records beyond this are drawn as the mean and the range of equal runs of records, so that no spike is hidden."""
@@ -32,16 +34,18 @@ def series(records: Records, key: str) -> tuple[np.ndarray, np.ndarray]:
 def loss_chart(records: Records, milestones: Sequence[int]) -> str | None:
     """Training loss against tokens with the validation losses; None without any loss."""
     tokens, loss = series(records, "loss")
-    val_tokens, val_loss = series(records, "validation_loss")
-    if not len(tokens) and not len(val_tokens):
+    held_out = {k.partition("/")[2]: series(records, k) for r in records for k in r if k.startswith(f"{_HELD_OUT}/")}
+    held_out = held_out or {"held-out text": series(records, _HELD_OUT)}
+    held_out = {name: drawn for name, drawn in held_out.items() if len(drawn[0])}
+    if not len(tokens) and not held_out:
         return None
     with drawing_style():
         figure = Figure(figsize=(_WIDTH_INCHES, 3.3), layout="constrained")
         ax = figure.subplots()
         if len(tokens):
             _line(ax, tokens, loss, INK, "training")
-        if len(val_tokens):
-            ax.plot(val_tokens, val_loss, "o", color=ACCENT, markersize=5.5, label="held-out text", zorder=4)
+        for (name, (val_tokens, val_loss)), marker in zip(held_out.items(), cycle("osD^v")):
+            ax.plot(val_tokens, val_loss, marker, color=ACCENT, markersize=5.5, label=name, zorder=4)
             for x, y in zip(val_tokens, val_loss) if len(val_tokens) <= 8 else ():
                 _label(ax, f"{y:.2f}", x, y, ACCENT)
         for milestone in milestones:

@@ -139,8 +139,8 @@ def _count(tokens: int) -> str:
 def _validation(experiment: Experiment) -> str:
     if experiment.validation is None:
         return "none"
-    source = experiment.validation.source
-    return f"{source.name} {source.version}, at most {experiment.validation.max_samples} samples"
+    names = ", ".join(f"{source.name} {source.version}" for source in experiment.validation.held_out)
+    return f"{names}, at most {experiment.validation.max_samples} samples"
 
 
 def evaluation_facts(cards: Sequence[Scorecard]) -> Facts:

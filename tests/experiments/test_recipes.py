@@ -234,7 +234,7 @@ def test_datasets_of_an_experiment(write: Write) -> None:
     experiment = load_experiment(str(write(validation=validation)))
     assert [d.name for d in experiment.datasets()] == ["text", "held_out"]
     assert [d.name for d in experiment.training_datasets()] == ["text"]
-    assert experiment.validation_dataset().name == "held_out"
+    assert [d.name for d in experiment.validation_datasets()] == ["held_out"]
     assert experiment.model_config_resolved().vocab_size == 300 and experiment.model_config_resolved().seq_len == 16
 
 

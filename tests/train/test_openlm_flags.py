@@ -181,7 +181,7 @@ def test_amp_is_bfloat16_and_says_so(tmp_path: Path):
         ("--logs s3://bucket/logs", "--remote-sync"),
         ("--model open_lm_4b", "did you mean"),
         ("--epochs 0", "at least 1"),
-        ("--val-data a/x b/y", "one source"),
+        ("--val-data a/x b/y c/z --val-data-key txt txt", "2 --val-data-key for 3 sources"),
         ("--train-num-samples 1000", "less than one global batch"),
         ("--log-every-n-step 5", "did you mean --log-every-n-steps?"),
         ("--lr fast", "--lr"),

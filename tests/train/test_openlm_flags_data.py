@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -128,6 +129,19 @@ def test_validation_has_its_source_pace_and_size(data: Path):
     assert (set_.validation.every, set_.validation.intervals, set_.validation.max_samples) == (960, True, 2)
     np.testing.assert_array_equal(rows_of(set_, data, 1), samples(SIZES[0], 0))
     assert experiment_of(data, *flags, *val, "--val-data-key", "txt").validation == plain
+
+
+def test_validation_has_as_many_sources_as_keys_or_folders(data: Path, tmp_path: Path):
+    flags = ("--train-data", str(data / "shard-0000001.tar"), "--train-num-samples", "320", "--val-data")
+    tars = [str(data / f"shard-000000{i}.tar") for i in (0, 1)]
+    (one,) = experiment_of(data, *flags, *tars).validation.sources
+    assert one.shards == "::".join(tars)
+    apart = experiment_of(data, *flags, *tars, "--val-data-key", "txt", "txt")
+    assert [s.shards for s in apart.validation.sources] == tars
+    for i in (0, 1):
+        np.testing.assert_array_equal(rows_of(apart, data, 1 + i), samples(SIZES[i], i))
+    elsewhere = shutil.copy(tars[1], tmp_path / "shard.tar")
+    assert len(experiment_of(data, *flags, tars[0], str(elsewhere)).validation.sources) == 2
 
 
 def test_what_is_not_there_or_no_tar_is_named(data: Path):

@@ -46,7 +46,7 @@ def remembered(memory: Path) -> list[str]:
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_a_flipped_bit_stops_training_when_it_is_read(small: SmallRun, number: int) -> None:
     experiment = small.experiment()
-    datasets = [open_dataset(d, small.home) for d in [*experiment.training_datasets(), experiment.validation_dataset()]]
+    datasets = [open_dataset(d, small.home) for d in experiment.datasets()]
     source, read = order_of(experiment, [d.shard_sizes for d in datasets[:2]]).picks(0, 64)
     index = read[source == number][:1] if number < 2 else np.array([20])
     dataset = datasets[number]

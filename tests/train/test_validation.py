@@ -1,6 +1,9 @@
 """Held-out loss: when it is measured, against a plain loop, at any world size, and how sure it is."""
 
+import json
+import math
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -8,11 +11,15 @@ import numpy as np
 import pytest
 import torch
 from gloo_workers import train_in_processes
-from small_run import BATCH, SmallRun
+from small_run import BATCH, SmallRun, write_dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from openlm_pipeline.checkpoints.folders import list_checkpoints
 from openlm_pipeline.checkpoints.reading import load_model
+from openlm_pipeline.cli.main import progress_line
+from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.shards.dataset import ShardedDataset
+from openlm_pipeline.storage.files import sha256_file
 from train.hooks.validation import bootstrap_interval
 
 INTERVALS = "validation.intervals=true"
@@ -89,6 +96,50 @@ def test_a_milestone_keeps_its_validation(one_process: SmallRun):
     (checkpoint,) = list_checkpoints(one_process.run.checkpoints, one_process.run.fingerprint, warn=pytest.fail)
     record = validations(one_process)[4]
     assert checkpoint.metrics == {k: v for k, v in record.items() if k.startswith("validation_")}
+
+
+def test_each_of_several_sources_has_its_loss_and_bits_per_byte(small: SmallRun):
+    """The first one's stand without a name too; a token of this tokenizer stands for 1, 2 or 3 bytes."""
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({symbols[i % 256] * (1 + i % 3): i for i in range(251)}, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    folder = small.home.tokenizer("bytes")
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    sha256 = sha256_file(folder / "tokenizer.json")
+    write_dataset(small.home, "other", 9, seed=7, tokenizer_sha256=sha256)
+    sources = [{"name": name, "files": ["x"]} for name in ("other", "heldout")]
+    small.train("milestones=[1024]", "validation.source=null", f"validation.sources={json.dumps(sources)}")
+    record = validations(small)[4]
+    assert record["validation_loss"] == record["validation_loss/other"] != record["validation_loss/heldout"]
+    assert record["validation_tokens/other"] == 9 * 32 and record["validation_tokens/heldout"] == 21 * 32
+    dataset = ShardedDataset(small.home.shards("other", "v1"))
+    text = sum(1 + int(i) % 3 for n in range(9) for i in dataset[n][1:])
+    bits = record["validation_loss"] / math.log(2) * 9 * 32 / text
+    assert record["validation_bits_per_byte"] == record["validation_bits_per_byte/other"] == pytest.approx(bits)
+    assert "validation_bits_per_byte/heldout" not in record  # made with another tokenizer, which the console says
+    alone = SmallRun(small.home.root / "alone", (4,))
+    alone.train()
+    assert record["validation_loss/heldout"] == alone.validation_losses()[4]
+    (checkpoint,) = list_checkpoints(small.run.checkpoints, small.run.fingerprint, warn=pytest.fail)
+    assert checkpoint.metrics["validation_loss/heldout"] == record["validation_loss/heldout"]
+    assert "validation loss other " in (line := progress_line(record)) and ", heldout " in line
+
+
+@pytest.mark.parametrize(
+    ("validation", "message"),
+    [
+        ("{max_samples: 3}", "exactly one of 'source' and 'sources'"),
+        ("{sources: []}", "exactly one of 'source' and 'sources'"),
+        ("{source: {name: a, files: [a]}, sources: [{name: b, files: [b]}]}", "exactly one"),
+        ("{sources: [{name: a, files: [a]}, {name: a, files: [b]}]}", "needs its own name"),
+        ("{sources: [{name: text, files: [b]}]}", "needs its own name"),
+    ],
+)
+def test_sources_are_given_once_and_named(small: SmallRun, validation: str, message: str):
+    small.recipe.write_text(re.sub("(?m)^validation: .*$", f"validation: {validation}", small.recipe.read_text()))
+    with pytest.raises(ConfigError, match=message):
+        small.experiment()
 
 
 def test_masked_targets_do_not_count(small: SmallRun):

@@ -32,6 +32,8 @@ class Step:
     grad_norm: Tensor
     """The norm of all gradients before clipping, 0-d; the same on all ranks."""
     data_wait_seconds: float
+    num_targets: Tensor | int
+    """Tokens of the global batch that were predicted."""
 
 
 class Hook:

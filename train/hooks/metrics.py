@@ -32,6 +32,7 @@ class Metrics(Hook):
     def at_resume(self) -> None:
         self.loss_sum = torch.zeros((), device=self.world.device)
         self.grad_norm_sum = torch.zeros((), device=self.world.device)
+        self.num_targets: torch.Tensor | int = 0
         self.first_step, self.steps_taken, self.lr = self.trainer.step, 0, 0.0
         self.data_wait_seconds = 0.0
         self.paused_before = self.trainer.hooks.paused_seconds
@@ -43,6 +44,7 @@ class Metrics(Hook):
         if taken:
             self.loss_sum += step.loss.detach()
             self.grad_norm_sum += step.grad_norm.detach()
+            self.num_targets = self.num_targets + step.num_targets
             self.steps_taken += 1
 
     def record(self) -> dict[str, float | None]:
@@ -73,6 +75,7 @@ class Metrics(Hook):
             "step_seconds": seconds / steps,
             "data_wait_seconds": data_wait_seconds / steps,
             "data_wait_fraction": data_wait_seconds / seconds,
+            "wasted_token_fraction": 1 - int(self.num_targets) / tokens,
             "memory_bytes": int(allocated),
             "memory_reserved_bytes": int(reserved),
         }

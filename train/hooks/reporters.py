@@ -42,7 +42,9 @@ def scalars(record: Record) -> dict[str, float]:
     """
     shown = {}
     is_validation = "validation_loss" in record
-    for key, value in record.items():
+    flat = {k: v for k, v in record.items() if not isinstance(v, dict)}
+    flat |= {f"{k}/{part}": v for k, parts in record.items() if isinstance(parts, dict) for part, v in parts.items()}
+    for key, value in flat.items():
         if key in ("step", "time") or value is None:
             continue
         if key in _OPENLM_NAMES:

@@ -32,7 +32,7 @@ class ShardChecks(Hook):
     def __init__(self, trainer: "Trainer") -> None:
         super().__init__(trainer)
         self._datasets = trainer.batches.datasets
-        held_out = [trainer.held_out] if trainer.held_out else []
+        held_out = trainer.held_out.values()
         self._unsure = any(not d.has_sums for d in [*self._datasets, *held_out])
         self._check: BackgroundCheck | None = None
         if self._unsure and int(os.environ.get("LOCAL_RANK", 0)) == 0:

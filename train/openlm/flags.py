@@ -28,6 +28,7 @@ from openlm_pipeline.storage.files import read_json
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.storage.remote import join
 from openlm_pipeline.strict import explain
+from openlm_pipeline.tokenizers.tokenizer import default_tokenizer
 from train.openlm.flag_table import FLAGS
 
 _DEFAULT_GLOBAL_BATCH = 64
@@ -78,11 +79,11 @@ def translate(values: argparse.Namespace, home: Home, *, world_size: int = 1, lo
     local_batch = _local_batch(values, world_size)
     global_batch = local_batch * world_size * config.seq_len
     settings = (config.seq_len, config.vocab_size, mask_token)
-    sources, validation = _sources(values, home, settings), _validation_source(values, home, settings)
+    sources, held_out_sources = _sources(values, home, settings), _held_out(values, home, settings)
     document: dict[str, Any] = {
         "name": _slug(values.name or f"openlm {values.model}"),
         "description": "from OpenLM's command line",
-        "tokenizer": {"name": "gpt_neox_20b", "source": "EleutherAI/gpt-neox-20b"},
+        "tokenizer": {"name": "gpt_neox_20b", "source": default_tokenizer()},
         "seq_len": config.seq_len,
         "sources": sources,
         "pad_id": mask_token,
@@ -100,7 +101,7 @@ def translate(values: argparse.Namespace, home: Home, *, world_size: int = 1, lo
             "sampling": _sampling(values, sources),
         }
         held_out = {
-            "source": validation,
+            "sources": held_out_sources,
             "every": values.val_frequency * epoch,
             "intervals": values.val_seq_ci,
             "max_samples": values.val_num_samples // config.seq_len if values.val_num_samples else _ALL_SAMPLES,
@@ -111,7 +112,7 @@ def translate(values: argparse.Namespace, home: Home, *, world_size: int = 1, lo
         return Experiment(
             **document,
             training=training,
-            validation=held_out if validation else None,
+            validation=held_out if held_out_sources else None,
             milestones=save_at[-1:] if values.delete_previous_checkpoint else save_at,
             execution={**execution, **(rotating if values.delete_previous_checkpoint else {})},
         )
@@ -266,18 +267,17 @@ def _sources(values: argparse.Namespace, home: Home, settings: tuple[int | None,
     return [{**s, "weight": w} for s, w in zip(named, weights)] if weights else named
 
 
-def _validation_source(
-    values: argparse.Namespace, home: Home, settings: tuple[int | None, ...]
-) -> dict[str, Any] | None:
-    if not values.val_data:
-        return None
-    patterns = _joined(values.val_data)
-    if len(patterns) > 1:
-        raise ConfigError("--val-data: a run validates on one source; join tars with ::, or evaluate the others after")
+def _held_out(values: argparse.Namespace, home: Home, settings: tuple[int | None, ...]) -> list[dict[str, Any]]:
     keys = values.val_data_key or [values.data_key]
-    _check_key(patterns[0], keys[0], "--val-data-key", home)
-    source = _source(patterns[0], settings)
-    return {**source, "name": f"validation_{source['name']}"}
+    patterns = values.val_data or []
+    if len(keys) == 1 and len({Path(p).parent for p in patterns}) == 1:
+        patterns = _joined(patterns)
+    if len(keys) not in (1, len(patterns)):
+        raise ConfigError(f"{len(keys)} --val-data-key for {len(patterns)} sources of --val-data")
+    for pattern, key in zip(patterns, keys if len(keys) > 1 else keys * len(patterns)):
+        _check_key(pattern, key, "--val-data-key", home)
+    sources = [_source(pattern, settings) for pattern in patterns]
+    return [{**source, "name": f"validation_{source['name']}"} for source in sources]
 
 
 def _joined(patterns: list[str]) -> list[str]:
