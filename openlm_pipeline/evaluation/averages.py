@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 from openlm_pipeline.errors import ConfigError
-from openlm_pipeline.evaluation.suite import Suite
+from openlm_pipeline.evaluation.suite import Suite, task_name
+from openlm_pipeline.registry import RULES
 
 SMALL_TASK = 300
 """With fewer items the 95% interval at 50% is wider than ±5.6 points, more than most gains between milestones."""
-AverageKind = Literal["accuracy", "centred", "category"]
+AverageKind = Literal["accuracy", "centred", "category", "bits_per_byte"]
 
 
 @dataclass(frozen=True)
 class AverageDefinition:
-    """A weighted mean over tasks, of their accuracies or, but for `accuracy`, of their centred accuracies."""
+    """A weighted mean over tasks: of their accuracies, of their centred accuracies, or of their bits per byte."""
 
     name: str
     kind: AverageKind
@@ -25,8 +26,8 @@ class AverageDefinition:
     """Task (`copa/0-shot`) -> its share; they add up to 1."""
 
     def coefficients(self, chances: Mapping[str, float]) -> dict[str, float]:
-        """Task -> how much the average moves when the task's accuracy moves by 1."""
-        if self.kind == "accuracy":
+        """Task -> how much the average moves when the task's accuracy, or bits per byte, moves by 1."""
+        if self.kind in ("accuracy", "bits_per_byte"):
             return dict(self.weights)
         return {task: weight / (1 - chances[task]) for task, weight in self.weights.items()}
 
@@ -47,6 +48,9 @@ def suite_averages(suite: Suite, num_items: Mapping[str, int]) -> list[AverageDe
             plain["without_small"] = large
     found = [AverageDefinition(name, "accuracy", _equal(tasks)) for name, tasks in plain.items()]
     found.append(AverageDefinition(f"{found[0].name}_centred", "centred", found[0].weights))
+    generated = {task_name(t.label, k) for t, k in suite.runs() if RULES[t.rule].generates}
+    if read := tuple(task for task in suite.headline if task not in generated):
+        found.append(AverageDefinition(f"{found[0].name}_bits_per_byte", "bits_per_byte", _equal(read)))
     of_all: dict[str, float] = {}
     for name, tasks in suite.categories.items():
         found.append(AverageDefinition(name, "category", _equal(tasks)))

@@ -149,13 +149,14 @@ def _random(version: str) -> dict[str, float]:
         raise explain(e, f"random baselines {path}") from e
 
 
-def random_baseline(version: str, task: str, default: float) -> float:
+def random_baseline(version: str | None, task: str, default: float) -> float:
     """Accuracy of guessing on a task (its label), which centred scores are measured from.
 
     Args:
+        version: None lists no task.
         default: for a task that the version doesn't list, such as the mean of 1 / options.
 
     Raises:
         ConfigError: there is no such version.
     """
-    return _random(version).get(task, default)
+    return default if version is None else _random(version).get(task, default)

@@ -1,23 +1,33 @@
-"""Two models on the same items: differences of accuracy with paired intervals and tests, for tasks and averages.
+"""Two models on the same items: differences of accuracy and of likelihood, with paired intervals and tests.
 
-Tasks are one family of tests and the averages beside the headline another; p-values are corrected within each (Holm).
-The headline average is the one test that stands for itself.
+For tasks and for averages. In a scorecard the tasks are one family of tests, and so are the averages beside the
+headline, which is the one test that stands for itself; p-values are corrected within each (Holm), for accuracy and for
+likelihood apart. A page that shows several scorecards corrects over all of them: see `corrected_over_page`.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import numpy as np
 import pyarrow as pa
 
-from openlm_pipeline.evaluation import statistics
+from openlm_pipeline.evaluation import estimates, statistics
 from openlm_pipeline.evaluation.averages import AverageDefinition
+from openlm_pipeline.evaluation.estimates import Tested
+from openlm_pipeline.evaluation.scores import gold_bytes
+from openlm_pipeline.fingerprint import Neutral
 from openlm_pipeline.strict import Strict
+
+if TYPE_CHECKING:
+    from openlm_pipeline.evaluation.scorecard import Scorecard
 
 ALPHA = 0.05
 """Level of a family of tests."""
-COMPARED_COLUMNS = ["task", "num_fewshot", "category", "item", "item_hash", "prompt_hash", "metric", "correct"]
+COMPARED_COLUMNS = [
+    "task", "num_fewshot", "category", "item", "item_hash", "prompt_hash", "metric", "correct", "nll", "choice_bytes",
+    "gold", "cluster",
+]  # fmt: skip
 """Those of the per-item table that a comparison reads."""
 
 
@@ -28,13 +38,16 @@ class Difference(Strict):
     """`copa/0-shot`, or the name of an average."""
     against: str
     """Milestone or baseline."""
+    kind: Annotated[Literal["accuracy", "bits_per_byte"], Neutral("accuracy")] = "accuracy"
+    """What differs; fewer bits per byte of the right continuations are better."""
     delta: float | None = None
     """Here minus there; of a task with categories, the mean of its categories' differences."""
     ci_low: float | None = None
     ci_high: float | None = None
-    """95% interval, paired (Bonett and Price 2012; for means, their standard errors in quadrature)."""
+    """95% interval, paired (accuracy: Bonett and Price 2012; bits per byte: Student; sums: errors in quadrature)."""
     p_value: float | None = None
-    """Two-sided: exact McNemar for a task, normal for an average and for a task with categories."""
+    """Two-sided: of a task's accuracy the exact test of signs (McNemar's where no items go together), of its bits per
+    byte Student's, of sums normal."""
     p_holm: float | None = None
     """Adjusted for the number of tests in the family."""
     significant: bool = False
@@ -44,11 +57,20 @@ class Difference(Strict):
     note: str | None = None
     """Why there is no comparison."""
 
+    @property
+    def better(self) -> bool | None:
+        """Whether here is significantly better, or worse; None where the test can't tell."""
+        if not self.significant or not self.delta:
+            return None
+        return (self.delta > 0) == (self.kind == "accuracy")
+
 
 @dataclass(frozen=True)
-class _Paired:
-    difference: Difference
-    standard_error: float = math.nan
+class _Compared:
+    """A task's differences by kind; one that could not be made is a note."""
+
+    accuracy: Tested | str
+    bits_per_byte: Tested | str
 
 
 def compare(
@@ -60,46 +82,69 @@ def compare(
     chances: Mapping[str, float],
     same_prompts: bool,
 ) -> tuple[Difference, ...]:
-    """Differences of all tasks that `ours` has, then of all averages.
+    """Differences of all tasks that `ours` has, then of all averages, then the same of their bits per byte.
 
     Args:
         ours, theirs: `label/k-shot` -> its rows of the per-item table.
         same_prompts: the token ids must be the same too, as they are between milestones of one run; another model may
             have another tokenizer, and then the same questions are enough.
     """
-    tasks = {name: _compare_task(name, table, theirs.get(name), against, same_prompts) for name, table in ours.items()}
-    means = [_compare_average(average, tasks, against, chances) for average in averages]
-    families = [[t.difference for t in tasks.values()], means[:1], means[1:]]
-    return tuple(difference for family in families for difference in _corrected(family))
+    tasks = {name: _compare_task(table, theirs.get(name), against, same_prompts) for name, table in ours.items()}
+    of_bits = [a for a in averages if a.kind == "bits_per_byte"]
+    of_accuracy = [a for a in averages if a.kind != "bits_per_byte"]
+
+    def made(name: str, kind: str, found: Tested | str) -> Difference:
+        if isinstance(found, str):
+            return Difference(measure=name, against=against, kind=kind, note=found)
+        estimate = found.estimate
+        return Difference(
+            measure=name,
+            against=against,
+            kind=kind,
+            delta=estimate.value,
+            ci_low=estimate.low if math.isfinite(estimate.low) else None,
+            ci_high=estimate.high if math.isfinite(estimate.high) else None,
+            p_value=found.p_value,
+            mde=statistics.minimum_detectable_effect(estimate.error) if math.isfinite(estimate.error) else None,
+        )
+
+    differences: list[Difference] = []
+    for kind, named in (("accuracy", of_accuracy), ("bits_per_byte", of_bits)):
+        of_tasks = {name: getattr(task, kind) for name, task in tasks.items()}
+        means = [made(a.name, kind, _compare_average(a, of_tasks, chances)) for a in named]
+        alone = [made(name, kind, found) for name, found in of_tasks.items() if found != _NO_SUCH]
+        for family in (alone, means[:1], means[1:]):
+            differences += _corrected(family)
+    return tuple(differences)
 
 
-def _compare_task(name: str, ours: pa.Table, theirs: pa.Table | None, against: str, same_prompts: bool) -> _Paired:
+_NO_SUCH = "none of its items has this"
+
+
+def _compare_task(ours: pa.Table, theirs: pa.Table | None, against: str, same_prompts: bool) -> _Compared:
     if theirs is None or not theirs.num_rows:
-        return _Paired(Difference(measure=name, against=against, note=f"not scored at {against}"))
+        return _Compared(*[f"not scored at {against}"] * 2)
     keys = ["category", "item", "item_hash", "metric", *(["prompt_hash"] if same_prompts else [])]
     if not _same(ours, theirs, keys):
         order = [("category", "ascending"), ("item", "ascending")]
         ours, theirs = ours.sort_by(order), theirs.sort_by(order)
         if not _same(ours, theirs, keys):
-            what = "items or prompts" if same_prompts else "items"
-            return _Paired(Difference(measure=name, against=against, note=f"other {what} than at {against}"))
+            return _Compared(*[f"other {'items or prompts' if same_prompts else 'items'} than at {against}"] * 2)
     category = ours["category"].combine_chunks().dictionary_encode(null_encoding="encode").indices.to_numpy()
-    mine, other = ours["correct"].to_numpy(), theirs["correct"].to_numpy()
-    gained, lost, items = (np.bincount(category, weights) for weights in (mine & ~other, other & ~mine, None))
-    parts = [(int(g), int(k), int(n)) for g, k, n in zip(gained, lost, items)]
-    weights = [1 / len(parts)] * len(parts)
-    delta = math.fsum((gained - lost) / n for gained, lost, n in parts) / len(parts)
-    error = statistics.quadrature([statistics.paired_standard_error(*part) for part in parts], weights)
-    if len(parts) == 1:
-        gained, lost, n = parts[0]
-        low, high = statistics.paired_interval(gained, lost, n)
-        p_value = statistics.mcnemar_exact(lost, gained)
-    else:
-        half = statistics.half_width(error)
-        low, high, p_value = delta - half, delta + half, statistics.normal_p_value(delta, error)
-    mde = statistics.minimum_detectable_effect(error)
-    fields = {"delta": delta, "ci_low": low, "ci_high": high, "p_value": p_value, "mde": mde}
-    return _Paired(Difference(measure=name, against=against, **fields), error)
+    parts = [category == k for k in range(category.max() + 1)]
+    codes = estimates.cluster_codes(ours)
+
+    def differ(one: Callable[..., Tested], *columns) -> Tested:
+        found = [(1 / len(parts), one(*(c[part] for c in columns), codes[part])) for part in parts]
+        return estimates.combined_difference(found)
+
+    accuracy: Tested | str = _NO_SUCH
+    if not ours["correct"].null_count:
+        accuracy = differ(estimates.accuracy_difference, ours["correct"].to_numpy(), theirs["correct"].to_numpy())
+    bits: Tested | str = _NO_SUCH
+    if not ours["nll"].null_count and not theirs["nll"].null_count and (sizes := gold_bytes(ours)) is not None:
+        bits = differ(estimates.likelihood_difference, ours["nll"].to_numpy(), theirs["nll"].to_numpy(), sizes)
+    return _Compared(accuracy, bits)
 
 
 def _same(ours: pa.Table, theirs: pa.Table, keys: list[str]) -> bool:
@@ -107,35 +152,46 @@ def _same(ours: pa.Table, theirs: pa.Table, keys: list[str]) -> bool:
 
 
 def _compare_average(
-    average: AverageDefinition, tasks: Mapping[str, _Paired], against: str, chances: Mapping[str, float]
-) -> Difference:
+    average: AverageDefinition, tasks: Mapping[str, Tested | str], chances: Mapping[str, float]
+) -> Tested | str:
     for task in average.weights:
-        if task not in tasks:
-            return Difference(measure=average.name, against=against, note=f"{task} has no score here")
-        if tasks[task].difference.delta is None:
-            return Difference(measure=average.name, against=against, note=f"{task}: {tasks[task].difference.note}")
-    weights = average.coefficients(chances)
-    delta = math.fsum(weight * tasks[task].difference.delta for task, weight in weights.items())
-    error = statistics.quadrature([tasks[task].standard_error for task in weights], list(weights.values()))
-    half = statistics.half_width(error)
-    return Difference(
-        measure=average.name,
-        against=against,
-        delta=delta,
-        ci_low=delta - half,
-        ci_high=delta + half,
-        p_value=statistics.normal_p_value(delta, error),
-        mde=statistics.minimum_detectable_effect(error),
-    )
+        found = tasks.get(task, "has no score here")
+        if isinstance(found, str):
+            return f"{task} {found}" if task not in tasks else f"{task}: {found}"
+    return estimates.combined_difference([(w, tasks[task]) for task, w in average.coefficients(chances).items()])
 
 
 def _corrected(family: Sequence[Difference]) -> list[Difference]:
-    tested = [d.p_value for d in family if d.p_value is not None]
-    adjusted = iter(statistics.holm(tested))
-    done = []
-    for difference in family:
-        if difference.p_value is not None:
-            p = next(adjusted)
-            difference = difference.model_copy(update={"p_holm": p, "significant": p < ALPHA})
-        done.append(difference)
-    return done
+    return _adjusted(family, statistics.holm([d.p_value for d in family if d.p_value is not None]))
+
+
+def _adjusted(family: Sequence[Difference], p_values: Sequence[float]) -> list[Difference]:
+    """With the adjusted p-value of each that has one, in their order."""
+    adjusted = iter(p_values)
+    tested = (next(adjusted) if d.p_value is not None else None for d in family)
+    return [
+        d if p is None else d.model_copy(update={"p_holm": p, "significant": p < ALPHA}) for d, p in zip(family, tested)
+    ]
+
+
+def corrected_over_page(
+    cards: "Sequence[Scorecard]", claims: Sequence[float] = ()
+) -> "tuple[list[Scorecard], list[float]]":
+    """Scorecards whose changes, together with other claims of the page that shows them, are one family of tests.
+
+    Args:
+        claims: p-values of what else the page says.
+
+    Returns:
+        The scorecards, and the adjusted p-values of the claims.
+    """
+    families = [card.changes for card in cards]
+    tests = [d.p_value for family in families for d in family if d.p_value is not None]
+    adjusted = statistics.holm([*tests, *claims])
+    done, at = [], 0
+    for card, family in zip(cards, families):
+        size = sum(d.p_value is not None for d in family)
+        changes = tuple(_adjusted(family, adjusted[at : at + size]))
+        done.append(card.model_copy(update={"changes": changes}))
+        at += size
+    return done, adjusted[at:]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from openlm_pipeline.errors import DataError, MissingInputError
@@ -37,15 +38,24 @@ SCHEMA = pa.schema(
         pa.field("choice_mean", pa.int32()),  # options picked by the three rules; null without a choice
         pa.field("choice_sum", pa.int32()),
         pa.field("choice_norm", pa.int32()),
-        pa.field("correct", pa.bool_(), nullable=False),  # by the headline rule
+        pa.field("correct", pa.bool_()),  # by the headline rule; null where nothing is right or wrong
         pa.field("correct_sum", pa.bool_()),
         pa.field("correct_norm", pa.bool_()),
         pa.field("nll", pa.float64()),  # of the gold continuation, nats, summed over its tokens; null in generation
         pa.field("num_tokens", pa.int32(), nullable=False),  # of the gold continuation, or generated
         pa.field("generated", pa.string()),  # what the model wrote, in generation only
         pa.field("metric", pa.string(), nullable=False),
+        pa.field("value", pa.float64()),  # what the metric says of the item, as `value_kind` says
+        pa.field("value_kind", pa.string()),  # `correct`: 1 or 0; `bits_per_byte`: of its text
+        pa.field("choice_bytes", pa.list_(pa.int32())),  # UTF-8 bytes of each option's continuation, as in the row
+        pa.field("exact", pa.bool_()),  # a written text is an answer, not only begins with one; in generation only
+        pa.field("cluster", pa.string()),  # the same for items that go together; null is its item_hash
+        pa.field("shots", pa.int32()),  # solved rows before the question
+        pa.field("cut_tokens", pa.int32()),  # of its longest context, that the model's length left no room for
     ]
 )
+_OF_FIRST_RELEASE = SCHEMA.names[: SCHEMA.names.index("value")]
+"""A table without the others is read: they are null there, and `value` is `correct`."""
 CONTEXT_COLUMNS = ("run", "run_version", "milestone", "step", "tokens", "suite", "suite_version")
 """Columns that say what was scored; the same in every row of a scorecard's table."""
 _METADATA_KEY = b"openlm"
@@ -88,7 +98,7 @@ def read_items(path: Path) -> tuple[pa.Table, dict[str, Any]]:
 
     Raises:
         MissingInputError: there is no such file.
-        DataError: it is not Parquet, or not a table of `SCHEMA`.
+        DataError: it is not Parquet, or not a table of `SCHEMA`, or of the first release's.
     """
     try:
         table = pq.read_table(path)
@@ -96,7 +106,13 @@ def read_items(path: Path) -> tuple[pa.Table, dict[str, Any]]:
         raise MissingInputError(f"{path} does not exist: this checkpoint has not been scored") from None
     except (pa.ArrowInvalid, OSError) as e:
         raise DataError(f"{path} is not a readable Parquet file: {e}. Delete it and score again") from e
-    if missing := [name for name in SCHEMA.names if name not in table.schema.names]:
+    if missing := [name for name in _OF_FIRST_RELEASE if name not in table.schema.names]:
         raise DataError(f"{path} is not a per-item table: it has no column {missing[0]!r}")
+    if "value" not in table.schema.names:
+        table = table.append_column("value", pc.cast(table["correct"], pa.float64()))
+        table = table.append_column("value_kind", pa.array(["correct"] * table.num_rows))
+    for name in SCHEMA.names:
+        if name not in table.schema.names:
+            table = table.append_column(name, pa.nulls(table.num_rows, SCHEMA.field(name).type))
     metadata = json.loads((table.schema.metadata or {}).get(_METADATA_KEY, b"{}"))
     return table.select(SCHEMA.names).replace_schema_metadata(None).cast(SCHEMA), metadata

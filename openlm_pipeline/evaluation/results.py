@@ -73,7 +73,16 @@ def _common(task: IclTask, num_fewshot: int, item: Item) -> dict[str, Any]:
         "prompt_hash": item.prompt_hash,
         "gold": item.gold,
         "metric": task.metric,
+        "value_kind": "correct",
+        "cluster": item.cluster,
+        "shots": item.shots,
+        "cut_tokens": item.cut_tokens,
     }
+
+
+def _valued(judged: dict[str, Any]) -> dict[str, Any]:
+    """With `value`, unless the rule gives its own."""
+    return {"value": None if judged.get("correct") is None else float(judged["correct"]), **judged}
 
 
 def item_row(task: IclTask, num_fewshot: int, item: Item, scores: Sequence[RequestScore]) -> dict[str, Any]:
@@ -85,7 +94,8 @@ def item_row(task: IclTask, num_fewshot: int, item: Item, scores: Sequence[Reque
         "choice_tokens": [s.num_tokens for s in scores],
         "nll": -gold.sum_logprob,
         "num_tokens": gold.num_tokens,
-        **RULES[task.rule].judge(task, item, scores),
+        "choice_bytes": list(item.continuation_bytes),
+        **_valued(RULES[task.rule].judge(task, item, scores)),
     }
 
 
@@ -95,7 +105,7 @@ def generation_row(task: IclTask, num_fewshot: int, item: Item, generated: Gener
         "num_choices": 1,
         "generated": generated.text,
         "num_tokens": generated.num_tokens,
-        **RULES[task.rule].judge(task, item, generated),
+        **_valued(RULES[task.rule].judge(task, item, generated)),
     }
 
 

@@ -15,7 +15,15 @@ from pydantic import ValidationError
 from openlm_pipeline.errors import DataError, MissingInputError
 from openlm_pipeline.evaluation.averages import suite_averages
 from openlm_pipeline.evaluation.comparison import COMPARED_COLUMNS, Difference, compare
-from openlm_pipeline.evaluation.scores import Average, TaskScore, score_average, score_categories, score_items
+from openlm_pipeline.evaluation.scores import (
+    FROM_ROWS,
+    Average,
+    Measured,
+    TaskScore,
+    score_average,
+    score_categories,
+    score_items,
+)
 from openlm_pipeline.evaluation.suite import HARNESS_VERSION, IclTask, Suite, task_name
 from openlm_pipeline.storage.files import write_text
 from openlm_pipeline.strict import Strict
@@ -75,8 +83,9 @@ class Scorecard(Provenance):
         return self.headline.value
 
     def difference(self, measure: str, against: str) -> Difference | None:
-        """A paired difference to another milestone or baseline, if one was made."""
-        made = (d for d in (*self.changes, *self.against) if (d.measure, d.against) == (measure, against))
+        """A paired difference of accuracy to another milestone or baseline, if one was made."""
+        every = (d for d in (*self.changes, *self.against) if d.kind == "accuracy")
+        made = (d for d in every if (d.measure, d.against) == (measure, against))
         return next((d for d in made if d.delta is not None), None)
 
     def to_json(self) -> str:
@@ -139,7 +148,7 @@ def make_scorecard(
     _check_stated(items, suite, provenance)
     version = suite.random_baselines
     tables: dict[str, pa.Table] = {}
-    scores: dict[str, TaskScore] = {}
+    scores: dict[str, Measured] = {}
     categories: list[TaskScore] = []
     for task, k in suite.runs():
         name, table = task_name(task.label, k), _select(items, task, k)
@@ -148,26 +157,31 @@ def make_scorecard(
         if table.num_rows and (absent := [c for c in task.category_names if c not in found]):
             problem = f"no items of category {absent[0]}"
         if not table.num_rows or problem:
-            scores[name] = TaskScore(
-                task=task.label,
-                num_fewshot=k,
-                metric=task.metric,
-                rule=task.rule,
-                status="failed" if problem else "not run",
-                problem=problem or (not_run or {}).get(name),
+            scores[name] = Measured(
+                TaskScore(
+                    task=task.label,
+                    num_fewshot=k,
+                    metric=task.metric,
+                    rule=task.rule,
+                    status="failed" if problem else "not run",
+                    problem=problem or (not_run or {}).get(name),
+                )
             )
             continue
         tables[name] = table
         if found:
             in_category = [(c, table.filter(pc.equal(table["category"], c))) for c in found]
             parts = [score_items(task, k, c, part, version, task_files[name]) for c, part in in_category]
-            categories += parts
+            categories += (p.score for p in parts)
             scores[name] = score_categories(parts)
         else:
             scores[name] = score_items(task, k, None, table, version, task_files[name])
 
-    definitions = suite_averages(suite, {name: s.num_items for name, s in scores.items() if s.status == "scored"})
-    chances = {name: s.chance for name, s in scores.items() if s.chance is not None}
+    of_tasks = {name: m.score for name, m in scores.items()}
+    definitions = suite_averages(suite, {name: s.num_items for name, s in of_tasks.items() if s.status == "scored"})
+    if not any(m.bits for m in scores.values()):  # tables of the first release have no bytes
+        definitions = [d for d in definitions if d.kind != "bits_per_byte"]
+    chances = {name: s.chance for name, s in of_tasks.items() if s.chance is not None}
 
     def differences(label: str, other: pa.Table) -> tuple[Difference, ...]:
         for column, value in (("suite", suite.name), ("suite_version", suite.version)):
@@ -180,14 +194,14 @@ def make_scorecard(
         theirs = {task_name(task.label, k): _select(other, task, k) for task, k in suite.runs()}
         return compare(tables, theirs, label, averages=definitions, chances=chances, same_prompts=same_run)
 
-    missing = tuple(name for name, score in scores.items() if score.status != "scored")
+    missing = tuple(name for name, score in of_tasks.items() if score.status != "scored")
     return Scorecard(
         **provenance.model_dump(),
         suite=suite.name,
         suite_version=suite.version,
         suite_digest=suite.digest,
-        random_baselines=version,
-        tasks=tuple(scores.values()),
+        random_baselines=version or FROM_ROWS,
+        tasks=tuple(of_tasks.values()),
         categories=tuple(categories),
         averages=tuple(score_average(definition, scores, version) for definition in definitions),
         status="incomplete" if missing else "complete",

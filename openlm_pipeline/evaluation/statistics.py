@@ -1,7 +1,12 @@
-"""Intervals and tests for accuracies: pure functions of counts. scipy is imported on first use."""
+"""Intervals and tests: pure functions of counts, estimates and errors. scipy is imported on first use."""
 
 import math
 from collections.abc import Sequence
+
+import numpy as np
+
+_EXACT_SUM = 5000
+"""Signed sums up to this are tested exactly; beyond it the normal approximation is as good."""
 
 
 def _z(probability: float) -> float:
@@ -10,13 +15,16 @@ def _z(probability: float) -> float:
     return float(ndtri(probability))
 
 
-def wilson_interval(num_correct: int, num_items: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson_interval(num_correct: float, num_items: float, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson score interval of a proportion (Wilson 1927); sensible at 0, at 1 and for few items.
+
+    Args:
+        num_items: may be a fraction, of what items that go together are worth.
 
     Raises:
         ValueError: no items, or more correct ones than items.
     """
-    if not 0 <= num_correct <= num_items or not num_items:
+    if not 0 <= num_correct <= num_items * (1 + 1e-12) or not num_items:
         raise ValueError(f"{num_correct} correct of {num_items} items")
     z2 = _z((1 + confidence) / 2) ** 2
     p, n = num_correct / num_items, num_items
@@ -25,12 +33,9 @@ def wilson_interval(num_correct: int, num_items: int, confidence: float = 0.95) 
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def standard_error(num_correct: int, num_items: int) -> float:
+def standard_error(accuracy: float, num_items: int) -> float:
     """Standard error of an accuracy, sqrt(p (1 - p) / (n - 1)), as lm-evaluation-harness has it; NaN for one item."""
-    if num_items < 2:
-        return math.nan
-    p = num_correct / num_items
-    return math.sqrt(p * (1 - p) / (num_items - 1))
+    return math.nan if num_items < 2 else math.sqrt(accuracy * (1 - accuracy) / (num_items - 1))
 
 
 def centred_accuracy(accuracy: float, chance: float) -> float:
@@ -43,11 +48,47 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
 
     Under no difference the discordant items fall either way with probability 1/2; 1.0 if there are none.
     """
-    from scipy.stats import binomtest
+    from scipy.special import bdtr
 
     if only_first + only_second == 0:
         return 1.0
-    return float(binomtest(only_first, only_first + only_second, 0.5).pvalue)
+    return min(1.0, 2 * float(bdtr(min(only_first, only_second), only_first + only_second, 0.5)))
+
+
+def sign_flip_exact(sums: np.ndarray) -> float:
+    """Two-sided p-value of sums, int[G], whose signs are a fair coin's under no difference; sums of ±1 give McNemar's.
+
+    Exact, by the distribution of their total; normal where the sums are many.
+    """
+    sizes = np.abs(sums[sums != 0])
+    total, most = abs(int(sums.sum())), int(sizes.sum())
+    if not most:
+        return 1.0
+    if (sizes == 1).all():
+        return mcnemar_exact((most + total) // 2, (most - total) // 2)
+    if most > _EXACT_SUM:
+        return normal_p_value(total, math.sqrt(float((sizes.astype(float) ** 2).sum())))
+    chances = np.zeros(2 * most + 1)
+    chances[most] = 1.0
+    for size in sizes.tolist():
+        chances = (np.roll(chances, size) + np.roll(chances, -size)) / 2
+    return min(1.0, float(chances[most + total :].sum() + chances[: most - total + 1].sum()))
+
+
+def student_half_width(standard_error: float, clusters: int, confidence: float = 0.95) -> float:
+    """Half of an interval by Student's t with one degree of freedom fewer than clusters."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(clusters - 1, (1 + confidence) / 2)) * standard_error
+
+
+def student_p_value(estimate: float, standard_error: float, clusters: int) -> float:
+    """Two-sided p-value of `estimate` being 0, by Student's t; 1 where nothing tells its error."""
+    from scipy.special import stdtr
+
+    if clusters < 2 or not standard_error > 0:
+        return 1.0
+    return float(2 * stdtr(clusters - 1, -abs(estimate) / standard_error))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -69,11 +110,18 @@ def paired_standard_error(only_first: int, only_second: int, num_items: int) -> 
     return math.sqrt(((first + second) / n - ((first - second) / n) ** 2) / n)
 
 
-def paired_interval(only_first: int, only_second: int, num_items: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Adjusted Wald interval of accuracy of the first minus the second (Bonett and Price 2012)."""
-    centre = (only_first - only_second) / (num_items + 2)
-    half = half_width(paired_standard_error(only_first, only_second, num_items), confidence)
-    return max(-1.0, centre - half), min(1.0, centre + half)
+def paired_interval(
+    only_first: int, only_second: int, num_items: int, confidence: float = 0.95, *, effect: float = 1.0
+) -> tuple[float, float]:
+    """Adjusted Wald interval of accuracy of the first minus the second (Bonett and Price 2012).
+
+    Args:
+        effect: how many times the variance is that of independent items.
+    """
+    centre, difference = (only_first - only_second) / (num_items + 2), (only_first - only_second) / num_items
+    error = paired_standard_error(only_first, only_second, num_items) * math.sqrt(effect)
+    half = half_width(error, confidence)
+    return min(difference, max(-1.0, centre - half)), max(difference, min(1.0, centre + half))
 
 
 def half_width(standard_error: float, confidence: float = 0.95) -> float:
@@ -82,7 +130,9 @@ def half_width(standard_error: float, confidence: float = 0.95) -> float:
 
 
 def normal_p_value(estimate: float, standard_error: float) -> float:
-    """Two-sided p-value of `estimate` being 0, by the normal approximation."""
+    """Two-sided p-value of `estimate` being 0, by the normal approximation; 1 without an error."""
+    if not standard_error > 0:
+        return 1.0
     return math.erfc(abs(estimate) / standard_error / math.sqrt(2))
 
 
@@ -95,8 +145,3 @@ def minimum_detectable_effect(standard_error: float, *, power: float = 0.8, alph
             accuracy p that err independently have 2 p (1 - p), the unpaired formula, and similar models have less.
     """
     return (_z(1 - alpha / 2) + _z(power)) * standard_error
-
-
-def quadrature(errors: Sequence[float], weights: Sequence[float]) -> float:
-    """Standard error of a weighted sum of independent estimates; NaN if one of theirs is."""
-    return math.sqrt(math.fsum((w * e) ** 2 for w, e in zip(weights, errors, strict=True)))

@@ -88,6 +88,8 @@ class IclTask(Strict):
     """Longest sequence in tokens; by default the model's."""
     scored_by: Annotated[RuleName | None, Neutral(None)] = None
     """Rule that says when an item is right; by default the task type's."""
+    chance: Annotated[float | None, Field(ge=0, lt=1), Neutral(None)] = None
+    """Accuracy of guessing; by default that of the suite's `random_baselines`, else the mean of 1 / options."""
     batch_size: int | None = None
 
     @model_validator(mode="before")
@@ -162,7 +164,7 @@ class IclTask(Strict):
 
     def settings(self) -> dict[str, Any]:
         """The fields that change results: all but where the file is and how many rows go into a batch."""
-        exclude = {"dataset_uri", "num_fewshot", "metric_names", "batch_size", "sha256", "category_names"}
+        exclude = {"dataset_uri", "num_fewshot", "metric_names", "batch_size", "sha256", "category_names", "chance"}
         found = settings_tree(self, exclude | self._settings_of_other_types())
         if "generation_kwargs" in found:
             found["generation_kwargs"] = self.generation_kwargs.max_new_tokens  # the one that changes a text
@@ -188,8 +190,8 @@ class Suite(Strict):
     """Name -> tasks (`copa/0-shot`) whose plain mean it is. The first is the headline; by default that of all tasks."""
     categories: dict[Label, tuple[str, ...]] = Field(default_factory=dict)
     """Name -> tasks whose centred accuracies it is the mean of, as in LLM Foundry's gauntlet."""
-    random_baselines: Label = "v1"
-    """Version of the accuracies of guessing that centred scores are measured from."""
+    random_baselines: Label | None = None
+    """Version of the accuracies of guessing, by label, that centred scores are measured from; else the rows say."""
     ignored: tuple[str, ...] = Field(default=(), exclude=True)
     """Keys of the file that only said how to run."""
 

@@ -58,6 +58,14 @@ class Item:
     generation: GenerationRequest | None = None
     answers: tuple[str, ...] = ()
     """What a generated text may start with to be right."""
+    continuation_bytes: tuple[int, ...] = ()
+    """UTF-8 bytes of each option's continuation as the row has it."""
+    cluster: str | None = None
+    """The same for items that go together; None where it is alone."""
+    shots: int = 0
+    """Solved rows before the question: fewer than asked for where the file has no more."""
+    cut_tokens: int = 0
+    """Of its longest context, that the model's length left no room for."""
 
 
 def fewshot_indices(num_rows: int, num_fewshot: int, index: int, rng: random.Random) -> list[int]:
@@ -185,16 +193,30 @@ def build_items(
     items = []
     for i, row in enumerate(file.rows):
         preamble, contexts, continuations = prompts[i]
+        whole = [preambles[preamble] + ids[c] for c in contexts]  # one object for all options of a question
+        asked, requests = None, ()
         if generates:
-            asked = generation(row, preambles[preamble] + ids[contexts[0]])
+            asked = generation(row, whole[0])
             prompt = json.dumps([asked.context_ids, asked.max_new_tokens, asked.stop], separators=(",", ":"))
-            requests, lengths = (), ()
         else:
-            asked = None
-            whole = [preambles[preamble] + ids[c] for c in contexts]  # one object for all options of a question
             requests = tuple(request(row, context, ids[t]) for context in whole for t in continuations)
-            lengths = tuple(len(t) for _ in contexts for t in row.continuations)
             prompt = json.dumps([[r.context_ids, r.continuation_ids] for r in requests], separators=(",", ":"))
-        prompt_hash = hashlib.sha256(prompt.encode()).hexdigest()
-        items.append(Item(i, row.category, row.gold, requests, lengths, row.item_hash, prompt_hash, asked, row.answers))
+        texts = [t for _ in contexts for t in row.continuations] if requests else []
+        used = max(len(r.context_ids) for r in requests or [asked])
+        items.append(
+            Item(
+                i,
+                row.category,
+                row.gold,
+                requests,
+                tuple(map(len, texts)),
+                row.item_hash,
+                hashlib.sha256(prompt.encode()).hexdigest(),
+                asked,
+                row.answers,
+                continuation_bytes=tuple(len(t.encode()) for t in texts),
+                shots=min(num_fewshot, len(groups[row.category]) - 1),
+                cut_tokens=max(map(len, whole)) - used,
+            )
+        )
     return items

@@ -110,10 +110,10 @@ def _summed_up(
         task_files=result.task_files,
         against=against,
     )
-    reused = not result.scored and (out / CARD).exists() and load_scorecard(out / CARD) == card
-    if not reused and is_first_process():
+    there = load_scorecard(out / CARD) if not result.scored and (out / CARD).exists() else None
+    if there != card and is_first_process():  # of the same items another release may say more
         save_scorecard(out, card)
-    return card, reused
+    return card, there is not None and there.checkpoint_digest == card.checkpoint_digest
 
 
 def _facts(card: "Scorecard", result: "SuiteResult") -> dict[str, Any]:

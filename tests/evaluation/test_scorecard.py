@@ -71,7 +71,7 @@ def rows(task: IclTask, correct: list[bool], milestone="t0250K", tokens=250_000,
 
 
 def card(tasks, now, before=None, **changes) -> Scorecard:
-    suite = changes.pop("suite", None) or Suite(name="s", icl_tasks=tasks)
+    suite = changes.pop("suite", None) or Suite(name="s", icl_tasks=tasks, random_baselines="v1")
     settings = {"suite": suite, "provenance": provenance(), "task_files": FILES} | changes
     return make_scorecard(items_table(now), None if before is None else items_table(before), **settings)
 
@@ -90,16 +90,17 @@ def test_scores_and_averages_are_those_of_the_items():
     assert lambada.accuracy_sum is None
     assert scorecard.headline.name == "all_tasks"
     assert scorecard.average == pytest.approx(0.375)
-    variances = 0.55 * 0.45 / 99, 0.2 * 0.8 / 49
-    half = 1.96 / 2 * sum(variances) ** 0.5
-    assert scorecard.headline.ci_high - scorecard.average == pytest.approx(half, rel=1e-4)
+    above = copa.ci_high - 0.55, lambada.ci_high - 0.2
+    below = 0.55 - copa.ci_low, 0.2 - lambada.ci_low
+    assert scorecard.headline.ci_high - scorecard.average == pytest.approx((above[0] ** 2 + above[1] ** 2) ** 0.5 / 2)
+    assert scorecard.headline.standard_error == pytest.approx((0.55 * 0.45 / 99 + 0.2 * 0.8 / 49) ** 0.5 / 2)
     assert scorecard.headline.mde == pytest.approx((copa.mde**2 + lambada.mde**2) ** 0.5 / 2)
     assert scorecard.headline.chance == 0.25
     centred = scorecard.averages[1]
     assert (centred.name, centred.kind, centred.random_baselines) == ("all_tasks_centred", "centred", "v1")
     assert (centred.value, centred.chance) == (pytest.approx(0.15), 0.0)
-    half = 1.96 / 2 * (variances[0] / 0.5**2 + variances[1]) ** 0.5
-    assert centred.value - centred.ci_low == pytest.approx(half, rel=1e-4)
+    half = ((below[0] / 0.5) ** 2 + below[1] ** 2) ** 0.5 / 2
+    assert centred.value - centred.ci_low == pytest.approx(half)
     assert (scorecard.status, scorecard.missing, scorecard.changes) == ("complete", (), ())
 
 
@@ -119,7 +120,9 @@ def test_the_interval_of_a_task_with_categories_is_that_of_their_mean():
     mmlu = card((MMLU,), now).tasks[0]
     error = (0.25 / 39 + 0.25 / 79) ** 0.5 / 2
     assert mmlu.standard_error == pytest.approx(error)
-    assert (mmlu.ci_low, mmlu.ci_high) == pytest.approx((0.5 - 1.959964 * error, 0.5 + 1.959964 * error))
+    halves = [0.5 - wilson_interval(n / 2, n)[0] for n in (40, 80)]
+    half = (halves[0] ** 2 + halves[1] ** 2) ** 0.5 / 2
+    assert (mmlu.ci_low, mmlu.ci_high) == pytest.approx((0.5 - half, 0.5 + half))
     unpaired = [2.801585 * (2 * 0.25 / n) ** 0.5 for n in (40, 80)]
     assert mmlu.mde == pytest.approx((unpaired[0] ** 2 + unpaired[1] ** 2) ** 0.5 / 2)
 
@@ -160,6 +163,7 @@ def test_a_suites_own_averages_and_categories():
         icl_tasks=(MC, LM, MMLU),
         averages={"two": ("copa/0-shot", "lambada/0-shot"), "big": ("lambada/0-shot",)},
         categories={"sense": ("copa/0-shot",), "world": ("mmlu/0-shot", "lambada/0-shot")},
+        random_baselines="v1",
     )
     now = rows(MC, [True] * 75 + [False] * 25) + rows(LM, [True, False] * 50)
     scorecard = card(None, now + rows(MMLU, [True] * 10, category="law"), suite=suite)
@@ -282,7 +286,7 @@ def test_items_of_something_else_are_refused():
 def test_one_item_has_no_standard_error_but_a_scorecard():
     scorecard = card((MC,), rows(MC, [True]))
     assert scorecard.tasks[0].standard_error is None
-    assert (scorecard.average, scorecard.headline.ci_low) == (1.0, None)
+    assert (scorecard.average, scorecard.headline.ci_low) == (1.0, wilson_interval(1, 1)[0])
     assert Scorecard.from_json(scorecard.to_json()) == scorecard
 
 

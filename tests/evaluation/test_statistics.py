@@ -1,8 +1,10 @@
 """Intervals and tests against values of the literature, of other programs or worked by hand."""
 
+import itertools
 import math
 from statistics import NormalDist
 
+import numpy as np
 import pytest
 from scipy.stats import binomtest
 
@@ -55,7 +57,7 @@ def test_centred_accuracy():
 
 
 def test_standard_error_of_copa():
-    assert st.standard_error(50, 100) == pytest.approx(0.5 / math.sqrt(99))
+    assert st.standard_error(0.5, 100) == pytest.approx(0.5 / math.sqrt(99))
     assert math.isnan(st.standard_error(1, 1))
 
 
@@ -87,7 +89,23 @@ def test_minimum_detectable_effect_has_its_power():
     assert power == pytest.approx(0.8, abs=1e-6)
 
 
-def test_independent_errors_add_in_quadrature():
-    assert st.quadrature([0.03, 0.04], [1.0, 1.0]) == pytest.approx(0.05)
-    assert st.quadrature([0.03, 0.04], [0.5, 0.5]) == pytest.approx(0.025)
-    assert math.isnan(st.quadrature([0.03, math.nan], [0.5, 0.5]))
+def test_signs_of_single_items_are_mcnemars_test():
+    signs = np.array([1] * 16 + [-1] * 6 + [0] * 100)
+    assert st.sign_flip_exact(signs) == pytest.approx(st.mcnemar_exact(6, 16)) == pytest.approx(0.052479, abs=5e-7)
+    assert st.sign_flip_exact(np.zeros(9, int)) == 1.0
+
+
+def test_signs_of_sums_are_tested_by_all_their_flips():
+    sums = np.array([3, -1, 2, 2, 0, 1])
+    totals = [abs(np.dot(flip, sums)) for flip in itertools.product((-1, 1), repeat=6)]
+    assert st.sign_flip_exact(sums) == pytest.approx(np.mean([t >= 7 for t in totals]))
+    many = np.tile([2, -1, 3, 1, -1], 400)
+    assert st.sign_flip_exact(many * 2) == pytest.approx(st.sign_flip_exact(many), rel=0.05)  # normal, and exact
+    assert st.sign_flip_exact(-many) == st.sign_flip_exact(many)
+
+
+def test_students_interval_and_test_agree():
+    half = st.student_half_width(0.3, 8)
+    assert st.student_p_value(half, 0.3, 8) == pytest.approx(0.05)
+    assert half / 0.3 == pytest.approx(2.364624, abs=1e-5)
+    assert st.student_p_value(1.0, 0.0, 8) == st.student_p_value(1.0, 0.3, 1) == 1.0
