@@ -202,7 +202,11 @@ def test_every_stage_reuses_a_home_of_the_first_release(old_home: Home) -> None:
     rewritten = {name for name in before if before[name] != after[name]}
     resolved = {name for name in rewritten if name.endswith("experiment.yaml")}
     touched = {name for name in rewritten if name.startswith(("tokenized/", "tokenizers/")) and name.endswith(".json")}
-    assert rewritten == resolved | touched
+    summed_up = {name for name in rewritten if name.endswith("scorecard.json")}
+    assert rewritten == resolved | touched | summed_up
+    for name in summed_up:  # the same items and scores; intervals, and what else is said of them, may be others
+        scores = [[(t["task"], t["accuracy"]) for t in json.loads(c[name])["tasks"]] for c in (before, after)]
+        assert scores[0] == scores[1]
     for name in touched:  # unpacking gave the raw files another time of change
         old, new = (json.loads(files[name]) for files in (before, after))
         times = {name: new[name] for name in ("stamp", "stamps", "seal_sha256") if name in new}
