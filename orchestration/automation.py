@@ -43,7 +43,7 @@ def _keys_under_way(instance: dg.DagsterInstance) -> set[dg.AssetKey]:
     }
 
 
-def _found(experiment: Experiment, home: Home, log) -> Iterator[tuple[str, Checkpoint, bool]]:
+def _found(experiment: Experiment, home: Home, log) -> Iterator[tuple[str, Checkpoint, list[str]]]:
     try:
         yield from scoring.milestones_and_scores(experiment, home)
     except OpenLMError as e:
@@ -69,7 +69,7 @@ def checkpoint_sensor(experiments: Sequence[Experiment]) -> dg.SensorDefinition:
         under_way = _keys_under_way(context.instance)
         events, requests = [], []
         for experiment in experiments:
-            for label, checkpoint, has_score in _found(experiment, home, context.log):
+            for label, checkpoint, why in _found(experiment, home, context.log):
                 key = checkpoint_key(experiment.name, label)
                 version, made_here = _known(context.instance, key)
                 is_told = version == checkpoint.digest
@@ -80,7 +80,7 @@ def checkpoint_sensor(experiments: Sequence[Experiment]) -> dg.SensorDefinition:
                     tags = {DATA_VERSION_TAG: checkpoint.digest}
                     events.append(dg.AssetMaterialization(key, metadata=facts, tags=tags))
                 # Also where it is told: the daemon may have died since. Dagster runs the same run_key once.
-                if not has_score:
+                if why:
                     requests.append(
                         dg.RunRequest(
                             run_key=f"{experiment.name}/{label}/{checkpoint.digest}",

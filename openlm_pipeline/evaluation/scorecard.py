@@ -6,7 +6,7 @@ that it belongs to are then empty too: none is ever taken over fewer tasks than 
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,6 +25,7 @@ from openlm_pipeline.evaluation.scores import (
     score_items,
 )
 from openlm_pipeline.evaluation.suite import HARNESS_VERSION, IclTask, Suite, task_name
+from openlm_pipeline.fingerprint import Neutral
 from openlm_pipeline.storage.files import write_text
 from openlm_pipeline.strict import Strict
 
@@ -45,6 +46,14 @@ class Provenance(Strict):
     tokenizer: str
     validation_loss: float | None = None
     """Nats a token on held-out text."""
+    precision: Annotated[str, Neutral("fp32")] = "fp32"
+    """What matrix products were computed in."""
+    average_of_weights: Annotated[str | None, Neutral(None)] = None
+    """Which of the run's `training.averages` was scored in place of its last weights."""
+    model: Annotated[str | None, Neutral(None)] = None
+    """Of a model that is no milestone: its absolute path, or its name on the hub with the revision asked for."""
+    weights_stamp: Annotated[str | None, Neutral(None)] = None
+    """Sizes and times of change of its files as they were, where it is one of this machine."""
 
     @property
     def label(self) -> str:

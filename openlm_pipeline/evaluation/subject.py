@@ -90,6 +90,16 @@ def _native(
     return Subject(name, model, tokenizer, digest, config.seq_len, folder)
 
 
+def place_of(path_or_name: str, revision: str | None = None) -> tuple[str, str | None]:
+    """A model's absolute path, or its hub name with the revision; and of a path what tells that its files changed."""
+    path = Path(path_or_name)
+    if not path.exists():
+        return (path_or_name if revision is None else f"{path_or_name}@{revision}"), None
+    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    about = {p.name: [(stat := p.stat()).st_size, stat.st_mtime_ns] for p in files}
+    return str(path.absolute()), fingerprint({"files": about})
+
+
 def scored_digest(weights: str, precision: Precision, average: str | None = None) -> str:
     """Digest of weights with what else changes their scores; that of the weights alone by default."""
     if precision == "fp32" and average is None:

@@ -4,6 +4,7 @@ Like those of `stages`, they do only what is missing and say whether they reused
 process calls the same function; the first one writes and reports.
 """
 
+import hashlib
 import os
 import re
 import subprocess
@@ -11,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +20,13 @@ import yaml
 
 from openlm_pipeline.checkpoints.folders import Checkpoint
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError, OpenLMError
-from openlm_pipeline.experiments import Evaluation, Experiment
+from openlm_pipeline.experiments import Baseline, Evaluation, Experiment
 from openlm_pipeline.fingerprint import fingerprint, settings_tree
 from openlm_pipeline.pipeline.training import open_run
 from openlm_pipeline.result import Say, StageResult
 from openlm_pipeline.runs.launch import milestone_checkpoints
 from openlm_pipeline.shards.opening import open_dataset
-from openlm_pipeline.storage.files import folder_lock, write_json
+from openlm_pipeline.storage.files import folder_lock, set_aside, write_json
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.tokenizers.engine import load_reference
 from openlm_pipeline.tokenizers.tokenizer import read_tokenizer_info, tokenizer_file
@@ -186,6 +187,8 @@ def score(experiment: Experiment, home: Home, label: str, report: Say) -> StageR
                 data_fingerprint=fingerprint({"data": run.identity["data"]}),
                 tokenizer=info.name,
                 validation_loss=checkpoint.metrics.get("validation_loss"),
+                precision=evaluation.precision,
+                average_of_weights=evaluation.average,
             ),
             out,
             *others,
@@ -201,7 +204,9 @@ def items_of_others(
     those of others by name."""
     folders = {label: home.scorecard(experiment.name, experiment.version, label) for label in earlier}
     home.pull(home.root / "scorecards" / experiment.name / experiment.version)
-    folders |= {b.name: home.model_scorecard(b.name, suite.name) for b in evaluation_of(experiment).baselines}
+    for baseline in evaluation_of(experiment).baselines:
+        if not baseline_staleness(experiment, home, baseline, suite):
+            folders[baseline.name] = home.model_scorecard(baseline.name, suite.name)
     previous = earlier[-1] if earlier else None
     if previous is None and (parents := parent_scorecard(experiment, home)):
         previous = milestone_label(experiment.parent.milestone)
@@ -209,6 +214,50 @@ def items_of_others(
     found = {name: items for name, folder in folders.items() if (items := items_of(folder)) is not None}
     of_suite = {name: t for name, t in found.items() if set(t["suite"].to_pylist()) <= {suite.name}}
     return of_suite.pop(previous, None), of_suite
+
+
+def staleness(card: "Scorecard", suite: "Suite", evaluation: Evaluation, digest: str | None = None) -> list[str]:
+    """Why a scorecard is not what the recipe's evaluation of this model would give now; empty where it is.
+
+    Args:
+        digest: of the weights as they are scored, where they are there.
+    """
+    from openlm_pipeline.evaluation.suite import HARNESS_VERSION
+
+    average = evaluation.average if card.milestone else None
+    pairs = {
+        "weights": (card.checkpoint_digest, digest or card.checkpoint_digest),
+        "suite": (card.suite, suite.name),
+        "settings of the suite": (card.suite_digest, suite.digest),
+        "harness version": (card.harness_version, HARNESS_VERSION),
+        "precision": (card.precision, evaluation.precision),
+        "average of the weights": (card.average_of_weights or "none", average or "none"),
+    }
+    if digest and pairs["weights"][0] == pairs["weights"][1]:  # it has the last two in it, which old scorecards don't
+        del pairs["precision"], pairs["average of the weights"]
+    return [f"{what} {old[:12]} -> {new[:12]}" for what, (old, new) in pairs.items() if old != new]
+
+
+def baseline_staleness(experiment: Experiment, home: Home, baseline: Baseline, suite: "Suite") -> list[str]:
+    """Why there is no scorecard of a baseline as the recipe has it now; empty where there is one."""
+    from openlm_pipeline.evaluation.scorecard import load_scorecard
+    from openlm_pipeline.evaluation.subject import place_of
+
+    path = home.model_scorecard(baseline.name, suite.name) / CARD
+    if not path.exists():
+        return ["it was not scored yet"]
+    card = load_scorecard(path)
+    model, stamp = place_of(baseline.model, baseline.revision)
+    if card.model is None:  # of the first release, which wrote down one of the two
+        model, card_model = baseline.tokenizer or baseline.model, card.tokenizer
+    else:
+        card_model = card.model
+    changed = [f"model {card_model} -> {model}"] if card_model != model else []
+    if card.model and card.tokenizer != (baseline.tokenizer or baseline.model):
+        changed.append(f"tokenizer {card.tokenizer} -> {baseline.tokenizer or baseline.model}")
+    if not changed and card.weights_stamp not in (None, stamp):
+        changed.append("its files were changed since")
+    return [*changed, *staleness(card, suite, evaluation_of(experiment))]
 
 
 def parent_scorecard(experiment: Experiment, home: Home) -> Path | None:
@@ -309,7 +358,7 @@ def score_model(
     """Score a model that no run here made, or a checkpoint by its path, into `out_dir`.
 
     Args:
-        name: what it is filed under; by default made of the path.
+        name: what it is filed under; by default made of the path. What another model of that name scored is set aside.
         out_dir: by default `scorecards/models/NAME/SUITE` under the home.
         flags: OpenLM's model flags, such as `{"model_norm": "rms_norm"}`.
 
@@ -317,7 +366,7 @@ def score_model(
         Its facts hold `metrics` (`metrics/copa/0-shot/...` -> accuracy, as LLM Foundry prints them) and `seconds`.
     """
     from openlm_pipeline.evaluation.scorecard import Provenance
-    from openlm_pipeline.evaluation.subject import default_device, open_subject
+    from openlm_pipeline.evaluation.subject import default_device, open_subject, place_of
     from openlm_pipeline.evaluation.suite import load_suite
     from openlm_pipeline.models.openlm_settings import settings_of_flags
 
@@ -326,9 +375,10 @@ def score_model(
     suite = load_suite(suite_name)
     if suite.ignored:
         report(f"{suite_name}: left out, as they only say how to run: {', '.join(suite.ignored)}")
-    name = name or re.sub(
-        r"[^a-z0-9]+", "_", f"{Path(path_or_name).parent.name}_{Path(path_or_name).stem}".lower()
-    ).strip("_")
+    place, stamp = place_of(path_or_name, revision)
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.\-]*", name):
+        raise ConfigError(f"--name {name!r}: letters, digits, `_`, `-` and `.` only, as scores are filed under it")
+    name = name or _default_name(path_or_name, place, suite, home)
     out = out_dir or home.model_scorecard(name, suite.name)
     started = time.monotonic()
     subject = open_subject(
@@ -343,9 +393,16 @@ def score_model(
     )
     context = {"run": name, "run_version": None, "milestone": None, "step": None, "tokens": None}
     how = {"backend": backend, "batch_tokens": batch_tokens, "max_seq_len": max_seq_len}
-    with home.artefact(out), _writing(out):
+    with home.artefact(out), _set_aside_others(out, place, report), _writing(out):
         result = _run_suite(subject, suite, home, out, context, report, **how)
-        provenance = Provenance(run=name, checkpoint_digest=subject.digest, tokenizer=tokenizer or path_or_name)
+        provenance = Provenance(
+            run=name,
+            checkpoint_digest=subject.digest,
+            tokenizer=tokenizer or path_or_name,
+            precision=precision,
+            model=place,
+            weights_stamp=stamp,
+        )
         card, reused = _summed_up(result, suite, provenance, out)
         metrics = _metrics(card)
         if is_first_process() and not (reused and (out / "results.json").exists()):
@@ -354,21 +411,45 @@ def score_model(
     return StageResult(out, fingerprint({"scorecard": settings_tree(card)}), reused, facts)
 
 
+def _scored_model(folder: Path) -> str | None:
+    """Which model a folder has the scores of; None where none, or one of the first release."""
+    from openlm_pipeline.evaluation.scorecard import load_scorecard
+
+    return load_scorecard(folder / CARD).model if (folder / CARD).exists() else None
+
+
+@contextmanager
+def _set_aside_others(folder: Path, place: str, report: Say) -> Iterator[None]:
+    """Scores of another model that stand in a folder are kept beside it."""
+    if is_first_process() and (other := _scored_model(folder)) not in (None, place):
+        report(f"the scores of {other} in {folder} are kept in {set_aside(folder)}")
+    yield
+
+
+def _default_name(path_or_name: str, place: str, suite: "Suite", home: Home) -> str:
+    """Of the last two parts of a path or hub name; where another model has that one, with a digest of the place."""
+    last = re.sub(r"\.(pt|pth|bin|safetensors)$", "", "_".join(Path(path_or_name).parts[-2:]).lower())
+    name = re.sub(r"[^a-z0-9]+", "_", last).strip("_") or "model"
+    if _scored_model(home.model_scorecard(name, suite.name)) in (None, place):
+        return name
+    return f"{name}_{hashlib.sha256(place.encode()).hexdigest()[:8]}"
+
+
 def _metrics(card: "Scorecard") -> dict[str, float]:
     """Accuracies under LLM Foundry's names: one per category where a task has those."""
     whole = [t for t in card.tasks if t.num_categories is None]
     return {f"metrics/{t.name}/{t.metric}": t.accuracy for t in (*whole, *card.categories) if t.accuracy is not None}
 
 
-def milestones_and_scores(experiment: Experiment, home: Home) -> Iterator[tuple[str, Checkpoint, bool]]:
-    """Each milestone on disk: label, checkpoint, and whether its scorecard is of this checkpoint and suite.
+def milestones_and_scores(experiment: Experiment, home: Home) -> Iterator[tuple[str, Checkpoint, list[str]]]:
+    """Each milestone on disk: label, checkpoint, and why its scorecard is none of this checkpoint and suite.
 
     Raises:
         OpenLMError: the run folder is not this experiment's, or its data is not there.
     """
     from openlm_pipeline.evaluation.scorecard import load_scorecard
     from openlm_pipeline.evaluation.subject import scored_digest
-    from openlm_pipeline.evaluation.suite import HARNESS_VERSION, load_suite
+    from openlm_pipeline.evaluation.suite import load_suite
 
     evaluation = evaluation_of(experiment)
     suite = load_suite(evaluation.suite)
@@ -376,10 +457,4 @@ def milestones_and_scores(experiment: Experiment, home: Home) -> Iterator[tuple[
         path = home.scorecard(experiment.name, experiment.version, label) / CARD
         card = load_scorecard(path) if path.exists() else None
         digest = scored_digest(checkpoint.digest, evaluation.precision, evaluation.average)
-        yield (
-            label,
-            checkpoint,
-            card is not None
-            and (card.checkpoint_digest, card.suite_digest, card.harness_version)
-            == (digest, suite.digest, HARNESS_VERSION),
-        )
+        yield label, checkpoint, ["not scored yet"] if card is None else staleness(card, suite, evaluation, digest)

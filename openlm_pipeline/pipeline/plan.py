@@ -377,21 +377,19 @@ def _scorecards(experiment: Experiment, home: Home, checkpoints: dict[str, Artef
         return
     from openlm_pipeline.pipeline.evaluation import milestones_and_scores
 
-    scored: dict[str, bool] = {}
+    why: dict[str, list[str]] = {}
     if any(a.state == "fresh" for a in checkpoints.values()):
-        scored = {label: current for label, _, current in milestones_and_scores(experiment, home)}
+        why = {label: changed for label, _, changed in milestones_and_scores(experiment, home)}
     for label, _ in experiment.labelled_milestones():
         name = f"scorecard/{experiment.name}/{label}"
         above = checkpoints[f"checkpoint/{experiment.name}/{label}"]
         there = (home.scorecard(experiment.name, experiment.version, label) / "scorecard.json").exists()
         if above.state != "fresh":
             yield Artefact(name, "stale" if there else "missing", (f"{above.name} is {above.state}",))
-        elif scored.get(label):
+        elif why.get(label) == []:
             yield Artefact(name, "fresh")
-        elif there:
-            yield Artefact(name, "stale", ("it is of another checkpoint, suite or harness version",))
         else:
-            yield Artefact(name, "missing", ("not scored yet",))
+            yield Artefact(name, "stale" if there else "missing", tuple(why.get(label) or ["not scored yet"]))
 
 
 def _cost(

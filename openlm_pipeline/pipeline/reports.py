@@ -6,13 +6,23 @@ whatever the order in which they were made.
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openlm_pipeline import __version__
-from openlm_pipeline.errors import ConfigError, MissingInputError
+from openlm_pipeline.errors import ConfigError, MissingInputError, OpenLMError
 from openlm_pipeline.experiments import Experiment, load_experiment, recipe_names
-from openlm_pipeline.pipeline.evaluation import CARD, evaluation_of, items_of, items_of_others, parent_scorecard
+from openlm_pipeline.pipeline.evaluation import (
+    CARD,
+    baseline_staleness,
+    evaluation_of,
+    items_of,
+    items_of_others,
+    milestones_and_scores,
+    parent_scorecard,
+    staleness,
+)
 from openlm_pipeline.pipeline.training import open_run
 from openlm_pipeline.result import Say, StageResult
 from openlm_pipeline.runs.folder import RunFolder
@@ -27,22 +37,39 @@ if TYPE_CHECKING:
     from openlm_pipeline.reports import Table
 
 
-def _cards(experiment: Experiment, home: Home) -> "tuple[list[Scorecard], list[Scorecard]]":
-    """The scorecards of a run's milestones and baselines that are there, each compared with all that is there now."""
+@dataclass(frozen=True)
+class _Cards:
+    """The scorecards of a run's milestones and baselines that are of what the recipe says now."""
+
+    milestones: "list[Scorecard]"
+    baselines: "list[Scorecard]"
+    without: dict[str, str]
+    """Milestone or baseline -> why it has no scorecard, or one of something else."""
+
+
+def _cards(experiment: Experiment, home: Home) -> _Cards:
+    """Each compared with all that is there now."""
     from openlm_pipeline.evaluation.scorecard import Provenance, load_scorecard, make_scorecard
     from openlm_pipeline.evaluation.suite import load_suite
 
     home.pull(home.root / "scorecards" / experiment.name / experiment.version)
     suite = load_suite(evaluation_of(experiment).suite)
     labels = [label for label, _ in experiment.labelled_milestones()]
-    cards = []
+    cards, without = [], {}
+    try:
+        known = {label: why for label, _, why in milestones_and_scores(experiment, home)}
+    except OpenLMError:  # scores outlive the run that they are of
+        known = {}
     for i, label in enumerate(labels):
         folder = home.scorecard(experiment.name, experiment.version, label)
         if not (folder / CARD).exists():
             continue
         card = load_scorecard(folder / CARD)
+        if changed := known.get(label, staleness(card, suite, evaluation_of(experiment))):
+            without[label] = f"its scorecard is of something else ({'; '.join(changed)}): `openlm evaluate` scores it"
+            continue
         items = items_of(folder)
-        if card.suite_digest == suite.digest and items is not None:
+        if items is not None:
             before, others = items_of_others(experiment, home, suite, labels[:i])
             card = make_scorecard(
                 items,
@@ -53,8 +80,13 @@ def _cards(experiment: Experiment, home: Home) -> "tuple[list[Scorecard], list[S
                 against=others,
             )
         cards.append(card)
-    paths = [home.model_scorecard(b.name, suite.name) / CARD for b in evaluation_of(experiment).baselines]
-    return cards, [load_scorecard(path) for path in paths if path.exists()]
+    baselines = []
+    for baseline in evaluation_of(experiment).baselines:
+        if changed := baseline_staleness(experiment, home, baseline, suite):
+            without[baseline.name] = f"not scored as the recipe has it ({'; '.join(changed)})"
+        else:
+            baselines.append(load_scorecard(home.model_scorecard(baseline.name, suite.name) / CARD))
+    return _Cards(cards, baselines, without)
 
 
 def _parent_card(experiment: Experiment, home: Home, cards: "Sequence[Scorecard]") -> "Scorecard | None":
@@ -63,7 +95,8 @@ def _parent_card(experiment: Experiment, home: Home, cards: "Sequence[Scorecard]
 
     folder = parent_scorecard(experiment, home)
     card = load_scorecard(folder / CARD) if folder and (folder / CARD).exists() else None
-    return card if card and all(c.suite_digest == card.suite_digest for c in cards) else None
+    same = ("suite_digest", "precision", "harness_version")
+    return card if card and all(getattr(c, k) == getattr(card, k) for c in cards for k in same) else None
 
 
 def _records(experiment: Experiment, home: Home, run: RunFolder) -> list[dict[str, Any]]:
@@ -87,34 +120,41 @@ def make_report(experiment: Experiment, home: Home, report: Say) -> StageResult:
     from openlm_pipeline.reports import write_report
 
     run = open_run(experiment, home)
-    cards, baselines = _cards(experiment, home) if experiment.evaluation else ([], [])
+    found = _cards(experiment, home) if experiment.evaluation else _Cards([], [], {})
     out = home.report(experiment.name, experiment.version)
     provenance = {"run fingerprint": run.fingerprint, "openlm_pipeline": __version__}
     with home.artefact(out):
         paths = write_report(
             out,
             experiment,
-            cards,
+            found.milestones,
             _records(experiment, home, run),
             provenance,
-            parent=_parent_card(experiment, home, cards),
-            baselines=baselines,
+            parent=_parent_card(experiment, home, found.milestones),
+            baselines=found.baselines,
             quoted=_quoted(experiment),
+            without=found.without,
         )
     page = paths["report.html"]
     report(f"report: {page}")
-    facts = {"scorecards": len(cards), "milestones": len(experiment.milestones), "baselines": len(baselines)}
+    for name, why in found.without.items():
+        report(f"{name}: {why}")
+    facts = {
+        "scorecards": len(found.milestones),
+        "milestones": len(experiment.milestones),
+        "baselines": len(found.baselines),
+    }
     return StageResult(page, sha256_file(paths["table.csv"]), False, facts)
 
 
-def _scored(experiment: Experiment, home: Home) -> "tuple[list[Scorecard], list[Scorecard]]":
-    """`_cards` where there are any; else MissingInputError."""
-    cards, baselines = _cards(experiment, home)
-    if not cards:
+def _scored(experiment: Experiment, home: Home) -> _Cards:
+    """`_cards` where there are any of milestones; else MissingInputError."""
+    found = _cards(experiment, home)
+    if not found.milestones:
         raise MissingInputError(
             f"no milestone of {experiment.name} is scored; `openlm evaluate {experiment.name}` does it"
         )
-    return cards, baselines
+    return found
 
 
 def scores_table(experiment: Experiment, home: Home) -> "Table":
@@ -125,15 +165,16 @@ def scores_table(experiment: Experiment, home: Home) -> "Table":
     """
     from openlm_pipeline.reports import milestones_table
 
-    cards, baselines = _scored(experiment, home)
+    found = _scored(experiment, home)
     return milestones_table(
         experiment.name,
         experiment.version,
-        cards,
+        found.milestones,
         experiment.milestones,
-        parent=_parent_card(experiment, home, cards),
-        baselines=baselines,
+        parent=_parent_card(experiment, home, found.milestones),
+        baselines=found.baselines,
         quoted=_quoted(experiment),
+        without=found.without,
     )
 
 
@@ -141,8 +182,7 @@ def write_model_card(experiment: Experiment, home: Home, path: Path) -> Path:
     """Write the Hugging Face model card of the last scored milestone; `path` is the file, such as `README.md`."""
     from openlm_pipeline.reports.model_card import model_card
 
-    cards, _ = _scored(experiment, home)
-    write_text(path, model_card(experiment, cards[-1]))
+    write_text(path, model_card(experiment, _scored(experiment, home).milestones[-1]))
     return path
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from openlm_pipeline.evaluation.scorecard import Scorecard
+from openlm_pipeline.reports.claims import BASELINE, CHANCE, LEAD
 from openlm_pipeline.reports.rows import LOSS
 from openlm_pipeline.reports.table import Cell, Row, Table
 
@@ -88,14 +89,15 @@ def headline(table: Table, cards: Sequence[Scorecard] = ()) -> Headline:
     figures = [Figure("Average accuracy", f"{cell.number} {cell.half_width}".rstrip(), _tasks(table, by_label, best))]
     if len(scored) > 1:
         second = max((row for row in scored if row is not best), key=lambda row: row.cells[0].value)
-        gap = _gap(table, by_label, best, second)
+        gap = _gap(table, by_label, best, second, LEAD)
         figures.append(Figure(f"Lead over {second.title}", signed(gap.delta), gap.detail, gap.sign))
         main += (
             f", {gap.delta:.3f} ahead of {second.title}, {'' if gap.beyond_noise is None else 'which is '}{gap.verdict}"
         )
     chance = table.headline.chance
     if chance is not None:
-        gap = _Gap(cell.value - chance, *_shifted(cell, chance), None, f"guessing gets {chance:.3f}")
+        p_value = table.claims.get(CHANCE)
+        gap = _Gap(cell.value - chance, *_shifted(cell, chance), p_value, f"guessing gets {chance:.3f}")
         figures.append(Figure("Over chance", signed(gap.delta), gap.detail, gap.sign))
         if gap.beyond_noise is False:
             main += "; it is not distinguishable from chance"
@@ -126,7 +128,7 @@ def _against_baselines(table: Table, cards: dict[str, Scorecard], best: Row) -> 
             continue
         other = max(rows, key=lambda row: row.cells[0].value)
         if kind == "re-run":
-            gap = _gap(table, cards, best, other)
+            gap = _gap(table, cards, best, other, BASELINE)
             figures.append(
                 Figure(title, signed(gap.delta), f"{other.title} {other.cells[0].number}: {gap.detail}", gap.sign)
             )
@@ -141,7 +143,7 @@ def _shifted(cell: Cell, by: float) -> tuple[float | None, float | None]:
     return (None, None) if cell.low is None or cell.high is None else (cell.low - by, cell.high - by)
 
 
-def _gap(table: Table, cards: dict[str, Scorecard], row: Row, other: Row) -> _Gap:
+def _gap(table: Table, cards: dict[str, Scorecard], row: Row, other: Row, claim: str) -> _Gap:
     """Paired where one of the two scorecards has the comparison; else the errors count as independent."""
     measure = table.headline.key.removeprefix("average/")
     for mine, theirs, sign in ((row, other, 1), (other, row, -1)):
@@ -149,7 +151,8 @@ def _gap(table: Table, cards: dict[str, Scorecard], row: Row, other: Row) -> _Ga
         found = card.difference(measure, theirs.label) if card else None
         if found is not None and found.ci_low is not None:
             low, high = sorted((sign * found.ci_low, sign * found.ci_high))
-            return _Gap(sign * found.delta, low, high, found.p_value, "paired over the same items")
+            p_value = table.claims.get(claim, found.p_value)
+            return _Gap(sign * found.delta, low, high, p_value, "paired over the same items")
     ours, theirs = row.cells[0], other.cells[0]
     delta = ours.value - theirs.value
     if None in (ours.low, ours.high, theirs.low, theirs.high):

@@ -42,6 +42,7 @@ def write_report(
     parent: Scorecard | None = None,
     baselines: Sequence[Scorecard] = (),
     quoted: Sequence[QuotedBaseline] = (),
+    without: Mapping[str, str] = {},
 ) -> dict[str, Path]:
     """Write `report.md`, `report.html`, `table.csv` and `table.parquet` into `out_dir`; return them by those names.
 
@@ -52,6 +53,7 @@ def write_report(
         parent: scorecard of the milestone that a fork continues from.
         baselines: scorecards of other models on the same suite.
         quoted: published scores.
+        without: milestone or baseline -> why it has no scorecard that can be shown.
 
     Raises:
         DataError: the scorecards are of another run or cannot be compared with each other.
@@ -66,6 +68,7 @@ def write_report(
         parent=parent,
         baselines=baselines,
         quoted=quoted,
+        without=without,
     )
     facts = [*evaluation_facts(milestones), *((name, str(value)) for name, value in (provenance or {}).items())]
     page = {
@@ -73,7 +76,7 @@ def write_report(
         "headline": headline(table, cards),
         "origin": origin(table, cards),
         "table": table,
-        "problems": problems(table, cards),
+        "problems": [*problems(table, cards), *(f"{name}: {why}" for name, why in without.items())],
         "notes": notes(table, cards),
         "made_from": made_from(experiment),
         "facts": facts,

@@ -1,12 +1,14 @@
 """The scores table of a run, put together from scorecards and published scores that can be compared."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from openlm_pipeline.errors import DataError
 from openlm_pipeline.evaluation.baselines import QuotedBaseline
+from openlm_pipeline.evaluation.comparison import corrected_over_page
 from openlm_pipeline.evaluation.scorecard import Average, Scorecard, TaskScore
 from openlm_pipeline.evaluation.suite import task_name
-from openlm_pipeline.reports.table import NOT_APPLICABLE, NOT_RUN, Cell, Column, Row, Table
+from openlm_pipeline.reports.claims import claims
+from openlm_pipeline.reports.table import NOT_APPLICABLE, NOT_RUN, STALE, Cell, Column, Row, Table
 from openlm_pipeline.units import format_tokens, milestone_label
 
 LOSS = "validation_loss"
@@ -21,13 +23,17 @@ def milestones_table(
     parent: Scorecard | None = None,
     baselines: Sequence[Scorecard] = (),
     quoted: Sequence[QuotedBaseline] = (),
+    without: Mapping[str, str] = {},
 ) -> Table:
     """The table of one run's scorecards; a milestone (in tokens) without a scorecard is a row of `not run`.
+
+    What its rows say of changes, and what the headline will say, is one family of tests.
 
     Args:
         parent: scorecard of the milestone that a fork continues from.
         baselines: scorecards of other models on the same suite, in the order to show.
         quoted: published scores; a model without any of the table's tasks is left out.
+        without: milestones whose scorecard is of something else, rows of `stale`, and baselines that have none.
 
     Raises:
         DataError: a scorecard of another run, two of one milestone, or scorecards that cannot be compared because
@@ -42,6 +48,9 @@ def milestones_table(
             raise DataError(f"a scorecard of {card.run} {card.run_version} was given for {run} {run_version}")
         if card.tokens is None:
             raise DataError(f"the scorecard {card.label} is of no milestone; give it as a baseline")
+    claimed = claims(scorecards, baselines)
+    corrected, adjusted = corrected_over_page(list(cards.values()), list(claimed.values()))
+    cards = dict(zip(cards, corrected))
     every = [*cards.values(), *([parent] if parent else []), *baselines]
     for card in every:
         _check_comparable(card, every[-1])
@@ -58,7 +67,13 @@ def milestones_table(
         rows.append(Row(label, format_tokens(tokens), "milestone", cells, tokens, card.step))
         before = label
     rows += [
-        Row(label, format_tokens(tokens), "milestone", tuple(Cell(NOT_RUN) for _ in columns), tokens)
+        Row(
+            label,
+            format_tokens(tokens),
+            "milestone",
+            tuple(Cell(STALE if label in without else NOT_RUN) for _ in columns),
+            tokens,
+        )
         for label, tokens in nominal.items()
         if label not in cards
     ]
@@ -66,6 +81,8 @@ def milestones_table(
     for card in baselines:
         cells = tuple(_cell(card, column, None) for column in columns)
         rows.append(Row(card.run, card.run, "re-run", cells, card.tokens))
+    for name in without.keys() - nominal.keys():
+        rows.append(Row(name, name, "re-run", tuple(Cell(NOT_RUN) for _ in columns)))
     tasks_of = {a.name: set(a.tasks) for card in every for a in card.averages}
     for published in quoted:
         cells = tuple(_quoted_cell(published, column, tasks_of) for column in columns)
@@ -74,13 +91,13 @@ def milestones_table(
             title = published.title if tokens is None else f"{published.title} {format_tokens(tokens)}"
             source = f"{published.source}; {published.harness}" + (f"; {published.note}" if published.note else "")
             rows.append(Row(published.name, title, "quoted", cells, tokens, source=source))
-    return Table(run, run_version, columns, tuple(rows))
+    return Table(run, run_version, columns, tuple(rows), dict(zip(claimed, adjusted)))
 
 
 def _check_comparable(card: Scorecard, last: Scorecard) -> None:
     def instrument(c: Scorecard) -> dict[str, str]:
         files = {f"the file of {t.name}": t.task_file_sha256 for t in c.tasks if t.task_file_sha256}
-        names = ("suite", "suite_version", "suite_digest", "random_baselines", "harness_version")
+        names = ("suite", "suite_version", "suite_digest", "random_baselines", "harness_version", "precision")
         return {k: getattr(c, k) for k in names} | files
 
     mine, other = instrument(card), instrument(last)

@@ -33,7 +33,7 @@ def notes(table: Table, cards: Sequence[Scorecard]) -> Facts:
         (
             "▲ ▼",
             "a change since the milestone above that a paired test over the same items finds significant at 5%: "
-            "McNemar's exact test, Holm's correction over the tasks; a change without a mark may be noise",
+            "an exact test, Holm's correction over all that this page says; a change without a mark may be noise",
         ),
         ("detectable", "smallest difference found four times in five between two models that err independently"),
     ]
@@ -153,6 +153,7 @@ def evaluation_facts(cards: Sequence[Scorecard]) -> Facts:
         ("Suite", f"{last.suite} {last.suite_version}"),
         ("Suite digest", last.suite_digest),
         ("Harness version", last.harness_version),
+        ("Precision", last.precision),
         ("Random baselines", last.random_baselines),
         ("Tokenizer", last.tokenizer),
         *(("Data fingerprint", digest) for digest in data),

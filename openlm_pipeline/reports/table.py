@@ -5,8 +5,8 @@ A cell without a value says why. Nothing is computed here that a scorecard or a 
 
 import csv
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -16,11 +16,13 @@ import pyarrow.parquet as pq
 from openlm_pipeline.evaluation.comparison import Difference
 from openlm_pipeline.storage.files import atomic_writer
 
-Status = Literal["scored", "failed", "not run", "n/a"]
+Status = Literal["scored", "failed", "not run", "stale", "n/a"]
 RowKind = Literal["milestone", "re-run", "quoted"]
 ColumnKind = Literal["average", "accuracy", "centred", "category", "loss"]
 
 NOT_RUN: Status = "not run"
+STALE: Status = "stale"
+"""Scored, but by another suite, precision or harness, or of other weights."""
 NOT_APPLICABLE: Status = "n/a"
 """Not published, or nothing that a model of others has."""
 
@@ -120,6 +122,8 @@ class Table:
     columns: tuple[Column, ...]
     """The headline average, the tasks, the other summaries, the held-out loss."""
     rows: tuple[Row, ...]
+    claims: Mapping[str, float] = field(default_factory=dict)
+    """p-values of what is claimed of the best milestone (`reports.claims`), corrected over the page."""
 
     @property
     def headline(self) -> Column:

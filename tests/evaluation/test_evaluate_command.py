@@ -1,6 +1,8 @@
 """`openlm evaluate` as people use it: any model with OpenLM's arguments, and the milestones of a recipe."""
 
+import html
 import json
+import re
 import shutil
 from dataclasses import dataclass
 
@@ -159,6 +161,73 @@ def test_two_processes_and_a_baseline_for_a_recipe(exported, tmp_path):
     assert "copy" in page
     assert "re-run" in page
     assert "model-index:" in (tmp_path / "README.md").read_text()
+
+
+def test_a_number_is_shown_only_for_what_it_was_measured_on(exported, tmp_path):
+    """A baseline whose model is another now, and a milestone scored in another precision or suite, have no numbers."""
+    pipeline, root, _ = exported
+    pipeline = pipeline.copy(tmp_path / "pipeline")
+    for name in ("first", "second"):
+        shutil.copytree(root / "hf", tmp_path / name)
+    recipe = pipeline.root / "recipes" / "tiny.yaml"
+
+    def report(precision: str = "fp32", model: str = "first", **fields) -> str:
+        document = yaml.safe_load(recipe.read_text())
+        document["evaluation"] |= {"precision": precision, "baselines": [{"name": "other", "model": model, **fields}]}
+        recipe.write_text(yaml.safe_dump(document))
+        made = openlm(pipeline, "report", "tiny")
+        assert made.returncode == 0, made.stderr
+        return html.unescape((pipeline.home / "reports/tiny/v1/report.md").read_text())
+
+    def row(page: str, name: str) -> list[str]:
+        (line,) = (line for line in page.splitlines() if line.startswith(f"| {name} |"))
+        return [cell.strip() for cell in line.strip("|").split("|")[1:]]
+
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    assert set(row(report(model=first), "other (re-run)")) == {"not run"}
+    assert openlm(pipeline, "evaluate", "tiny", "--baseline", "other").returncode == 0
+    scored = row(report(model=first), "other (re-run)")
+    assert "not run" not in scored[0] and float(scored[0].split()[0]) > 0
+    page = report(model=second)
+    assert set(row(page, "other (re-run)")) == {"not run"}
+    assert f"model {first} -> {second}" in page
+    (tmp_path / "first" / "config.json").touch()
+    assert "its files were changed since" in report(model=first)
+    again = openlm(pipeline, "evaluate", "tiny", "--baseline", "other")
+    assert "items already scored" in again.stdout  # by their hash the weights are the same
+    assert row(report(model=first), "other (re-run)") == scored
+    page = report(precision="bf16", model=first)
+    assert set(row(page, "other (re-run)")) == {"not run"}
+    milestones = [line for line in page.splitlines() if "| stale |" in line]
+    assert milestones and "its scorecard is of something else (weights " in page
+    assert openlm(pipeline, "evaluate", "tiny", "--baseline", "other").returncode == 0
+    page = report(precision="bf16", model=first)
+    assert "- Precision: bf16" not in page  # no milestone was scored in it
+    assert float(row(page, "other (re-run)")[0].split()[0]) > 0
+
+
+def test_models_of_equal_names_do_not_take_each_others_scores(exported, tmp_path):
+    pipeline, root, _ = exported
+    pipeline = pipeline.copy(tmp_path / "pipeline")
+    models = [tmp_path / place / "Llama-3.2-1B" for place in ("a", "b")] + [tmp_path / "a" / "Llama-3.2-3B"]
+    for model in models:
+        shutil.copytree(root / "hf", model)
+    scores = pipeline.home / "scorecards" / "models"
+    before = set(scores.glob("*"))
+    suite = ("--eval-yaml", str(pipeline.home / "suite.yaml"))
+    for model in [*models, models[0]]:
+        assert openlm(pipeline, "evaluate", "--checkpoint", str(model), *suite).returncode == 0
+    names = sorted(p.name for p in set(scores.iterdir()) - before)
+    assert [n[:14] for n in names] == ["a_llama_3_2_1b", "a_llama_3_2_3b", "b_llama_3_2_1b"]
+    twin = tmp_path / "more" / "a" / "Llama-3.2-1B"
+    shutil.copytree(root / "hf", twin)
+    assert openlm(pipeline, "evaluate", "--checkpoint", str(twin), *suite).returncode == 0
+    (apart,) = {p.name for p in scores.iterdir()} - {*names, *(p.name for p in before)}
+    assert re.fullmatch("a_llama_3_2_1b_[0-9a-f]{8}", apart)
+    named = openlm(pipeline, "evaluate", "--checkpoint", str(twin), *suite, "--name", names[0])
+    assert f"the scores of {models[0]} in" in named.stdout and "superseded-1" in named.stdout
+    outside = openlm(pipeline, "evaluate", "--checkpoint", str(twin), *suite, "--name", "../x")
+    assert outside.returncode == 2 and "letters, digits" in outside.stderr
 
 
 def test_marked_blocks_are_filled_and_drift_is_noticed(exported, tmp_path):
