@@ -109,8 +109,8 @@ def gap_schedule(experiments: Sequence[Experiment]) -> dg.ScheduleDefinition:
         missing = [
             key
             for experiment in experiments
-            for label, _, has_score in _found(experiment, home, context.log)
-            if not has_score and (key := scorecard_key(experiment.name, label)) not in under_way
+            for label, _, why in _found(experiment, home, context.log)
+            if why and (key := scorecard_key(experiment.name, label)) not in under_way
         ]
         if not missing:
             yield dg.SkipReason("every milestone on disk is scored, or being scored")

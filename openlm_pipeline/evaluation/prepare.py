@@ -1,14 +1,17 @@
 """A suite made ready before any model is asked: all files read and checked, all prompts built."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
 from openlm_pipeline.errors import DataError, MissingInputError
+from openlm_pipeline.evaluation.rules.prefix import answers_that_say_nothing
 from openlm_pipeline.evaluation.suite import HARNESS_VERSION, IclTask, Suite, task_name
 from openlm_pipeline.evaluation.task_files import TaskFile, read_task_file
 from openlm_pipeline.evaluation.tasks import Item, build_items
 from openlm_pipeline.fingerprint import Tree, fingerprint
+from openlm_pipeline.registry import RULES
 from openlm_pipeline.result import Say
 from openlm_pipeline.storage.home import Home
 
@@ -24,6 +27,8 @@ class PreparedTask:
     """In file order."""
     identity: Tree
     """All that its scores depend on, but the model."""
+    warnings: tuple[str, ...] = ()
+    """What its items say of it that a reader must know, one sentence each."""
 
     @property
     def name(self) -> str:
@@ -42,11 +47,19 @@ class Prepared:
 
 
 def prepare_suite(
-    suite: Suite, home: Home, tokenizer: Tokenizer, max_seq_len: int, tolerant: bool, report: Say
+    suite: Suite,
+    home: Home,
+    tokenizer: Tokenizer,
+    max_seq_len: int,
+    tolerant: bool,
+    report: Say,
+    *,
+    as_foundry: bool = False,
 ) -> Prepared:
     """Read every file of a suite and build every prompt.
 
     Args:
+        as_foundry: see `build_items`.
         max_seq_len: longest sequence in tokens, where a task does not say.
         tolerant: leave out a task whose file is missing or broken, and say so in the result, instead of raising.
 
@@ -61,7 +74,10 @@ def prepare_suite(
     for task in suite.icl_tasks:
         try:
             file = read_task_file(task, home)
-            built = {k: tuple(build_items(task, file, k, tokenizer, max_seq_len)) for k in task.num_fewshot}
+            built = {
+                k: tuple(build_items(task, file, k, tokenizer, max_seq_len, as_foundry=as_foundry))
+                for k in task.num_fewshot
+            }
         except (MissingInputError, DataError) as e:
             if not tolerant:
                 raise
@@ -78,5 +94,23 @@ def prepare_suite(
                 "num_fewshot": k,
                 "max_seq_len": task.max_seq_len or max_seq_len,
             }
-            tasks.append(PreparedTask(task, k, file, items, identity))
+            warnings = tuple(_warnings(task, k, file, items))
+            for warning in warnings:
+                report(f"{task_name(task.label, k)}: {warning}")
+            tasks.append(PreparedTask(task, k, file, items, identity, warnings))
     return Prepared(tuple(tasks), not_run, failed)
+
+
+def _warnings(task: IclTask, k: int, file: TaskFile, items: Sequence[Item]) -> Iterator[str]:
+    if cut := [i for i in items if i.cut_tokens]:
+        most = max(i.cut_tokens for i in cut)
+        yield f"{len(cut)} of {len(items)} contexts are too long for the model and lose up to {most} tokens on the left"
+    if fewer := [i for i in items if i.shots < k]:
+        yield f"{len(fewer)} of {len(items)} items have {min(i.shots for i in fewer)} solved rows before them, not {k}"
+    if RULES[task.rule].generates:
+        for item in items:
+            if nothing := answers_that_say_nothing(item.answers, task):
+                yield (
+                    f"line {file.rows[item.index].line} of {file.path} has the answer {nothing[0]!r}, of which "
+                    "normalisation leaves nothing: LLM Foundry's rule takes any text as right"
+                )

@@ -61,6 +61,8 @@ class SuiteResult:
     """Task -> why, where its file is missing; only with `tolerant`."""
     failed: dict[str, str]
     """Task -> why, where its file is broken; only with `tolerant`."""
+    warnings: tuple[str, ...] = ()
+    """What a reader of the scores must know, each with its task."""
 
 
 def _common(task: IclTask, num_fewshot: int, item: Item) -> dict[str, Any]:
@@ -124,6 +126,15 @@ def _read_stored(path: Path, identity: Tree, name: str, report: Say) -> pa.Table
     return None
 
 
+def _read_task(path: Path, identity: Tree, task: PreparedTask, report: Say) -> pa.Table | None:
+    """The stored items of a task, if the model was asked then what it would be asked now."""
+    table = _read_stored(path, identity, task.name, report)
+    if table is None or table["prompt_hash"].to_pylist() == [i.prompt_hash for i in task.items]:
+        return table
+    report(f"{task.name}: made again, as some prompts differ")
+    return None
+
+
 def collect_results(
     prepared: Prepared,
     suite: Suite,
@@ -151,7 +162,7 @@ def collect_results(
         return out_dir / "tasks" / f"{task.task.label}-{task.num_fewshot}shot.parquet"
 
     tables: dict[str, pa.Table | None] = processes.from_first(
-        lambda: {t.name: _read_stored(stored_at(t), subject | t.identity, t.name, report) for t in prepared.tasks}
+        lambda: {t.name: _read_task(stored_at(t), subject | t.identity, t, report) for t in prepared.tasks}
     )
     for name, table in tables.items():
         if table is not None:
@@ -182,4 +193,5 @@ def collect_results(
     processes.from_first(write)
     scored = tuple(t.name for t in missing)
     reused = tuple(t.name for t in prepared.tasks if t.name not in scored)
-    return SuiteResult(items, path, task_files, scored, reused, prepared.not_run, prepared.failed)
+    warnings = tuple(f"{t.name}: {warning}" for t in prepared.tasks for warning in t.warnings)
+    return SuiteResult(items, path, task_files, scored, reused, prepared.not_run, prepared.failed, warnings)

@@ -77,6 +77,8 @@ class Scorecard(Provenance):
     status: Literal["complete", "incomplete"]
     missing: tuple[str, ...] = ()
     """Tasks of the suite without scores, as `label/k-shot`."""
+    warnings: Annotated[tuple[str, ...], Neutral(())] = ()
+    """What a reader of the scores must know, each with its task."""
     changes: tuple[Difference, ...] = ()
     """Since the milestone before."""
     against: tuple[Difference, ...] = ()
@@ -139,6 +141,7 @@ def make_scorecard(
     not_run: Mapping[str, str] | None = None,
     failed: Mapping[str, str] | None = None,
     against: Mapping[str, pa.Table] | None = None,
+    warnings: tuple[str, ...] = (),
 ) -> Scorecard:
     """Sum up the items of one model.
 
@@ -149,6 +152,7 @@ def make_scorecard(
         not_run, failed: `label/k-shot` -> why there are no items.
         against: milestone label or baseline name -> its items, for differences to them. Between models of one run the
             prompts must be the same token ids, between others the questions.
+        warnings: of `SuiteResult`.
 
     Raises:
         DataError: the items are of another run, milestone or suite than stated, `previous_items` of several
@@ -215,6 +219,7 @@ def make_scorecard(
         averages=tuple(score_average(definition, scores, version) for definition in definitions),
         status="incomplete" if missing else "complete",
         missing=missing,
+        warnings=warnings,
         changes=() if previous_items is None else differences(_one_milestone(previous_items), previous_items),
         against=tuple(d for label, other in (against or {}).items() for d in differences(label, other)),
     )

@@ -88,6 +88,8 @@ class IclTask(Strict):
     """Longest sequence in tokens; by default the model's."""
     scored_by: Annotated[RuleName | None, Neutral(None)] = None
     """Rule that says when an item is right; by default the task type's."""
+    cluster: Annotated[str, StringConstraints(min_length=1), Neutral("cluster")] = "cluster"
+    """Field that is the same in rows that go together, beside those of one question or passage, which are found."""
     chance: Annotated[float | None, Field(ge=0, lt=1), Neutral(None)] = None
     """Accuracy of guessing; by default that of the suite's `random_baselines`, else the mean of 1 / options."""
     batch_size: int | None = None

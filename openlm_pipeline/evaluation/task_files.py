@@ -4,17 +4,23 @@ Field names are LLM Foundry's. Nothing here needs a tokenizer.
 """
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import orjson
 from pydantic import ValidationError
 
+from openlm_pipeline.corpus.blocks import actual_compression, decompressed_blocks
 from openlm_pipeline.errors import DataError, MissingInputError
 from openlm_pipeline.evaluation.suite import IclTask
 from openlm_pipeline.evaluation.task_types import Options
 from openlm_pipeline.fingerprint import fingerprint, settings_tree
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.storage.remote import is_remote, open_remote, public, storage_errors
+from openlm_pipeline.units import format_bytes
+
+_LARGEST = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,13 @@ class TaskItem(Options):
     category: str | None = field(kw_only=True)
     item_hash: str = field(kw_only=True)
     """sha256 of the fields that the task uses, as they stand in the file."""
+    cluster: str | None = field(kw_only=True, default=None)
+    """What the row says of which it goes with."""
+
+    @property
+    def question(self) -> str:
+        """What is asked; of a schema its sentences, and what they are to go on with."""
+        return "\n".join(self.contexts if len(self.contexts) == 1 else (*self.contexts, *self.continuations))
 
     @property
     def gold_context(self) -> str:
@@ -76,7 +89,14 @@ def _parse(task: IclTask, path: str, line: int, data: bytes) -> TaskItem:
         raise DataError(f"{where}: a continuation is blank (task {task.label})")
     category = fields.category if task.has_categories else None
     item_hash = fingerprint(settings_tree(fields))
-    return TaskItem(**vars(found), line=line, category=category, item_hash=item_hash)
+    cluster = orjson.loads(data).get(task.cluster) if task.cluster.encode() in data else None
+    return TaskItem(
+        **vars(found),
+        line=line,
+        category=category,
+        item_hash=item_hash,
+        cluster=None if cluster is None else f"{task.label} {cluster}",
+    )
 
 
 def located(task: IclTask, home: Home) -> str:
@@ -86,6 +106,19 @@ def located(task: IclTask, home: Home) -> str:
     if not is_remote(path) and not Path(path).exists() and here.is_file():
         return str(here.absolute())
     return path
+
+
+def _whole(blocks: Iterable[tuple[int, bytes]], path: str) -> bytes:
+    """
+    Raises:
+        DataError: more than any task file has.
+    """
+    data = bytearray()
+    for _, block in blocks:
+        data += block
+        if len(data) > _LARGEST:
+            raise DataError(f"{path} has more than {format_bytes(_LARGEST)}: it is no task file")
+    return bytes(data)
 
 
 def read_task_file(task: IclTask, home: Home) -> TaskFile:
@@ -103,12 +136,14 @@ def read_task_file(task: IclTask, home: Home) -> TaskFile:
         raise MissingInputError(f"task {task.label} needs {shown}, which is a folder. {_where_to_get(task, home)}")
     try:
         with open_remote(path, "task file") as f, storage_errors(f"task file {shown}", "can't be read"):
-            data = f.read()
+            hashed = hashlib.sha256()
+            compression = actual_compression(f, path)
+            data = _whole(decompressed_blocks(f, path, compression, on_raw=hashed.update), shown)
     except MissingInputError:
         raise MissingInputError(
             f"task {task.label} needs {shown}, which does not exist. {_where_to_get(task, home)}"
         ) from None
-    sha256 = hashlib.sha256(data).hexdigest()
+    sha256 = hashed.hexdigest()
     if task.sha256 not in (None, sha256):
         raise DataError(f"{shown} has sha256 {sha256}, and the suite pins {task.sha256} for task {task.label}")
     lines = enumerate(data.split(b"\n"), start=1)

@@ -7,12 +7,13 @@ oddities included, are those of llm-foundry's `eval/datasets/in_context_learning
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tokenizers import Encoding, Tokenizer
 
 from openlm_pipeline.errors import DataError
+from openlm_pipeline.evaluation.clusters import clusters
 from openlm_pipeline.evaluation.suite import IclTask
 from openlm_pipeline.evaluation.task_files import TaskFile, TaskItem
 from openlm_pipeline.registry import RULES
@@ -20,6 +21,7 @@ from openlm_pipeline.registry import RULES
 _COT_EXTRA_TOKENS = 10
 """Added by LLM Foundry to the length of the longest answer where a task has a `cot_delimiter`."""
 _TEXTS_AT_ONCE = 1024
+_DOCUMENT_ENDS = ("<|endoftext|>", "<s>", "<|begin_of_text|>", "<bos>", "</s>", "<|im_end|>", "<|end_of_text|>")
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,33 @@ def fewshot_indices(num_rows: int, num_fewshot: int, index: int, rng: random.Ran
     return list(chosen)
 
 
-def _preamble(task: IclTask, rows: Sequence[TaskItem], index: int, num_fewshot: int, rng: random.Random) -> str:
+def _without_answer(shots: list[int], rows: Sequence[TaskItem], index: int, seed: int) -> list[int]:
+    """Other rows, drawn apart, in place of those that have the question of row `index` too, as long as there are any.
+
+    LLM Foundry has no such rule; where no row repeats a question the prompts are its own.
+    """
+    same = {i for i in shots if rows[i].question == rows[index].question}
+    if not same:
+        return shots
+    rng = random.Random(f"{seed} {index}")
+    left = [i for i in range(len(rows)) if i not in shots and rows[i].question != rows[index].question]
+    others = iter(rng.sample(left, min(len(left), len(same))))
+    return [i for i in ((next(others, None) if i in same else i) for i in shots) if i is not None]
+
+
+def _shots(
+    task: IclTask, rows: Sequence[TaskItem], index: int, num_fewshot: int, rng: random.Random, as_foundry: bool
+) -> list[int]:
+    if not num_fewshot:
+        return []
+    shots = fewshot_indices(len(rows), num_fewshot, index, rng)
+    return shots if as_foundry else _without_answer(shots, rows, index, task.fewshot_random_seed)
+
+
+def _preamble(task: IclTask, rows: Sequence[TaskItem], shots: Sequence[int]) -> str:
     text = task.prompt_string
-    if num_fewshot:
-        for i in fewshot_indices(len(rows), num_fewshot, index, rng):
-            text += task.type.question(task, rows[i].gold_context, preceded=bool(text)) + rows[i].gold_continuation
+    for i in shots:
+        text += task.type.question(task, rows[i].gold_context, preceded=bool(text)) + rows[i].gold_continuation
     return text
 
 
@@ -113,13 +137,21 @@ def _encode(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, tuple[int, 
     return {text: tuple(e.ids) for text, e in _encodings(tokenizer, texts, special=False)}
 
 
-def _encode_preambles(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """With special tokens, so that a tokenizer's BOS starts the prompt; a closing special token is dropped."""
+def _encode_preambles(tokenizer: Tokenizer, texts: Iterable[str], as_foundry: bool) -> dict[str, tuple[int, ...]]:
+    """With special tokens, so that a tokenizer's BOS starts the prompt; a closing special token is dropped, and a
+    second BOS, where the text begins with one itself."""
     found = {}
     for text, encoding in _encodings(tokenizer, texts, special=True):
         ids = tuple(encoding.ids)
+        if not as_foundry and len(ids) > 1 and ids[0] == ids[1] and encoding.special_tokens_mask[0]:
+            ids = ids[1:]
         found[text] = ids[:-1] if len(ids) > 1 and encoding.special_tokens_mask[-1] else ids
     return found
+
+
+def prefix_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """What a text is scored after that nothing precedes: the token that ends a document, or begins one."""
+    return next(((i,) for token in _DOCUMENT_ENDS if (i := tokenizer.token_to_id(token)) is not None), ())
 
 
 def _longest_answer(tokenizer: Tokenizer, task: IclTask, rows: Sequence[TaskItem]) -> int:
@@ -130,16 +162,26 @@ def _longest_answer(tokenizer: Tokenizer, task: IclTask, rows: Sequence[TaskItem
 
 
 def build_items(
-    task: IclTask, file: TaskFile, num_fewshot: int, tokenizer: Tokenizer, default_max_seq_len: int
+    task: IclTask,
+    file: TaskFile,
+    num_fewshot: int,
+    tokenizer: Tokenizer,
+    default_max_seq_len: int,
+    *,
+    as_foundry: bool = False,
+    rows: Collection[int] | None = None,
 ) -> list[Item]:
     """The items of a task in file order.
 
     Preamble, context and continuation are tokenized apart; a context too long for `max_seq_len` with its continuation
-    loses tokens on the left.
+    loses tokens on the left; an empty one is the tokenizer's `prefix_ids`.
 
     Args:
         num_fewshot: solved rows before each question, drawn without replacement from the same file (or category).
         default_max_seq_len: longest sequence in tokens where the task does not say.
+        as_foundry: leave what is LLM Foundry's: solved rows that have the row's own question, a second BOS, no empty
+            contexts.
+        rows: numbers of those to ask, by default all; their prompts are the same either way.
 
     Raises:
         DataError: a continuation leaves no token of context within the length, or a text has no tokens.
@@ -154,21 +196,28 @@ def build_items(
 
     generates = RULES[task.rule].generates
     prompts: dict[int, tuple[str, tuple[str, ...], tuple[str, ...]]] = {}
+    num_shots: dict[int, int] = {}
     longest: dict[str | None, int] = {}
     for category, members in groups.items():
-        rows = [file.rows[i] for i in members]
+        of_category = [file.rows[i] for i in members]
         rng = random.Random(task.fewshot_random_seed)
         if generates:
-            longest[category] = _longest_answer(tokenizer, task, rows)
+            longest[category] = _longest_answer(tokenizer, task, of_category)
         for position, i in enumerate(members):
-            preamble = _preamble(task, rows, position, num_fewshot, rng)
+            shots = _shots(task, of_category, position, num_fewshot, rng, as_foundry)
+            if rows is not None and i not in rows:
+                continue
+            num_shots[i] = len(shots)
+            preamble = _preamble(task, of_category, shots)
             texts = () if generates else file.rows[i].continuations
             continuations = tuple(t if t.startswith(" ") else space + t for t in texts)
             contexts = task.type.contexts(task, file.rows[i].contexts, preceded=bool(preamble))
             prompts[i] = preamble, contexts, continuations
 
     ids = _encode(tokenizer, (text for _, c, t in prompts.values() for text in (*c, *t)))
-    preambles = _encode_preambles(tokenizer, (preamble for preamble, _, _ in prompts.values()))
+    preambles = _encode_preambles(tokenizer, (preamble for preamble, _, _ in prompts.values()), as_foundry)
+    prefix = () if as_foundry else prefix_ids(tokenizer)
+    together = clusters([row.question for row in file.rows])
 
     def request(row: TaskItem, context_ids: tuple[int, ...], continuation_ids: tuple[int, ...]) -> Request:
         room = max_seq_len - len(continuation_ids)
@@ -191,9 +240,10 @@ def build_items(
         return GenerationRequest(context_ids[-room:], new, task.early_stopping_criteria)
 
     items = []
-    for i, row in enumerate(file.rows):
-        preamble, contexts, continuations = prompts[i]
-        whole = [preambles[preamble] + ids[c] for c in contexts]  # one object for all options of a question
+    for i, (preamble, contexts, continuations) in sorted(prompts.items()):
+        row = file.rows[i]
+        # One object for all options of a question.
+        whole = [preambles[preamble] + ids[c] or prefix for c in contexts]
         asked, requests = None, ()
         if generates:
             asked = generation(row, whole[0])
@@ -215,7 +265,8 @@ def build_items(
                 asked,
                 row.answers,
                 continuation_bytes=tuple(len(t.encode()) for t in texts),
-                shots=min(num_fewshot, len(groups[row.category]) - 1),
+                cluster=together[i] if row.cluster is None else row.cluster,
+                shots=num_shots[i],
                 cut_tokens=max(map(len, whole)) - used,
             )
         )

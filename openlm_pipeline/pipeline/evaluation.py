@@ -110,6 +110,7 @@ def _summed_up(
         provenance=provenance,
         task_files=result.task_files,
         against=against,
+        warnings=result.warnings,
     )
     there = load_scorecard(out / CARD) if not result.scored and (out / CARD).exists() else None
     if there != card and is_first_process():  # of the same items another release may say more
@@ -118,9 +119,11 @@ def _summed_up(
 
 
 def _facts(card: "Scorecard", result: "SuiteResult") -> dict[str, Any]:
-    accuracies = {f"accuracy_{t.name}": t.accuracy for t in card.tasks}
-    facts = {"average": card.average, **accuracies, "validation_loss": card.validation_loss}
-    fell = {d.measure: d.delta for d in card.changes if d.significant and d.delta < 0}
+    accuracies = {f"accuracy_{t.name}": t.accuracy for t in card.tasks if t.accuracy is not None}
+    bits = {f"bits_per_byte_{t.name}": t.bits_per_byte for t in card.tasks if t.bits_per_byte is not None}
+    facts = {"average": card.average, **accuracies, **bits, "validation_loss": card.validation_loss}
+    names = {"accuracy": "{}", "bits_per_byte": "{} bits per byte"}
+    fell = {names[d.kind].format(d.measure): d.delta for d in card.changes if d.better is False}
     return facts | {
         "significant_regressions": fell,
         "scored_tasks": list(result.scored),
@@ -193,7 +196,8 @@ def score(experiment: Experiment, home: Home, label: str, report: Say) -> StageR
             out,
             *others,
         )
-    report(f"scorecard {experiment.name} {label} {'reused' if reused else 'made'}: average accuracy {card.average:.3f}")
+    average = "no average" if card.average is None else f"average accuracy {card.average:.3f}"
+    report(f"scorecard {experiment.name} {label} {'reused' if reused else 'made'}: {average}")
     return StageResult(out, fingerprint({"scorecard": settings_tree(card)}), reused, _facts(card, result))
 
 

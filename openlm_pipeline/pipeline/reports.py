@@ -78,6 +78,7 @@ def _cards(experiment: Experiment, home: Home) -> _Cards:
                 provenance=Provenance(**card.model_dump(include=set(Provenance.model_fields))),
                 task_files={t.name: t.task_file_sha256 for t in card.tasks if t.task_file_sha256},
                 against=others,
+                warnings=card.warnings,
             )
         cards.append(card)
     baselines = []

@@ -15,7 +15,7 @@ Facts = list[tuple[str, str]]
 
 
 def problems(table: Table, cards: Sequence[Scorecard]) -> list[str]:
-    """Why a task or an average has no score, one sentence each."""
+    """Why a task or an average has no score, and what a reader of a score must know, one sentence each."""
     titles = {row.label: row.heading for row in table.rows}
     return [
         f"{task.name} at {titles[card.label]} {'failed' if task.status == 'failed' else 'was not run'}"
@@ -23,7 +23,7 @@ def problems(table: Table, cards: Sequence[Scorecard]) -> list[str]:
         for card in cards
         for task in card.tasks
         if task.status != "scored"
-    ]
+    ] + list(dict.fromkeys(warning for card in cards for warning in card.warnings))
 
 
 def notes(table: Table, cards: Sequence[Scorecard]) -> Facts:

@@ -94,7 +94,7 @@ def score_suite_with_foundry(
                 f"task {task.label} has {what}, which LLM Foundry does not know; set evaluation.backend=native"
             )
     processes = scoring_processes()
-    prepared = prepare_suite(suite, home, tokenizer, max_seq_len, tolerant, report)
+    prepared = prepare_suite(suite, home, tokenizer, max_seq_len, tolerant, report, as_foundry=True)
 
     def score(tasks: Sequence[PreparedTask]) -> Iterator[Rows]:
         with closing(_run(tasks, model_folder, home, out_dir, tokenizer, max_seq_len, python, report)) as found:

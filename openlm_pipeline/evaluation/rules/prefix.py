@@ -22,22 +22,35 @@ def normalize_answer(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_TO_SPACES)).split())
 
 
-def is_right(generated: str, answers: Sequence[str], task: "IclTask") -> bool:
-    """Whether the text, up to the first stop and after the last `cot_delimiter`, starts with one of the answers."""
+def _cleaned(text: str, task: "IclTask") -> str:
+    return normalize_answer(text) if task.do_normalization else text.strip()
+
+
+def _answered(generated: str, task: "IclTask") -> str:
+    """The text up to the first stop and after the last `cot_delimiter`."""
     if task.early_stopping_criteria:
         generated = re.split("|".join(task.early_stopping_criteria), generated)[0]
-    if task.cot_delimiter:
-        generated = generated.split(task.cot_delimiter)[-1]
-    clean = normalize_answer if task.do_normalization else str.strip
-    return any(clean(generated).startswith(clean(answer)) for answer in answers)
+    return _cleaned(generated.split(task.cot_delimiter)[-1] if task.cot_delimiter else generated, task)
+
+
+def is_right(generated: str, answers: Sequence[str], task: "IclTask") -> bool:
+    """Whether the text starts with one of the answers."""
+    return any(_answered(generated, task).startswith(_cleaned(answer, task)) for answer in answers)
+
+
+def answers_that_say_nothing(answers: Sequence[str], task: "IclTask") -> list[str]:
+    """Those of which normalisation leaves nothing, so that every text begins with them."""
+    return [answer for answer in answers if not _cleaned(answer, task)]
 
 
 @RULES.register("prefix")
 class Prefix(Rule):
-    """The generated text begins with one of the answers (LLM Foundry)."""
+    """The generated text begins with one of the answers (LLM Foundry); `exact` says whether it is one."""
 
     generates = True
 
     @classmethod
     def judge(cls, task: "IclTask", item: "Item", given: "Generated") -> dict[str, Any]:
-        return {"correct": is_right(given.text, item.answers, task)}
+        text = _answered(given.text, task)
+        exact = bool(text) and any(text == _cleaned(answer, task) for answer in item.answers)
+        return {"correct": is_right(given.text, item.answers, task), "exact": exact}
