@@ -23,6 +23,18 @@ def evaluate(
     ] = None,
     milestone: Annotated[list[str] | None, typer.Option(help="Only this one, such as t0250B or 250B.")] = None,
     baseline: Annotated[list[str] | None, typer.Option(help="Only this of the recipe's baselines.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Only these tasks of the suite, such as copa,piqa; filed apart.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only so many rows of each task, the same each time; filed apart.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; default: the first GPU, else the CPU.")
+    ] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in one forward pass; default: what suits the device.")
+    ] = None,
     checkpoint: Annotated[
         str | None,
         typer.Option(
@@ -87,16 +99,21 @@ def evaluate(
 
     openlm evaluate --checkpoint epoch_64.pt --model open_lm_1b --eval-yaml openlm
 
-    openlm evaluate --checkpoint EleutherAI/pythia-1b --name pythia_1b
+    openlm evaluate --checkpoint EleutherAI/pythia-1b --name pythia_1b --tasks copa,piqa --limit 100
     """
+    from openlm_pipeline.evaluation.suite import Part
     from openlm_pipeline.pipeline import evaluation as scoring
     from openlm_pipeline.storage.home import Home
 
+    part = Part(tuple(t.strip() for t in (tasks or "").split(",") if t.strip()), limit)
+    if device is not None:
+        check_device(device)
     if (recipe is None) == (checkpoint is None):
         raise ConfigError("give a recipe, or --checkpoint with a model to score")
     say = scoring.on_first_process(_printer())
     if recipe is not None:
-        _evaluate_recipe(recipe, overrides, milestone, baseline, say)
+        changes = [*(overrides or []), *([f"evaluation.batch_tokens={batch_tokens}"] if batch_tokens else [])]
+        _evaluate_recipe(recipe, changes, milestone, baseline, say, {"part": part, "device": device})
         return
     if model is not None and model_config is not None:
         raise ConfigError("--model and --model-config both name the model; give one")
@@ -120,11 +137,27 @@ def evaluate(
         max_seq_len=max_seq_len,
         backend=backend,
         precision=precision,
+        batch_tokens=batch_tokens,
+        part=part,
+        device=device,
     )
     say(f"Ran eval in: {scored.facts['seconds']:.1f} seconds")
     for metric, value in scored.facts["metrics"].items():
         say(f"{metric}: {value}")
     say(f"scores: {scored.path}")
+
+
+def check_device(name: str) -> None:
+    """
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as e:
+        raise ConfigError(f"--device {name}: {str(e).splitlines()[0]}") from e
 
 
 def _printer():
@@ -133,7 +166,7 @@ def _printer():
 
 
 def _evaluate_recipe(
-    recipe: str, overrides: list[str] | None, milestone: list[str] | None, baseline: list[str] | None, say
+    recipe: str, overrides: list[str], milestone: list[str] | None, baseline: list[str] | None, say, how: dict
 ) -> None:
     from openlm_pipeline.experiments import load_experiment
     from openlm_pipeline.pipeline import evaluation as scoring
@@ -141,7 +174,7 @@ def _evaluate_recipe(
     from openlm_pipeline.runs.launch import milestone_checkpoints
     from openlm_pipeline.storage.home import Home
 
-    experiment, home = load_experiment(recipe, overrides or []), Home.from_env()
+    experiment, home = load_experiment(recipe, overrides), Home.from_env()
     names = {
         name: label for label, tokens in experiment.labelled_milestones() for name in (label, format_tokens(tokens))
     }
@@ -154,6 +187,6 @@ def _evaluate_recipe(
     if not labels and not baseline:
         labels = list(milestone_checkpoints(experiment, stages.open_run(experiment, home))) or [next(iter(names))]
     for wanted in baseline or ([] if milestone else known):
-        say(f"scorecard: {scoring.score_baseline(experiment, home, wanted, say).path}")
+        say(f"scorecard: {scoring.score_baseline(experiment, home, wanted, say, **how).path}")
     for label in labels:
-        say(f"scorecard: {scoring.score(experiment, home, label, say).path}")
+        say(f"scorecard: {scoring.score(experiment, home, label, say, **how).path}")

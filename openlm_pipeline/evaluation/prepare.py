@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 
 from openlm_pipeline.errors import DataError, MissingInputError
 from openlm_pipeline.evaluation.rules.prefix import answers_that_say_nothing
-from openlm_pipeline.evaluation.suite import HARNESS_VERSION, IclTask, Suite, task_name
+from openlm_pipeline.evaluation.suite import HARNESS_VERSION, WHOLE, IclTask, Part, Suite, task_name
 from openlm_pipeline.evaluation.task_files import TaskFile, read_task_file
 from openlm_pipeline.evaluation.tasks import Item, build_items
 from openlm_pipeline.fingerprint import Tree, fingerprint
@@ -55,11 +55,13 @@ def prepare_suite(
     report: Say,
     *,
     as_foundry: bool = False,
+    part: Part = WHOLE,
 ) -> Prepared:
     """Read every file of a suite and build every prompt.
 
     Args:
         as_foundry: see `build_items`.
+        part: says which rows, where not all; its tasks are those of the suite.
         max_seq_len: longest sequence in tokens, where a task does not say.
         tolerant: leave out a task whose file is missing or broken, and say so in the result, instead of raising.
 
@@ -74,8 +76,9 @@ def prepare_suite(
     for task in suite.icl_tasks:
         try:
             file = read_task_file(task, home)
+            rows = part.rows([row.category for row in file.rows])
             built = {
-                k: tuple(build_items(task, file, k, tokenizer, max_seq_len, as_foundry=as_foundry))
+                k: tuple(build_items(task, file, k, tokenizer, max_seq_len, as_foundry=as_foundry, rows=rows))
                 for k in task.num_fewshot
             }
         except (MissingInputError, DataError) as e:
@@ -94,6 +97,8 @@ def prepare_suite(
                 "num_fewshot": k,
                 "max_seq_len": task.max_seq_len or max_seq_len,
             }
+            if rows is not None:
+                identity["rows"] = part.limit
             warnings = tuple(_warnings(task, k, file, items))
             for warning in warnings:
                 report(f"{task_name(task.label, k)}: {warning}")
@@ -102,6 +107,8 @@ def prepare_suite(
 
 
 def _warnings(task: IclTask, k: int, file: TaskFile, items: Sequence[Item]) -> Iterator[str]:
+    if len(items) < len(file.rows):
+        yield f"{len(items)} of its {len(file.rows)} rows alone were scored"
     if cut := [i for i in items if i.cut_tokens]:
         most = max(i.cut_tokens for i in cut)
         yield f"{len(cut)} of {len(items)} contexts are too long for the model and lose up to {most} tokens on the left"

@@ -6,7 +6,7 @@ version) is the same.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,8 @@ class SuiteResult:
     """Task -> why, where its file is missing; only with `tolerant`."""
     failed: dict[str, str]
     """Task -> why, where its file is broken; only with `tolerant`."""
+    num_rows: Mapping[str, int] = field(default_factory=dict)
+    """Rows of the files of tasks of which only some were scored."""
     warnings: tuple[str, ...] = ()
     """What a reader of the scores must know, each with its task."""
 
@@ -194,4 +196,5 @@ def collect_results(
     scored = tuple(t.name for t in missing)
     reused = tuple(t.name for t in prepared.tasks if t.name not in scored)
     warnings = tuple(f"{t.name}: {warning}" for t in prepared.tasks for warning in t.warnings)
-    return SuiteResult(items, path, task_files, scored, reused, prepared.not_run, prepared.failed, warnings)
+    num_rows = {t.name: len(t.file.rows) for t in prepared.tasks if len(t.items) < len(t.file.rows)}
+    return SuiteResult(items, path, task_files, scored, reused, prepared.not_run, prepared.failed, num_rows, warnings)

@@ -142,6 +142,7 @@ def make_scorecard(
     failed: Mapping[str, str] | None = None,
     against: Mapping[str, pa.Table] | None = None,
     warnings: tuple[str, ...] = (),
+    num_rows: Mapping[str, int] = {},
 ) -> Scorecard:
     """Sum up the items of one model.
 
@@ -152,7 +153,7 @@ def make_scorecard(
         not_run, failed: `label/k-shot` -> why there are no items.
         against: milestone label or baseline name -> its items, for differences to them. Between models of one run the
             prompts must be the same token ids, between others the questions.
-        warnings: of `SuiteResult`.
+        warnings, num_rows: of `SuiteResult`.
 
     Raises:
         DataError: the items are of another run, milestone or suite than stated, `previous_items` of several
@@ -190,7 +191,7 @@ def make_scorecard(
         else:
             scores[name] = score_items(task, k, None, table, version, task_files[name])
 
-    of_tasks = {name: m.score for name, m in scores.items()}
+    of_tasks = {name: m.score.model_copy(update={"num_rows": num_rows.get(name)}) for name, m in scores.items()}
     definitions = suite_averages(suite, {name: s.num_items for name, s in of_tasks.items() if s.status == "scored"})
     if not any(m.bits for m in scores.values()):  # tables of the first release have no bytes
         definitions = [d for d in definitions if d.kind != "bits_per_byte"]

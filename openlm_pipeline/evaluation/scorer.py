@@ -32,7 +32,7 @@ from openlm_pipeline.evaluation.results import (
     generation_row,
     item_row,
 )
-from openlm_pipeline.evaluation.suite import Suite
+from openlm_pipeline.evaluation.suite import WHOLE, Part, Suite
 from openlm_pipeline.evaluation.tasks import GenerationRequest, Request
 from openlm_pipeline.registry import RULES
 from openlm_pipeline.result import ProgressLine, Say
@@ -206,6 +206,7 @@ def score_suite(
     batch_tokens: int | None = None,
     report: Say = lambda line: None,
     tolerant: bool = False,
+    part: Part = WHOLE,
 ) -> SuiteResult:
     """Score every task of a suite into `out_dir/items.parquet`; see `results` for what is kept and taken again.
 
@@ -217,6 +218,7 @@ def score_suite(
         checkpoint_digest: identifies the weights.
         max_seq_len: longest sequence in tokens, where a task does not say.
         batch_tokens: tokens in one forward pass, padding included; by default what suits the device.
+        part: which rows of each task, where not all.
         tolerant: leave out a task whose file is missing or broken, and say so in the result, instead of raising.
 
     Raises:
@@ -228,7 +230,9 @@ def score_suite(
     if processes.rank:
         report = _silent
     mine = []
-    processes.gather(lambda: mine.append(prepare_suite(suite, home, tokenizer, max_seq_len, tolerant, report)))
+    processes.gather(
+        lambda: mine.append(prepare_suite(suite, home, tokenizer, max_seq_len, tolerant, report, part=part))
+    )
 
     def score(tasks: Sequence[PreparedTask]) -> Iterator[Rows]:
         for t in tasks:

@@ -7,13 +7,16 @@ left out and named in `Suite.ignored`.
 """
 
 import difflib
+import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
+from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.evaluation.suite_files import read_suite_file, suite_path
 from openlm_pipeline.evaluation.task_types import TaskType
 from openlm_pipeline.fingerprint import Neutral, fingerprint, settings_tree
@@ -22,6 +25,10 @@ from openlm_pipeline.strict import Strict, explain
 
 HARNESS_VERSION = "2"
 """Raised whenever prompts or scores change for the same checkpoint and files; tasks scored by another are redone."""
+
+
+_ROWS_SEED = 1234
+_LONGEST_NAME = 100
 
 
 def task_name(label: str, num_fewshot: int) -> str:
@@ -229,6 +236,64 @@ class Suite(Strict):
     def runs(self) -> Iterator[tuple[IclTask, int]]:
         """Each task with each of its numbers of few-shot rows."""
         return ((task, k) for task in self.icl_tasks for k in task.num_fewshot)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some tasks of a suite, or some rows of each: quicker than the whole, and filed apart from it."""
+
+    tasks: tuple[str, ...] = ()
+    """Labels; none means all."""
+    limit: int | None = None
+    """Rows of a task, drawn by a fixed seed; more of them have these among them."""
+
+    def of(self, suite: Suite) -> Suite:
+        """The suite with these tasks alone, whose mean is then named after how many they are.
+
+        Raises:
+            ConfigError: it has no such task.
+        """
+        labels = [task.label for task in suite.icl_tasks]
+        for name in self.tasks:
+            if name not in labels:
+                near = difflib.get_close_matches(name, labels, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(labels)}"
+                raise ConfigError(f"suite {suite.name} has no task {name!r}; {hint}")
+        if not self.tasks:
+            return suite
+        kept = tuple(task for task in suite.icl_tasks if task.label in self.tasks)
+        of_these = tuple(task_name(task.label, k) for task in kept for k in task.num_fewshot)
+        averages = {f"{len(of_these)}_of_{len(list(suite.runs()))}_tasks": of_these}
+        return suite.model_copy(update={"icl_tasks": kept, "averages": averages, "categories": {}})
+
+    def folder(self, whole: Path) -> Path:
+        """Where its scores are, beside those of the whole suite."""
+        if not self.tasks and self.limit is None:
+            return whole
+        names = "+".join(sorted(self.tasks)) or "all"
+        if len(names) > _LONGEST_NAME:
+            names = fingerprint({"tasks": sorted(self.tasks)})[:16]
+        return whole / "parts" / (names if self.limit is None else f"{names}-{self.limit}_rows")
+
+    def rows(self, categories: Sequence[str | None]) -> set[int] | None:
+        """The numbers of the rows to score, of each category its share; None for all.
+
+        Args:
+            categories: of each row of a task's file.
+        """
+        if self.limit is None or self.limit >= len(categories):
+            return None
+        members: dict[str | None, list[int]] = {}
+        for i, category in enumerate(categories):
+            members.setdefault(category, []).append(i)
+        return {
+            i
+            for rows in members.values()
+            for i in random.Random(_ROWS_SEED).sample(rows, len(rows))[: -(-self.limit * len(rows) // len(categories))]
+        }
+
+
+WHOLE = Part()
 
 
 def load_suite(name_or_path: str | Path) -> Suite:

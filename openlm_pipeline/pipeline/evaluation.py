@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from openlm_pipeline.evaluation.results import SuiteResult
     from openlm_pipeline.evaluation.scorecard import Provenance, Scorecard
     from openlm_pipeline.evaluation.subject import Subject
-    from openlm_pipeline.evaluation.suite import Suite
+    from openlm_pipeline.evaluation.suite import Part, Suite
 
 _ITEMS, CARD = "items.parquet", "scorecard.json"
 
@@ -61,9 +61,11 @@ def _writing(out: Path) -> AbstractContextManager[None]:
 def _run_suite(
     subject: "Subject", suite: "Suite", home: Home, out: Path, context: Mapping[str, Any], report: Say, **how: Any
 ) -> "SuiteResult":
-    """Score by the backend that is asked for; `how` has `backend`, `max_seq_len` and `batch_tokens`."""
+    """Score by the backend that is asked for; `how` has `backend`, `max_seq_len`, `batch_tokens` and `part`."""
     options = {"checkpoint_digest": subject.digest, "max_seq_len": how["max_seq_len"] or subject.max_seq_len}
     if how["backend"] == "foundry":
+        if how["part"].limit is not None:
+            raise ConfigError("LLM Foundry as a backend scores all rows; leave --limit out")
         from openlm_pipeline.evaluation.foundry.backend import score_suite_with_foundry
 
         with tempfile.TemporaryDirectory(prefix="openlm-foundry-") as folder:
@@ -81,6 +83,7 @@ def _run_suite(
         out,
         context,
         batch_tokens=how["batch_tokens"],
+        part=how["part"],
         report=report,
         **options,
     )
@@ -111,6 +114,7 @@ def _summed_up(
         task_files=result.task_files,
         against=against,
         warnings=result.warnings,
+        num_rows=result.num_rows,
     )
     there = load_scorecard(out / CARD) if not result.scored and (out / CARD).exists() else None
     if there != card and is_first_process():  # of the same items another release may say more
@@ -131,8 +135,20 @@ def _facts(card: "Scorecard", result: "SuiteResult") -> dict[str, Any]:
     }
 
 
-def score(experiment: Experiment, home: Home, label: str, report: Say) -> StageResult:
+def score(
+    experiment: Experiment,
+    home: Home,
+    label: str,
+    report: Say,
+    *,
+    part: "Part | None" = None,
+    device: str | None = None,
+) -> StageResult:
     """Score one milestone with the experiment's suite; tasks that are scored already are not scored again.
+
+    Args:
+        part: of the suite; its scores are filed apart.
+        device: by default what is there.
 
     Raises:
         ConfigError: the experiment has no evaluation, or no such milestone.
@@ -140,9 +156,9 @@ def score(experiment: Experiment, home: Home, label: str, report: Say) -> StageR
     """
     from openlm_pipeline.evaluation.scorecard import Provenance
     from openlm_pipeline.evaluation.subject import default_device, milestone_subject, scored_digest
-    from openlm_pipeline.evaluation.suite import load_suite
+    from openlm_pipeline.evaluation.suite import WHOLE, load_suite
 
-    evaluation = evaluation_of(experiment)
+    evaluation, part = evaluation_of(experiment), part or WHOLE
     labels = [name for name, _ in experiment.labelled_milestones()]
     if label not in labels:
         raise ConfigError(f"recipe {experiment.name} has no milestone {label}; it has {', '.join(labels)}")
@@ -158,9 +174,10 @@ def score(experiment: Experiment, home: Home, label: str, report: Say) -> StageR
     if made_with not in (None, info.sha256):  # OpenLM's shards don't say
         raise DataError(f"tokenizer {info.name} is not the one this run's shards were made with; tokenize again")
     if evaluation.processes > 1 and "RANK" not in os.environ:
-        _score_by_processes(experiment, home, ["--milestone", label], report)  # what follows finds all tasks scored
-    suite = load_suite(evaluation.suite)
-    out = home.scorecard(experiment.name, experiment.version, label)
+        what = ["--milestone", label, *_options(part, device)]
+        _score_by_processes(experiment, home, what, report)  # what follows finds all tasks scored
+    suite = part.of(load_suite(evaluation.suite))
+    out = part.folder(home.scorecard(experiment.name, experiment.version, label))
     context = {
         "run": experiment.name,
         "run_version": experiment.version,
@@ -175,12 +192,13 @@ def score(experiment: Experiment, home: Home, label: str, report: Say) -> StageR
         scored_digest(checkpoint.digest, evaluation.precision, evaluation.average),
         eot=experiment.tokenizer.eot,
         average=evaluation.average,
-        device=default_device(),
+        device=device or default_device(),
         precision=evaluation.precision,
     )
+    how = {"backend": evaluation.backend, "batch_tokens": evaluation.batch_tokens, "max_seq_len": None, "part": part}
     with home.artefact(out), _writing(out):
-        result = _run_suite(subject, suite, home, out, context, report, **_how(experiment))
-        others = items_of_others(experiment, home, suite, labels[: labels.index(label)])
+        result = _run_suite(subject, suite, home, out, context, report, **how)
+        others = items_of_others(experiment, home, suite, labels[: labels.index(label)], part)
         card, reused = _summed_up(
             result,
             suite,
@@ -196,13 +214,13 @@ def score(experiment: Experiment, home: Home, label: str, report: Say) -> StageR
             out,
             *others,
         )
-    average = "no average" if card.average is None else f"average accuracy {card.average:.3f}"
+    average = f"{card.headline.name} {card.average:.3f}" if card.average is not None else "no average"
     report(f"scorecard {experiment.name} {label} {'reused' if reused else 'made'}: {average}")
     return StageResult(out, fingerprint({"scorecard": settings_tree(card)}), reused, _facts(card, result))
 
 
 def items_of_others(
-    experiment: Experiment, home: Home, suite: "Suite", earlier: list[str]
+    experiment: Experiment, home: Home, suite: "Suite", earlier: list[str], part: "Part | None" = None
 ) -> "tuple[pa.Table | None, dict[str, pa.Table]]":
     """What a milestone is compared with: the items of the milestone before (of a fork's first one, its parent), and
     those of others by name."""
@@ -215,6 +233,8 @@ def items_of_others(
     if previous is None and (parents := parent_scorecard(experiment, home)):
         previous = milestone_label(experiment.parent.milestone)
         folders[previous] = parents
+    if part:
+        folders = {name: part.folder(folder) for name, folder in folders.items()}
     found = {name: items for name, folder in folders.items() if (items := items_of(folder)) is not None}
     of_suite = {name: t for name, t in found.items() if set(t["suite"].to_pylist()) <= {suite.name}}
     return of_suite.pop(previous, None), of_suite
@@ -281,9 +301,10 @@ def evaluation_of(experiment: Experiment) -> Evaluation:
     return experiment.evaluation
 
 
-def _how(experiment: Experiment) -> dict[str, Any]:
-    evaluation = evaluation_of(experiment)
-    return {"backend": evaluation.backend, "batch_tokens": evaluation.batch_tokens, "max_seq_len": None}
+def _options(part: "Part", device: str | None) -> list[str]:
+    """A part and a device as `openlm evaluate` takes them."""
+    given = {"--tasks": ",".join(part.tasks), "--limit": part.limit, "--device": device}
+    return [word for option, value in given.items() if value for word in (option, str(value))]
 
 
 def _score_by_processes(experiment: Experiment, home: Home, what: list[str], report: Say) -> None:
@@ -319,15 +340,25 @@ def _score_by_processes(experiment: Experiment, home: Home, what: list[str], rep
             raise OpenLMError(f"the processes that score ended with exit code {process.returncode}:\n{tail}")
 
 
-def score_baseline(experiment: Experiment, home: Home, name: str, report: Say) -> StageResult:
-    """Score one of the recipe's baselines with its suite."""
-    evaluation = evaluation_of(experiment)
+def score_baseline(
+    experiment: Experiment,
+    home: Home,
+    name: str,
+    report: Say,
+    *,
+    part: "Part | None" = None,
+    device: str | None = None,
+) -> StageResult:
+    """Score one of the recipe's baselines with its suite; arguments as for `score`."""
+    from openlm_pipeline.evaluation.suite import WHOLE
+
+    evaluation, part = evaluation_of(experiment), part or WHOLE
     found = [b for b in evaluation.baselines if b.name == name]
     if not found:
         raise ConfigError(f"recipe {experiment.name} has no baseline {name}")
     (baseline,) = found
     if evaluation.processes > 1 and "RANK" not in os.environ:
-        _score_by_processes(experiment, home, ["--baseline", name], report)
+        _score_by_processes(experiment, home, ["--baseline", name, *_options(part, device)], report)
     return score_model(
         baseline.model,
         evaluation.suite,
@@ -339,6 +370,8 @@ def score_baseline(experiment: Experiment, home: Home, name: str, report: Say) -
         precision=evaluation.precision,
         backend=evaluation.backend,
         batch_tokens=evaluation.batch_tokens,
+        part=part,
+        device=device,
     )
 
 
@@ -358,6 +391,8 @@ def score_model(
     backend: str = "native",
     precision: str = "fp32",
     batch_tokens: int | None = None,
+    part: "Part | None" = None,
+    device: str | None = None,
 ) -> StageResult:
     """Score a model that no run here made, or a checkpoint by its path, into `out_dir`.
 
@@ -365,38 +400,40 @@ def score_model(
         name: what it is filed under; by default made of the path. What another model of that name scored is set aside.
         out_dir: by default `scorecards/models/NAME/SUITE` under the home.
         flags: OpenLM's model flags, such as `{"model_norm": "rms_norm"}`.
+        part, device: as for `score`.
 
     Returns:
         Its facts hold `metrics` (`metrics/copa/0-shot/...` -> accuracy, as LLM Foundry prints them) and `seconds`.
     """
     from openlm_pipeline.evaluation.scorecard import Provenance
     from openlm_pipeline.evaluation.subject import default_device, open_subject, place_of
-    from openlm_pipeline.evaluation.suite import load_suite
+    from openlm_pipeline.evaluation.suite import WHOLE, load_suite
     from openlm_pipeline.models.openlm_settings import settings_of_flags
 
     if backend == "foundry" and precision != "fp32":
         raise ConfigError("LLM Foundry as a backend computes in fp32")
-    suite = load_suite(suite_name)
+    part = part or WHOLE
+    suite = part.of(load_suite(suite_name))
     if suite.ignored:
         report(f"{suite_name}: left out, as they only say how to run: {', '.join(suite.ignored)}")
     place, stamp = place_of(path_or_name, revision)
     if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.\-]*", name):
         raise ConfigError(f"--name {name!r}: letters, digits, `_`, `-` and `.` only, as scores are filed under it")
     name = name or _default_name(path_or_name, place, suite, home)
-    out = out_dir or home.model_scorecard(name, suite.name)
+    out = part.folder(out_dir or home.model_scorecard(name, suite.name))
     started = time.monotonic()
     subject = open_subject(
         path_or_name,
         model=model,
         tokenizer=tokenizer,
         revision=revision,
-        device=default_device(),
+        device=device or default_device(),
         precision=precision,
         report=report,
         **settings_of_flags(flags or {}, "the command line"),
     )
     context = {"run": name, "run_version": None, "milestone": None, "step": None, "tokens": None}
-    how = {"backend": backend, "batch_tokens": batch_tokens, "max_seq_len": max_seq_len}
+    how = {"backend": backend, "batch_tokens": batch_tokens, "max_seq_len": max_seq_len, "part": part}
     with home.artefact(out), _set_aside_others(out, place, report), _writing(out):
         result = _run_suite(subject, suite, home, out, context, report, **how)
         provenance = Provenance(

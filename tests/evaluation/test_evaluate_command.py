@@ -206,6 +206,31 @@ def test_a_number_is_shown_only_for_what_it_was_measured_on(exported, tmp_path):
     assert float(row(page, "other (re-run)")[0].split()[0]) > 0
 
 
+def test_a_part_of_a_suite_says_so_and_leaves_the_whole_alone(exported, tmp_path):
+    pipeline, _, _ = exported
+    pipeline = pipeline.copy(tmp_path / "pipeline")
+    whole = pipeline.home / "scorecards/tiny/v1/t0040K"
+    before = {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()}
+    part = ("--tasks", "choice", "--limit", "7", "--device", "cpu", "--batch-tokens", "64")
+    done = openlm(pipeline, "evaluate", "tiny", "--milestone", "40K", *part)
+    assert done.returncode == 0, done.stderr
+    rows = len((pipeline.home / "raw/tasks/choice.jsonl").read_text().splitlines())
+    assert f"7 of its {rows} rows alone were scored" in done.stdout
+    assert "scorecard tiny t0040K made: 1_of_2_tasks" in done.stdout
+    assert {p: p.read_bytes() for p in before} == before
+    folder = whole / "parts" / "choice-7_rows"
+    card = json.loads((folder / "scorecard.json").read_text())
+    assert [(t["task"], t["num_items"], t["num_rows"]) for t in card["tasks"]] == [("choice", 7, rows)]
+    some, all_rows = (pq.read_table(f / "items.parquet").to_pylist() for f in (folder, whole))
+    by_key = {(r["task"], r["num_fewshot"], r["item"]): r["prompt_hash"] for r in all_rows}
+    assert all(by_key[r["task"], r["num_fewshot"], r["item"]] == r["prompt_hash"] for r in some)
+    again = openlm(pipeline, "evaluate", "tiny", "--milestone", "20K", *part)
+    assert again.returncode == 0
+    for wrong, says in (("--tasks=lst_word", "did you mean 'last_word'"), ("--device=gpu9", "--device gpu9")):
+        refused = openlm(pipeline, "evaluate", "tiny", "--milestone", "40K", wrong)
+        assert refused.returncode == 2 and says in refused.stderr
+
+
 def test_models_of_equal_names_do_not_take_each_others_scores(exported, tmp_path):
     pipeline, root, _ = exported
     pipeline = pipeline.copy(tmp_path / "pipeline")
