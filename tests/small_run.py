@@ -39,15 +39,25 @@ execution: {{log_every: 1}}
 
 
 def write_dataset(
-    home: Home, name: str, num_samples: int, *, seed: int, vocab_size: int = 260, sums: bool = True, seq_len: int = 32
+    home: Home,
+    name: str,
+    num_samples: int,
+    *,
+    seed: int,
+    vocab_size: int = 260,
+    sums: bool = True,
+    seq_len: int = 32,
+    distinct: int | None = None,
 ) -> None:
     """Shards of seeded text-like ids: each id is followed by one of few, so that a model can learn them.
 
     Args:
         sums: of the samples; the first release wrote none.
+        distinct: different samples, which are repeated in turn; by default all are.
     """
     rng = np.random.default_rng(seed)
     samples = (np.cumsum(rng.integers(1, 4, (num_samples, seq_len + 1)), axis=1) % 251).astype(np.uint16)
+    samples = samples[np.arange(num_samples) % (distinct or num_samples)]
     folder, sample_format = home.shards(name, "v1"), SampleFormat(seq_len + 1, "uint16")
     halves = np.array_split(samples, 2)
     entries = []

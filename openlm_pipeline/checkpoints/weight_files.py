@@ -147,15 +147,20 @@ def _read_huggingface(folder: Path) -> WeightFiles:
     if not isinstance(config, dict) or config.get("model_type") != "openlm":
         kind = config.get("model_type") if isinstance(config, dict) else type(config).__name__
         raise DataError(f"{config_file} describes a model of type {kind!r}, not 'openlm'")
-    settings = {**config, **(config.get("params_args_dict") or {})}
+    settings = {**config, **(config.get("params") or {}), **(config.get("params_args_dict") or {})}
     declared = settings_of_flags(settings, str(config_file))
     state: dict[str, Any] = {}
-    for path in _weight_parts(folder):
+    for path in weight_parts(folder):
         state |= _load_safetensors(path) if path.suffix == ".safetensors" else _torch_load(path)
     return _named(folder, "Hugging Face folder", state, declared, str(config_file))
 
 
-def _weight_parts(folder: Path) -> list[Path]:
+def weight_parts(folder: Path) -> list[Path]:
+    """The files that hold the weights of a Hugging Face folder.
+
+    Raises:
+        MissingInputError: one of them is not there.
+    """
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{single}.index.json"
         if (folder / single).is_file():

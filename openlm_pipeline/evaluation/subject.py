@@ -15,6 +15,7 @@ from openlm_pipeline.checkpoints.folders import INFO, Checkpoint, read_checkpoin
 from openlm_pipeline.checkpoints.loading import find_model_config, load_checkpoint
 from openlm_pipeline.checkpoints.model_export import EOT, export_huggingface
 from openlm_pipeline.checkpoints.reading import load_model
+from openlm_pipeline.checkpoints.weight_files import weight_parts
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
 from openlm_pipeline.evaluation.huggingface import huggingface_model
 from openlm_pipeline.evaluation.model import Precision, ScoringModel, native_model
@@ -239,7 +240,7 @@ def open_subject(
     if (path / INFO).is_file():
         digest = read_checkpoint(path).digest
     else:
-        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        files = weight_parts(path) if path.is_dir() else [path]
         digest = fingerprint({"model": settings_tree(found.config), "weights": {p.name: sha256_file(p) for p in files}})
 
     def load() -> Transformer:
