@@ -227,6 +227,6 @@ def test_damaged_and_missing_files(tmp_path: Path):
         load_checkpoint(tmp_path / "absent.pt")
     with pytest.raises(MissingInputError, match="no config.json"):
         load_checkpoint(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(DataError, match="'llama', not 'openlm'"):
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+    with pytest.raises(DataError, match="'mistral', not 'openlm', llama or qwen3"):
         load_checkpoint(tmp_path)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from openlm_reference import State, reference_logits, reference_loss
 from safetensors.torch import save_file
-from small_run import SmallRun, train_here, write_dataset
+from small_run import SameSamples
 from tokenizers import Tokenizer, models
 from torch import Tensor
 
@@ -26,7 +26,6 @@ from openlm_pipeline.evaluation.subject import open_subject
 from openlm_pipeline.evaluation.tasks import Request
 from openlm_pipeline.models.config import MODELS, ModelConfig, resolve_model
 from openlm_pipeline.runs.folder import RunFolder
-from openlm_pipeline.shards.opening import open_dataset
 from train.distributed import leave_process_group
 from train.openlm.run import train_openlm
 
@@ -209,35 +208,24 @@ def small_names(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
-    """A home whose samples are all the same, so that a first loss is known whatever their order."""
-    made = SmallRun(tmp_path_factory.mktemp("released"), (1,))
-    write_dataset(made.home, "same", 40, seed=7, distinct=1)
-    text = made.recipe.read_text()
-    old = text[text.index("sources:") : text.index("training:")]
-    made.recipe.write_text(text.replace(old, 'sources: [{name: same, files: ["x"]}]\nmodel: {name: MODEL}\n'))
-    return made
+def small(tmp_path_factory: pytest.TempPathFactory) -> SameSamples:
+    return SameSamples(tmp_path_factory.mktemp("released"), "{name: open_lm_1b}")
 
 
 def silent(note: str) -> None:
     raise AssertionError(f"a release leaves nothing to assume: {note}")
 
 
-def first_loss(run: RunFolder) -> float:
-    return next(r["loss"] for r in run.read_metrics() if "loss" in r)
-
-
 @pytest.mark.usefixtures("small_names")
 @pytest.mark.parametrize("name", RELEASES)
 def test_a_release_is_loaded_scored_and_trained_on(
-    tmp_path: Path, small: SmallRun, monkeypatch: pytest.MonkeyPatch, name: str
+    tmp_path: Path, small: SameSamples, monkeypatch: pytest.MonkeyPatch, name: str
 ):
     release = RELEASES[name]
     config = resolve_model({"name": release.model, **release.variant})
     state = openlm_state(config)
     path = release.write(tmp_path, state, config, monkeypatch)
-    dataset = open_dataset(small.experiment("model.name=open_lm_1b").datasets()[0], small.home)
-    (row,) = torch.from_numpy(dataset.gather(np.arange(1)).astype(np.int64))
+    row = small.sample
 
     loaded = load_checkpoint(path, warn=silent)
     assert loaded.config.model_copy(update={"seq_len": 32}) == config  # which a bare file does not tell
@@ -256,9 +244,8 @@ def test_a_release_is_loaded_scored_and_trained_on(
     loss = reference_loss(state, config, row[None, :-1], row[None, 1:]).item()
     label = "".join(c if c.isalnum() else "_" for c in name.lower())
     variant = [f"model.{key}={value}" for key, value in release.variant.items()]
-    experiment = small.experiment(f"name={label}", f"model.name={release.model}", *variant, f"init_from={path}")
-    train_here(experiment, small.home)
-    assert first_loss(RunFolder(small.home.run(label, "v1"))) == pytest.approx(loss, abs=1e-4)
+    begun = small.first_loss(label, f"model.name={release.model}", *variant, f"init_from={path}")
+    assert begun == pytest.approx(loss, abs=1e-4)
 
     monkeypatch.setenv("OPENLM_HOME", str(small.home.root))
     line = (
@@ -269,7 +256,8 @@ def test_a_release_is_loaded_scored_and_trained_on(
         train_openlm([*line.split(), "--logs", str(tmp_path / "logs"), "--name", "run", "--log-every-n-steps", "1"])
     finally:
         leave_process_group()
-    assert first_loss(RunFolder(tmp_path / "logs" / "run")) == pytest.approx(loss, abs=1e-4)
+    records = RunFolder(tmp_path / "logs" / "run").read_metrics()
+    assert next(r["loss"] for r in records if "loss" in r) == pytest.approx(loss, abs=1e-4)
 
 
 @pytest.mark.usefixtures("small_names")

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from small_run import BATCH, SmallRun, train_here
+from small_run import BATCH, SameSamples, SmallRun, train_here
 from typer.testing import CliRunner
 
 from openlm_pipeline.checkpoints.folders import Checkpoint, read_checkpoint
@@ -15,6 +15,8 @@ from openlm_pipeline.cli.main import app
 from openlm_pipeline.errors import ConfigError, ConsentError, DataError, IdentityError, MissingInputError
 from openlm_pipeline.experiments import load_experiment
 from openlm_pipeline.experiments.fork_recipe import write_fork
+from openlm_pipeline.models import create_model
+from openlm_pipeline.models.config import ModelConfig
 from openlm_pipeline.ordering import order_of
 from openlm_pipeline.pipeline.plan import plan
 from openlm_pipeline.runs.folder import RunFolder
@@ -347,3 +349,15 @@ def test_a_recipe_begins_with_the_weights_of_a_milestone_or_an_export(parent: Sm
         train_here(parent.experiment("name=none", "init_from=small@main"), parent.home)
     with pytest.raises(ConfigError, match="a fork has its parent's weights"):
         Fork(parent, "init_from=small@1B")
+
+
+@pytest.mark.parametrize("fields", [{"weight_tying": True}, {"ffn": "gelu"}], ids=str)
+def test_a_run_begins_with_weights_that_stand_under_two_names(tmp_path, fields: dict):
+    config = ModelConfig(hidden_dim=32, n_layers=2, n_heads=2, vocab_size=260, seq_len=32, **fields)
+    model = create_model(config, seed=3)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    small = SameSamples(tmp_path, config.model_dump_json(exclude_none=True))
+    sample = small.sample[None]
+    with torch.no_grad():
+        loss = model(sample[:, :-1], sample[:, 1:])[0].item() / 32
+    assert small.first_loss("begun", f"init_from={tmp_path / 'weights.pt'}") == pytest.approx(loss, abs=1e-4)
