@@ -20,6 +20,7 @@ from openlm_pipeline.models.config import ModelConfig
 from openlm_pipeline.ordering import order_of
 from openlm_pipeline.pipeline.plan import plan
 from openlm_pipeline.runs.folder import RunFolder
+from openlm_pipeline.runs.parent import initial_weights, parent_identity
 from openlm_pipeline.runs.rates import rate_findings
 from openlm_pipeline.shards.opening import open_dataset
 from openlm_pipeline.storage.files import read_json
@@ -349,6 +350,33 @@ def test_a_recipe_begins_with_the_weights_of_a_milestone_or_an_export(parent: Sm
         train_here(parent.experiment("name=none", "init_from=small@main"), parent.home)
     with pytest.raises(ConfigError, match="a fork has its parent's weights"):
         Fork(parent, "init_from=small@1B")
+
+
+def test_a_recipe_begins_with_a_milestone_of_another_version(parent: SmallRun, tmp_path):
+    train_here(parent.experiment("version=v2", "seed=5", f"milestones=[{2 * BATCH}]"), parent.home)
+    (of_v2,) = RunFolder(parent.home.run("small", "v2")).saved()
+    at = f"@{2 * BATCH}"
+    assert initial_weights(parent.experiment("name=x", f"init_from=small/v2{at}"), parent.home) == {of_v2.path: 1.0}
+    with pytest.raises(MissingInputError, match=f"small{at}, a milestone not in .*runs/small/v1"):
+        initial_weights(parent.experiment("name=x", f"init_from=small{at}"), parent.home)
+    folder = parent.home.root / f"small/v2{at}"
+    folder.mkdir(parents=True)  # a place that is there is that place
+    assert initial_weights(parent.experiment("name=x", f"init_from=small/v2{at}"), parent.home) == {folder: 1.0}
+
+
+def test_a_folder_to_begin_with_is_hashed_once_until_it_changes(parent: SmallRun, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = export_huggingface(_at(parent.run, 8).path, tmp_path / "exported")
+    experiment = parent.experiment("name=x", f"init_from={folder}")
+    hashed = tmp_path / "cache" / "openlm_pipeline" / "file_hashes.jsonl"
+    first = parent_identity(experiment, parent.home)
+    names = [json.loads(line)[0] for line in hashed.read_text().splitlines()]
+    assert sorted(names) == sorted(str(p) for p in folder.iterdir())
+    assert parent_identity(experiment, parent.home) == first
+    assert len(hashed.read_text().splitlines()) == len(names)
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    assert parent_identity(experiment, parent.home) != first
+    assert len(hashed.read_text().splitlines()) == len(names) + 1
 
 
 @pytest.mark.parametrize("fields", [{"weight_tying": True}, {"ffn": "gelu"}], ids=str)
