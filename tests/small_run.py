@@ -15,6 +15,7 @@ from openlm_pipeline.experiments import Experiment, load_experiment
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.shards.format import SampleFormat, write_shard
 from openlm_pipeline.shards.manifest import DATASET, ShardEntry, finish_dataset, write_manifest
+from openlm_pipeline.shards.opening import open_dataset
 from openlm_pipeline.shards.sums import write_sums
 from openlm_pipeline.storage.files import write_json
 from openlm_pipeline.storage.home import Home
@@ -48,14 +49,17 @@ def write_dataset(
     sums: bool = True,
     seq_len: int = 32,
     tokenizer_sha256: str = "0" * 64,
+    distinct: int | None = None,
 ) -> None:
     """Shards of seeded text-like ids: each id is followed by one of few, so that a model can learn them.
 
     Args:
         sums: of the samples; the first release wrote none.
+        distinct: different samples, which are repeated in turn; by default all are.
     """
     rng = np.random.default_rng(seed)
     samples = (np.cumsum(rng.integers(1, 4, (num_samples, seq_len + 1)), axis=1) % 251).astype(np.uint16)
+    samples = samples[np.arange(num_samples) % (distinct or num_samples)]
     folder, sample_format = home.shards(name, "v1"), SampleFormat(seq_len + 1, "uint16")
     halves = np.array_split(samples, 2)
     entries = []
@@ -130,3 +134,27 @@ class SmallRun:
         """Step -> milestone label of each complete checkpoint."""
         found = list_checkpoints(self.run.checkpoints, self.run.fingerprint, warn=lambda message: None)
         return {c.step: c.milestone for c in found}
+
+
+class SameSamples(SmallRun):
+    """A run of one step without validation whose samples are all the same, so that its first loss is known; `model` is
+    the recipe's."""
+
+    def __init__(self, root: Path, model: str) -> None:
+        super().__init__(root, (1,))
+        write_dataset(self.home, "same", 40, seed=7, distinct=1)
+        text = self.recipe.read_text()
+        old = text[text.index("sources:") : text.index("training:")]
+        self.recipe.write_text(text.replace(old, f'sources: [{{name: same, files: ["x"]}}]\nmodel: {model}\n'))
+
+    @property
+    def sample(self) -> torch.Tensor:
+        """Its ids, int64."""
+        (sample,) = open_dataset(self.experiment().datasets()[0], self.home).gather(np.arange(1))
+        return torch.from_numpy(sample.astype(np.int64))
+
+    def first_loss(self, name: str, *overrides: str) -> float:
+        """Train another run of it."""
+        train_here(self.experiment(f"name={name}", *overrides), self.home)
+        records = RunFolder(self.home.run(name, "v1")).read_metrics()
+        return next(r["loss"] for r in records if "loss" in r)

@@ -119,12 +119,10 @@ def _load_initial_weights(
         with torch.no_grad():
             for path, coefficient in weights.items():
                 loaded: Transformer = load_checkpoint(path, config=config, warn=lambda note: print(f"note: {note}"))
-                parameters = dict(loaded.named_parameters())
-                for name, value in loaded.state_dict().items():
-                    if name not in parameters:
-                        state[name] = value
-                    else:
-                        state[name] = value * coefficient + state.get(name, 0)
+                # Not `state_dict`, which has what is tied twice, and torch shards it under one name alone.
+                state.update(loaded.named_buffers())
+                for name, value in loaded.named_parameters():
+                    state[name] = value * coefficient + state.get(name, 0)
 
     world.from_rank0(read)
     # A checkpoint holds no frequencies that the model does not make itself.

@@ -1,6 +1,7 @@
-"""Models that are exactly transformers' Llama, or Qwen3 with its norms of each head, under its names, so that whatever
-reads a Llama reads them."""
+"""Models that are exactly transformers' Llama, or Qwen3 with its norms of each head, to and from its names, so that
+whatever reads a Llama reads ours, and ours reads a Llama."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,19 +12,39 @@ from openlm_pipeline.models.attention import rotary_frequencies
 from openlm_pipeline.models.config import ModelConfig
 from openlm_pipeline.models.transformer import Transformer
 
+LLAMAS = ("llama", "qwen3")
+"""transformers' `model_type` of those that are read."""
+_IN_PROJ = "attention.in_proj"
 _LAYER_NAMES = {
-    "attention_norm.weight": "input_layernorm.weight",
-    "attention.out_proj.weight": "self_attn.o_proj.weight",
-    "attention.q_norm.weight": "self_attn.q_norm.weight",
-    "attention.k_norm.weight": "self_attn.k_norm.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-    "feed_forward.w3.weight": "mlp.down_proj.weight",
+    "attention_norm": ("input_layernorm",),
+    _IN_PROJ: ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attention.out_proj": ("self_attn.o_proj",),
+    "attention.q_norm": ("self_attn.q_norm",),
+    "attention.k_norm": ("self_attn.k_norm",),
+    "ffn_norm": ("post_attention_layernorm",),
+    "feed_forward.w12": ("mlp.gate_proj", "mlp.up_proj"),
+    "feed_forward.w3": ("mlp.down_proj",),
 }
-_NAMES = {
-    "tok_embeddings.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
+_NAMES = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
+_SIZES = {
+    "hidden_size": "hidden_dim",
+    "intermediate_size": "ffn_dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "seq_len",
 }
+_EXACT = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0,
+    "partial_rotary_factor": 1,
+    "use_sliding_window": False,
+    "quantization_config": None,
+}
+"""What a config's fields may say, where they are there."""
+_EXACT_ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
 
 
 def has_exact_frequencies(model: Transformer) -> bool:
@@ -62,14 +83,9 @@ def llama_config(config: ModelConfig) -> dict[str, Any]:
     return {
         "architectures": [f"{kind}ForCausalLM"],
         "model_type": kind.lower(),
-        "hidden_size": config.hidden_dim,
-        "intermediate_size": config.ffn_dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
+        **{theirs: getattr(config, ours) for theirs, ours in _SIZES.items()},
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_dim,
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.seq_len,
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
@@ -81,29 +97,93 @@ def llama_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def llama_state(parameters: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def llama_differences(config: Mapping[str, Any]) -> list[str]:
+    """What in the `config.json` of one of `LLAMAS` makes it another model than any of ours, each with its field."""
+    if lacking := [name for name in _SIZES if name not in config]:
+        return [f"it has no {' or '.join(lacking)}"]
+    found = [f"its {k} is {config[k]!r}" for k, exact in _EXACT.items() if config.get(k) not in (None, exact)]
+    if others := set(config.get("layer_types") or ()) - {"full_attention"}:
+        found.append(f"its layer_types have {', '.join(sorted(others))}")
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = dict(config.get(name) or {})
+        rope.pop("rope_theta", None)
+        if any(value != _EXACT_ROPE.get(key) for key, value in rope.items()):
+            found.append(f"its {name} is {config[name]}")
+    if _head_dim(config) * config["num_attention_heads"] != config["hidden_size"]:
+        found.append(f"its head_dim is {_head_dim(config)}, not hidden_size / num_attention_heads")
+    return found
+
+
+def _head_dim(config: Mapping[str, Any]) -> int:
+    by_default = 128 if config["model_type"] == "qwen3" else config["hidden_size"] // config["num_attention_heads"]
+    return config.get("head_dim") or by_default
+
+
+def settings_of_llama(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Fields of ModelConfig that the `config.json` of one of `LLAMAS` gives, of transformers 4 or 5.
+
+    Raises:
+        ConfigError: it is a model that is not built here; the fields that differ are named.
+    """
+    if differences := llama_differences(config):
+        raise ConfigError(f"{where} is no {config['model_type']} that is built here: {'; '.join(differences)}")
+    sizes = {ours: config[theirs] for theirs, ours in _SIZES.items()}
+    width, heads, is_qwen3 = sizes.pop("ffn_dim"), sizes["n_heads"], config["model_type"] == "qwen3"
+    kv_heads = config.get("num_key_value_heads") or heads
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return {
+        **sizes,
+        "weight_tying": bool(config.get("tie_word_embeddings")),
+        "norm": "rms_norm",
+        "norm_eps": config.get("rms_norm_eps", 1e-6),
+        "qk_norm": is_qwen3,
+        "qk_norm_per_head": is_qwen3,
+        "positional_embedding": "rotary",
+        "ffn": "swiglu",
+        "n_kv_heads": None if kv_heads == heads else kv_heads,
+        "ffn_hidden_dim": None if width == ModelConfig(**sizes).ffn_dim else width,
+        "rope_theta": rope.get("rope_theta", config.get("rope_theta", 10_000.0)),
+    }
+
+
+def _theirs(name: str) -> list[str]:
+    """Llama's names of what stands in one parameter, one after another."""
+    name = name.removesuffix(".weight")
+    if name in _NAMES:
+        return [f"{_NAMES[name]}.weight"]
+    _, number, part = name.split(".", 2)
+    return [f"model.layers.{number}.{theirs}.weight" for theirs in _LAYER_NAMES[part]]
+
+
+def llama_state(parameters: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """OpenLM's parameters under Llama's names: queries, keys and values apart, and so gate and up."""
-    state = {}
+    state, kv_dim = {}, config.kv_heads * config.head_dim
     for name, value in parameters.items():
-        if name in _NAMES:
-            state[_NAMES[name]] = value
-            continue
-        _, number, part = name.split(".", 2)
-        layer = f"model.layers.{number}"
-        if part == "attention.in_proj.weight":
-            kv_dim = config.kv_heads * config.head_dim
-            q, k, v = value.split([config.n_heads * config.head_dim, kv_dim, kv_dim])
-            if config.positional_embedding == "llama_rotary":
-                q, k = _halves(q, config.n_heads), _halves(k, config.kv_heads)
-            state |= {f"{layer}.self_attn.{n}_proj.weight": t for n, t in (("q", q), ("k", k), ("v", v))}
-        elif part == "feed_forward.w12.weight":
-            gate, up = value.chunk(2)
-            state |= {f"{layer}.mlp.gate_proj.weight": gate, f"{layer}.mlp.up_proj.weight": up}
-        else:
-            state[f"{layer}.{_LAYER_NAMES[part]}"] = value
-    return {name: value.clone() for name, value in state.items()}
+        names, is_qkv = _theirs(name), _IN_PROJ in name
+        widths = [config.n_heads * config.head_dim, kv_dim, kv_dim] if is_qkv else len(value) // len(names)
+        parts = list(value.split(widths))
+        if is_qkv and config.positional_embedding == "llama_rotary":
+            parts[:2] = _halves(parts[0], config.n_heads), _halves(parts[1], config.kv_heads)
+        state |= {theirs: part.clone() for theirs, part in zip(names, parts, strict=True)}
+    return state
+
+
+def openlm_state(state: Mapping[str, Tensor], names: Iterable[str], config: ModelConfig) -> dict[str, Tensor]:
+    """The inverse of `llama_state`, for parameters of these names."""
+    parameters = {}
+    for name in names:
+        parts = [state[theirs] for theirs in _theirs(name)]
+        if _IN_PROJ in name and config.positional_embedding == "llama_rotary":
+            parts[:2] = _pairs(parts[0], config.n_heads), _pairs(parts[1], config.kv_heads)
+        parameters[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return parameters
 
 
 def _halves(weight: Tensor, heads: int) -> Tensor:
     """transformers turns the pairs (i, i + K/2) of a head; weights of the pairs (2i, 2i + 1) are put in that order."""
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _pairs(weight: Tensor, heads: int) -> Tensor:
+    """The inverse of `_halves`."""
+    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)

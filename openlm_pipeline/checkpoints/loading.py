@@ -1,4 +1,5 @@
-"""A model from a checkpoint: ours, OpenLM's or a Hugging Face folder, with its variant found in keys and shapes.
+"""A model from a checkpoint: ours, OpenLM's, or a Hugging Face folder of OpenLM's, Llama's or Qwen3's, with its variant
+found in keys and shapes, or in Llama's config.
 
 Norm, qk-norm, feed-forward type, tying and sizes show in the weights. What does not show (the position type; whether a
 norm with gains only is a LayerNorm or an RMSNorm) comes from arguments or from what stands beside the file; where that
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openlm_pipeline.checkpoints.llama import llama_state, openlm_state
 from openlm_pipeline.checkpoints.weight_files import WeightFiles, read_weight_files
 from openlm_pipeline.errors import ConfigError, DataError
 from openlm_pipeline.models.attention import rotary_frequencies
@@ -26,6 +28,7 @@ _FIRST = "layers.0."
 _INV_FREQ = "attention.pos_embed.inv_freq"
 _ALIASES = (("_ff_w1", "feed_forward.0"), ("_ff_w2", "feed_forward.2"))
 _NAMED_IN_ERRORS = 6
+_NOT_IN_SHAPES = ("n_heads", "norm", "positional_embedding", "norm_eps", "rope_theta")
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,8 @@ class FoundModel:
 
     path: Path
     layout: str
-    """`OpenLM checkpoint` (epoch_N.pt), `OpenLM state_dict`, `Hugging Face folder`, `safetensors file` or
-    `openlm_pipeline checkpoint`."""
+    """`OpenLM checkpoint` (epoch_N.pt), `OpenLM state_dict`, `Hugging Face folder`, `llama folder`, `qwen3 folder`,
+    `safetensors file` or `openlm_pipeline checkpoint`."""
     config: ModelConfig
     source: str
     """What beside the weights told of it: a path of `params.txt` or `config.json`, say; empty if nothing did."""
@@ -64,7 +67,8 @@ def load_checkpoint(
 
     Args:
         path: OpenLM's `.pt` (epoch_N.pt, an averager's file, or a bare state_dict), a `.safetensors` file, a Hugging
-            Face folder of an OpenLM model, or a folder `step-*` of a run.
+            Face folder of an OpenLM model or of a Llama or Qwen3 that is exactly one of ours, or a folder `step-*` of a
+            run.
         config: name, JSON file or ModelConfig where the files do not say enough; fields that it leaves open are found.
         warn: told what was assumed because nothing says it.
         overrides: fields of ModelConfig that are known better, such as `positional_embedding="head_rotary"`.
@@ -87,8 +91,13 @@ def load_checkpoint(
         warn(f"{path}: {note}")
     with torch.device("meta"):
         model = Transformer(found.config)
-    state = _completed(files.state, found.config)
-    _check_keys(files.path, state, model)
+    if files.is_llama:
+        parameters = dict(model.named_parameters())
+        _check_keys(files.path, files.state, llama_state(parameters, found.config), found.config)
+        state = openlm_state(files.state, parameters, found.config)
+    else:
+        state = _completed(files.state, found.config)
+        _check_keys(files.path, state, model.state_dict(), found.config)
     model.to_empty(device=device)
     model.init_buffers()
     model.load_state_dict(state, strict=False)  # a checkpoint without frequencies has those of the formula
@@ -113,8 +122,21 @@ def _find(files: WeightFiles, config: str | Path | ModelConfig | None, overrides
         named = find_config(config)
         given = {name: getattr(named, name) for name in named.model_fields_set}
     known = {**files.declared, **given, **overrides}
-    seen, notes = _seen_in(files, known)
+    seen, notes = ({}, []) if files.is_llama else _seen_in(files, known)
+    notes += _contradicted(files, known)
     return FoundModel(files.path, files.layout, resolve_model({**seen, **known}), files.source, tuple(notes))
+
+
+def _contradicted(files: WeightFiles, known: dict[str, Any]) -> list[str]:
+    """Notes on what the files state, arguments say otherwise, and no shape tells."""
+    said = {name: files.declared[name] for name in _NOT_IN_SHAPES if name in files.declared}
+    if files.is_llama and known["positional_embedding"] == "llama_rotary":
+        said["positional_embedding"] = "llama_rotary"  # the weights are put in its order
+    return [
+        f"{files.source} says {name} {value}, and {known[name]} is taken, as asked"
+        for name, value in said.items()
+        if known[name] != value and (name != "norm" or "rms_norm" in (known[name], value))
+    ]
 
 
 def _seen_in(files: WeightFiles, known: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -192,8 +214,8 @@ def _completed(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tenso
     return full
 
 
-def _check_keys(path: Path, state: dict[str, Tensor], model: Transformer) -> None:
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+def _check_keys(path: Path, state: dict[str, Tensor], model: dict[str, Tensor], config: ModelConfig) -> None:
+    expected = {name: tuple(value.shape) for name, value in model.items()}
     wrong = [f"missing {n}" for n in expected if n not in state and not n.endswith(_INV_FREQ)]
     wrong += [f"unknown {n}" for n in state if n not in expected]
     wrong += [
@@ -204,4 +226,4 @@ def _check_keys(path: Path, state: dict[str, Tensor], model: Transformer) -> Non
     if wrong:
         more = f"\n  and {len(wrong) - _NAMED_IN_ERRORS} more" if len(wrong) > _NAMED_IN_ERRORS else ""
         lines = "\n  ".join(wrong[:_NAMED_IN_ERRORS])
-        raise DataError(f"{path} does not fit the model ({model.config}):\n  {lines}{more}")
+        raise DataError(f"{path} does not fit the model ({config}):\n  {lines}{more}")

@@ -1,6 +1,7 @@
-"""Weights as files of others: OpenLM's `.pt`, Hugging Face folders of OpenLM models; read without running their code.
+"""Weights as files of others: OpenLM's `.pt`, Hugging Face folders of OpenLM, Llama and Qwen3 models; read without
+running their code.
 
-Tensors come memory-mapped, under OpenLM's own names, with what stands beside them about the model.
+Tensors come memory-mapped, under OpenLM's own names or Llama's, with what stands beside them about the model.
 """
 
 import pickle
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from openlm_pipeline.checkpoints.llama import LLAMAS, settings_of_llama
 from openlm_pipeline.errors import DataError, MissingInputError
 from openlm_pipeline.models.config import ModelConfig, not_dense
 from openlm_pipeline.models.openlm_settings import settings_of_flags, settings_of_params_txt
@@ -42,11 +44,13 @@ class WeightFiles:
     path: Path
     layout: str
     state: dict[str, Tensor]
-    """By OpenLM's names, without prefixes."""
+    """By OpenLM's names, without prefixes, or by Llama's."""
     declared: dict[str, Any]
     """Fields of ModelConfig that the files state."""
     source: str
     """Where `declared` comes from, for people."""
+    is_llama: bool = False
+    """Whether the names in `state` are Llama's."""
 
 
 def read_weight_files(path: Path) -> WeightFiles:
@@ -144,18 +148,32 @@ def _read_huggingface(folder: Path) -> WeightFiles:
             f"{folder} is neither a checkpoint step-* nor a Hugging Face folder (it has no config.json)"
         )
     config = read_json(config_file)
-    if not isinstance(config, dict) or config.get("model_type") != "openlm":
-        kind = config.get("model_type") if isinstance(config, dict) else type(config).__name__
-        raise DataError(f"{config_file} describes a model of type {kind!r}, not 'openlm'")
-    settings = {**config, **(config.get("params_args_dict") or {})}
-    declared = settings_of_flags(settings, str(config_file))
+    kind = config.get("model_type") if isinstance(config, dict) else type(config).__name__
+    if kind not in ("openlm", *LLAMAS):
+        raise DataError(f"{config_file} describes a model of type {kind!r}, not 'openlm', {' or '.join(LLAMAS)}")
     state: dict[str, Any] = {}
-    for path in _weight_parts(folder):
+    if kind in LLAMAS:
+        declared = settings_of_llama(config, str(config_file))
+    else:
+        settings = {**config, **(config.get("params") or {}), **(config.get("params_args_dict") or {})}
+        declared = settings_of_flags(settings, str(config_file))
+    for path in weight_parts(folder):
         state |= _load_safetensors(path) if path.suffix == ".safetensors" else _torch_load(path)
+    if kind in LLAMAS:
+        state = {name: value for name, value in state.items() if not name.endswith("rotary_emb.inv_freq")}
+        embedding, head = state.get("model.embed_tokens.weight"), state.get("lm_head.weight")
+        if declared["weight_tying"] and head is not None and embedding is not None and torch.equal(head, embedding):
+            del state["lm_head.weight"]
+        return WeightFiles(folder, f"{kind} folder", state, declared, str(config_file), is_llama=True)
     return _named(folder, "Hugging Face folder", state, declared, str(config_file))
 
 
-def _weight_parts(folder: Path) -> list[Path]:
+def weight_parts(folder: Path) -> list[Path]:
+    """The files that hold the weights of a Hugging Face folder.
+
+    Raises:
+        MissingInputError: one of them is not there.
+    """
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{single}.index.json"
         if (folder / single).is_file():

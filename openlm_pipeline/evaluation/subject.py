@@ -12,9 +12,11 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from openlm_pipeline.checkpoints.folders import INFO, Checkpoint, read_checkpoint
+from openlm_pipeline.checkpoints.llama import LLAMAS, llama_differences
 from openlm_pipeline.checkpoints.loading import find_model_config, load_checkpoint
 from openlm_pipeline.checkpoints.model_export import EOT, export_huggingface
 from openlm_pipeline.checkpoints.reading import load_model
+from openlm_pipeline.checkpoints.weight_files import weight_parts
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
 from openlm_pipeline.evaluation.huggingface import huggingface_model
 from openlm_pipeline.evaluation.model import Precision, ScoringModel, native_model
@@ -193,7 +195,10 @@ def _huggingface(folder: Path, name: str, tokenizer: str | None, device: str, pr
     found = _named_tokenizer(tokenizer) if tokenizer else _huggingface_tokenizer(folder)
     _check_tokenizer(found, text["vocab_size"], name)
     lengths = [text[k] for k in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length") if text.get(k)]
-    model = huggingface_model(str(folder), device=device, precision=precision)
+    if config.get("model_type") in LLAMAS and not llama_differences(config):
+        model = native_model(lambda: load_checkpoint(folder), device=device, precision=precision)
+    else:
+        model = huggingface_model(str(folder), device=device, precision=precision)
     return Subject(
         name, model, found, scored_digest(digest, precision), lengths[0] if lengths else 2048, lambda _: folder
     )
@@ -249,7 +254,7 @@ def open_subject(
     if (path / INFO).is_file():
         digest = read_checkpoint(path).digest
     else:
-        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        files = weight_parts(path) if path.is_dir() else [path]
         digest = fingerprint({"model": settings_tree(found.config), "weights": {p.name: sha256_file(p) for p in files}})
 
     def load() -> Transformer:

@@ -417,8 +417,9 @@ class Experiment(Strict):
     milestones: tuple[Tokens, ...] = Field(min_length=1)
     """Token counts at which a checkpoint is kept for ever and scored."""
     init_from: str | None = None
-    """Weights that the run begins with, in place of drawn ones: a checkpoint of OpenLM, a folder that `openlm export`
-    or OpenLM wrote for Hugging Face, or a run's milestone as `RUN@250B`. Tokens and samples begin at 0."""
+    """Weights that the run begins with, in place of drawn ones: a checkpoint of OpenLM, a Hugging Face folder of an
+    OpenLM model, Llama or Qwen3, or a run's milestone as `RUN@250B`, or `RUN/VERSION@250B` where that is not v1. Tokens
+    and samples begin at 0."""
     parent: Parent | None = None
     """Where a fork begins; by default a run begins at 0 tokens with weights of its own."""
     evaluation: Evaluation | None = None

@@ -112,6 +112,8 @@ MODELS = {
         **_1B, norm="default_layer_norm", qk_norm=False, positional_embedding="head_rotary", ffn="swiglu"
     ),
     "open_lm_1b_swiglutorch": ModelConfig(**_1B, ffn="swiglu_torch"),
+    "open_lm_3b_swiglutorch": ModelConfig(hidden_dim=2560, n_layers=32, n_heads=32, ffn="swiglu_torch"),
+    "open_lm_7b_swiglutorch": ModelConfig(hidden_dim=4096, n_layers=32, n_heads=32, ffn="swiglu_torch"),
     "open_lm_1b_geglu": ModelConfig(**_1B, ffn="gemma_geglu"),
     "m1b_tiktoken": ModelConfig(**_1B, vocab_size=50304),
     "llama2_7b": ModelConfig(
@@ -129,6 +131,7 @@ MODELS = {
 """Fields that OpenLM's JSON file of a model gives are set here too: there they win over flags."""
 ALIASES = {
     "open_lm_411m": "open_lm_410m",  # the name in OpenLM's README, which has no config file there
+    "d=1024_l=24_h=8": "open_lm_411m_v2",  # DCLM's
     "quark_neox": "open_lm_11m",
     "atom_neox": "open_lm_25m",
     "aphid_neox": "open_lm_87m",

@@ -9,7 +9,7 @@ from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.fingerprint import Tree, fingerprint, settings_tree
 from openlm_pipeline.ordering.continued import order_record
 from openlm_pipeline.runs.folder import RunFolder
-from openlm_pipeline.storage.files import sha256_file
+from openlm_pipeline.storage.file_hashes import FileHashes
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.units import format_tokens, milestone_label, parse_tokens
 
@@ -52,15 +52,17 @@ def weights_identity(weights: Mapping[Path, float]) -> Tree:
 def _digest(path: Path) -> str:
     if not path.exists():
         raise MissingInputError(f"there is no checkpoint {path} to begin with")
+    hashes = FileHashes()
     if path.is_file():
-        return sha256_file(path)
+        return hashes.sha256(path)
     if (path / INFO).is_file():
         return read_checkpoint(path).digest
-    return fingerprint({p.name: sha256_file(p) for p in sorted(path.iterdir()) if p.is_file()})
+    return fingerprint({p.name: hashes.sha256(p) for p in sorted(path.iterdir()) if p.is_file()})
 
 
 def initial_weights(experiment: Experiment, home: Home) -> dict[Path, float]:
-    """The checkpoint that a recipe's `init_from` names, with coefficient 1; empty where it has none.
+    """The checkpoint that a recipe's `init_from` names by its path, or as RUN@TOKENS or RUN/VERSION@TOKENS; with
+    coefficient 1. Empty where it names none.
 
     Raises:
         ConfigError: what stands behind the @ is no number of tokens.
@@ -69,10 +71,12 @@ def initial_weights(experiment: Experiment, home: Home) -> dict[Path, float]:
     place = experiment.init_from
     if place is None:
         return {}
-    run_name, at, tokens = place.partition("@")
-    if not at or "/" in place:
-        return {Path(home.resolve(place)): 1.0}
-    run = RunFolder(home.run(run_name, "v1"))
+    path = Path(home.resolve(place))
+    named, at, tokens = place.partition("@")
+    name, _, version = named.partition("/")
+    if not at or not name or "/" in version + tokens or path.exists():
+        return {path: 1.0}
+    run = RunFolder(home.run(name, version or "v1"))
     try:
         checkpoint = _milestone(run, parse_tokens(tokens))
     except ValueError as e:

@@ -1,20 +1,11 @@
-"""Shards of datasets that have no sums of their samples, hashed in the background: once per machine, then remembered.
+"""Shards of datasets that have no sums of their samples, hashed in the background, once per machine."""
 
-What was hashed is known by size and time of change, in `openlm_pipeline/checked_shards.jsonl` of the user's cache
-folder. Where that can't be written, each process hashes for itself.
-"""
-
-import contextlib
-import os
 import threading
 from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any
-
-import orjson
 
 from openlm_pipeline.errors import DataError
 from openlm_pipeline.shards.dataset import ShardedDataset
+from openlm_pipeline.storage.file_hashes import FileHashes
 
 _POLL_SECONDS = 1.0
 
@@ -23,31 +14,17 @@ class CheckedShards:
     """The shards that this machine found whole."""
 
     def __init__(self) -> None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self._path = cache / "openlm_pipeline" / "checked_shards.jsonl"
-        self._known: set[tuple[Any, ...]] = set()
-        with contextlib.suppress(OSError):  # as below
-            for line in self._path.read_bytes().splitlines():
-                with contextlib.suppress(orjson.JSONDecodeError):  # a line that a full disk cut
-                    self._known.add(tuple(orjson.loads(line)))
+        self._hashes = FileHashes()
 
     def check(self, dataset: ShardedDataset, k: int) -> None:
-        """Compare the hash of a local shard with the manifest's, unless that was done here since it changed.
+        """Compare the hash of a local shard with the manifest's.
 
         Raises:
             DataError: it is damaged or missing.
         """
-        path = (dataset.folder / dataset.entries[k].tar).absolute()
-        about = path.stat() if path.exists() else None
-        note = (str(path), about.st_size, about.st_mtime_ns, dataset.entries[k].sha256) if about else ()
-        if note in self._known:
-            return
-        dataset.check_shard(k)
-        self._known.add(note)
-        with contextlib.suppress(OSError):  # it is hashed again, by another process
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("ab") as f:
-                f.write(orjson.dumps(note) + b"\n")
+        path = dataset.folder / dataset.entries[k].tar
+        if not path.exists() or self._hashes.sha256(path) != dataset.entries[k].sha256:
+            dataset.check_shard(k)
 
 
 class BackgroundCheck:

@@ -3,7 +3,8 @@
 A folder of ROOT holds an export, `model`, and what is expected of it, `expected.pt`.
 `python exported_uses.py ROOT USES` tries the uses, named with commas between, on each of them, and writes "ok" or the
 error of each as JSON to ROOT/uses.json.
-`python exported_uses.py ROOT register` saves each export anew as `saved`, by classes that this package registers.
+`python exported_uses.py ROOT register` saves each export that this transformers knows anew as `saved`, by classes that
+this package registers.
 """
 
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 TEXT = "w5 w9 w14 w33"
 
@@ -171,7 +173,8 @@ def main(root, what):
 
         register()
         for folder in folders:
-            transformers.AutoModelForCausalLM.from_pretrained(folder / "model").save_pretrained(folder / "saved")
+            if json.loads((folder / "model/config.json").read_text())["model_type"] in CONFIG_MAPPING:
+                transformers.AutoModelForCausalLM.from_pretrained(folder / "model").save_pretrained(folder / "saved")
         return
     logging.disable(logging.WARNING)
     results = {}

@@ -145,14 +145,15 @@ def test_the_folder_works_without_this_package(tmp_path: Path):
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), model(IDS), rtol=0, atol=1e-5)
 
 
-def test_dclms_config_loads_with_the_registered_classes():
+@pytest.mark.parametrize("place", ["params_args_dict", "params"])
+def test_dclms_config_loads_with_the_registered_classes(place: str):
     transformers = pytest.importorskip("transformers")
     from openlm_pipeline.checkpoints.hf import register
 
     register()
     old = {"dim": 48, "n_layers": 2, "n_heads": 3, "vocab_size": 61, "norm_type": "gain_only_lp_layer_norm"}
     old |= {"apply_qk_norm": True, "ffn_type": "swiglu_torch", "model": "open_lm_7b", "weight_tying": False}
-    config = transformers.AutoConfig.for_model("openlm", params_args_dict=old)
+    config = transformers.AutoConfig.for_model("openlm", **{place: old})
     assert (config.hidden_size, config.norm_type, config.apply_qk_norm) == (48, "gain_only_lp_layer_norm", True)
     keys = transformers.AutoModelForCausalLM.from_config(config).state_dict().keys()
     ours = create_model(TINY, norm="gain_only_lp_layer_norm", qk_norm=True)

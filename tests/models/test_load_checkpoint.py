@@ -118,6 +118,27 @@ def test_params_txt_of_the_run_tells_what_weights_do_not(tmp_path: Path, flags: 
     assert (found.layout, found.source) == ("OpenLM checkpoint", str(tmp_path / "params.txt"))
 
 
+def test_an_argument_that_contradicts_what_no_shape_shows_is_noted(tmp_path: Path):
+    model = create_model("open_lm_test_tiny", norm="rms_norm")
+    path = run_folder(tmp_path, model, {"model": "open_lm_test_tiny", "model_norm": "rms_norm", "rotary_old": True})
+    notes: list[str] = []
+    same = {"norm": "rms_norm", "positional_embedding": "head_rotary"}
+    load_checkpoint(path, config=model.config.model_copy(update=same), warn=notes.append)
+    assert notes == []
+    asked = {"norm": "gain_only_layer_norm", "positional_embedding": "rotary", "n_heads": 2}
+    assert load_checkpoint(path, warn=notes.append, **asked).config.norm == "gain_only_layer_norm"
+    said = f"{tmp_path / 'params.txt'} says"
+    assert notes == [
+        f"{path}: {said} norm rms_norm, and gain_only_layer_norm is taken, as asked",
+        f"{path}: {said} positional_embedding head_rotary, and rotary is taken, as asked",
+    ]
+    flags = {"model": "open_lm_test_tiny", "model_norm": "default_layer_norm", "positional_embedding_type": "rotary"}
+    (tmp_path / "same").mkdir()
+    path = run_folder(tmp_path / "same", create_model("open_lm_test_tiny"), flags)
+    load_checkpoint(path, warn=notes.append, norm="lp_layer_norm")  # the same by another name
+    assert len(notes) == 2
+
+
 def test_the_released_files_are_known_by_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "open_lm_1b.pt"
     torch.save(create_model(TINY).state_dict(), path)
@@ -227,6 +248,6 @@ def test_damaged_and_missing_files(tmp_path: Path):
         load_checkpoint(tmp_path / "absent.pt")
     with pytest.raises(MissingInputError, match="no config.json"):
         load_checkpoint(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(DataError, match="'llama', not 'openlm'"):
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+    with pytest.raises(DataError, match="'mistral', not 'openlm', llama or qwen3"):
         load_checkpoint(tmp_path)

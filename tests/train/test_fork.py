@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from small_run import BATCH, SmallRun, train_here
+from small_run import BATCH, SameSamples, SmallRun, train_here
 from typer.testing import CliRunner
 
 from openlm_pipeline.checkpoints.folders import Checkpoint, read_checkpoint
@@ -15,9 +15,12 @@ from openlm_pipeline.cli.main import app
 from openlm_pipeline.errors import ConfigError, ConsentError, DataError, IdentityError, MissingInputError
 from openlm_pipeline.experiments import load_experiment
 from openlm_pipeline.experiments.fork_recipe import write_fork
+from openlm_pipeline.models import create_model
+from openlm_pipeline.models.config import ModelConfig
 from openlm_pipeline.ordering import order_of
 from openlm_pipeline.pipeline.plan import plan
 from openlm_pipeline.runs.folder import RunFolder
+from openlm_pipeline.runs.parent import initial_weights, parent_identity
 from openlm_pipeline.runs.rates import rate_findings
 from openlm_pipeline.shards.opening import open_dataset
 from openlm_pipeline.storage.files import read_json
@@ -347,3 +350,42 @@ def test_a_recipe_begins_with_the_weights_of_a_milestone_or_an_export(parent: Sm
         train_here(parent.experiment("name=none", "init_from=small@main"), parent.home)
     with pytest.raises(ConfigError, match="a fork has its parent's weights"):
         Fork(parent, "init_from=small@1B")
+
+
+def test_a_recipe_begins_with_a_milestone_of_another_version(parent: SmallRun, tmp_path):
+    train_here(parent.experiment("version=v2", "seed=5", f"milestones=[{2 * BATCH}]"), parent.home)
+    (of_v2,) = RunFolder(parent.home.run("small", "v2")).saved()
+    at = f"@{2 * BATCH}"
+    assert initial_weights(parent.experiment("name=x", f"init_from=small/v2{at}"), parent.home) == {of_v2.path: 1.0}
+    with pytest.raises(MissingInputError, match=f"small{at}, a milestone not in .*runs/small/v1"):
+        initial_weights(parent.experiment("name=x", f"init_from=small{at}"), parent.home)
+    folder = parent.home.root / f"small/v2{at}"
+    folder.mkdir(parents=True)  # a place that is there is that place
+    assert initial_weights(parent.experiment("name=x", f"init_from=small/v2{at}"), parent.home) == {folder: 1.0}
+
+
+def test_a_folder_to_begin_with_is_hashed_once_until_it_changes(parent: SmallRun, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = export_huggingface(_at(parent.run, 8).path, tmp_path / "exported")
+    experiment = parent.experiment("name=x", f"init_from={folder}")
+    hashed = tmp_path / "cache" / "openlm_pipeline" / "file_hashes.jsonl"
+    first = parent_identity(experiment, parent.home)
+    names = [json.loads(line)[0] for line in hashed.read_text().splitlines()]
+    assert sorted(names) == sorted(str(p) for p in folder.iterdir())
+    assert parent_identity(experiment, parent.home) == first
+    assert len(hashed.read_text().splitlines()) == len(names)
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    assert parent_identity(experiment, parent.home) != first
+    assert len(hashed.read_text().splitlines()) == len(names) + 1
+
+
+@pytest.mark.parametrize("fields", [{"weight_tying": True}, {"ffn": "gelu"}], ids=str)
+def test_a_run_begins_with_weights_that_stand_under_two_names(tmp_path, fields: dict):
+    config = ModelConfig(hidden_dim=32, n_layers=2, n_heads=2, vocab_size=260, seq_len=32, **fields)
+    model = create_model(config, seed=3)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    small = SameSamples(tmp_path, config.model_dump_json(exclude_none=True))
+    sample = small.sample[None]
+    with torch.no_grad():
+        loss = model(sample[:, :-1], sample[:, 1:])[0].item() / 32
+    assert small.first_loss("begun", f"init_from={tmp_path / 'weights.pt'}") == pytest.approx(loss, abs=1e-4)

@@ -19,7 +19,7 @@ from openlm_pipeline.shards.opening import open_dataset
 def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What this machine remembers, of this test alone."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "openlm_pipeline" / "checked_shards.jsonl"
+    return tmp_path / "cache" / "openlm_pipeline" / "file_hashes.jsonl"
 
 
 @pytest.fixture

@@ -24,7 +24,6 @@ from openlm_pipeline.shards.manifest import DATASET, MANIFEST
 from openlm_pipeline.shards.opening import open_dataset
 from openlm_pipeline.shards.openlm_lists import PIPE, expand, first_member, is_list
 from openlm_pipeline.shards.synthetic import SCHEME
-from openlm_pipeline.storage.files import read_json
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.storage.remote import join
 from openlm_pipeline.strict import explain
@@ -133,13 +132,11 @@ def translate(values: argparse.Namespace, home: Home, *, world_size: int = 1, lo
 
 
 def _model(values: argparse.Namespace) -> tuple[dict[str, Any], Any]:
-    """(the experiment's `model`, its full config). What a JSON config says wins over flags, as in OpenLM."""
-    is_file = values.model.endswith(".json")
-    said = read_json(Path(values.model)) if is_file else {}
-    fields = {
-        field: getattr(values, key) for key, field in _MODEL_FLAGS.items() if key not in said and field not in said
-    }
+    """(the experiment's `model`, its full config). What a model's JSON config says wins over flags, as in OpenLM."""
+    said = find_config(values.model).model_fields_set
+    fields = {field: getattr(values, key) for key, field in _MODEL_FLAGS.items() if field not in said}
     config = find_config(values.model, **fields)
+    is_file = values.model.endswith(".json")
     return (config.model_dump() if is_file else {"name": values.model, **fields}), config
 
 

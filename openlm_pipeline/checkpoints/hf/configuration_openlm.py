@@ -4,7 +4,7 @@ from transformers import PretrainedConfig
 
 
 class OpenLMConfig(PretrainedConfig):
-    """Reads flat configs, and those of OpenLM that keep their settings in `params_args_dict`.
+    """Reads flat configs, and those of OpenLM that keep their settings in `params_args_dict` or `params`.
 
     Args:
         dim, n_layers, n_heads, vocab_size, seq_len: sizes; a head is dim // n_heads wide.
@@ -52,7 +52,7 @@ class OpenLMConfig(PretrainedConfig):
         params_args_dict=None,
         **kwargs,
     ):
-        p = params_args_dict or {}
+        p = params_args_dict or kwargs.get("params") or {}
         self.dim = p.get("dim") or p.get("hidden_dim") or dim
         self.n_layers = p.get("n_layers") or n_layers
         self.n_heads = p.get("n_heads") or n_heads
