@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from openlm_pipeline.errors import ConfigError
+from openlm_pipeline.evaluation.baselines import random_baseline
 from openlm_pipeline.evaluation.suite import Suite, task_name
 from openlm_pipeline.registry import RULES
 
@@ -24,12 +25,21 @@ class AverageDefinition:
     kind: AverageKind
     weights: Mapping[str, float]
     """Task (`copa/0-shot`) -> its share; they add up to 1."""
+    baselines: str | None = None
+    """Version of the random baselines that it is centred by, where it is not the suite's."""
+
+    def chances(self, of_tasks: Mapping[str, float]) -> dict[str, float]:
+        """Task -> accuracy of guessing that this average counts from; `of_tasks` are those of the scorecard."""
+        return {
+            task: random_baseline(self.baselines, task.rpartition("/")[0], chance) for task, chance in of_tasks.items()
+        }
 
     def coefficients(self, chances: Mapping[str, float]) -> dict[str, float]:
         """Task -> how much the average moves when the task's accuracy, or bits per byte, moves by 1."""
         if self.kind in ("accuracy", "bits_per_byte"):
             return dict(self.weights)
-        return {task: weight / (1 - chances[task]) for task, weight in self.weights.items()}
+        own = self.chances(chances)
+        return {task: weight / (1 - own[task]) for task, weight in self.weights.items()}
 
 
 def suite_averages(suite: Suite, num_items: Mapping[str, int]) -> list[AverageDefinition]:
@@ -47,7 +57,11 @@ def suite_averages(suite: Suite, num_items: Mapping[str, int]) -> list[AverageDe
         if 0 < len(large) < len(suite.headline):
             plain["without_small"] = large
     found = [AverageDefinition(name, "accuracy", _equal(tasks)) for name, tasks in plain.items()]
-    found.append(AverageDefinition(f"{found[0].name}_centred", "centred", found[0].weights))
+    if suite.centred:
+        centred = [AverageDefinition(n, "centred", found[0].weights, v) for n, v in suite.centred.items()]
+        found = [centred[0], *found, *centred[1:]]
+    else:
+        found.append(AverageDefinition(f"{found[0].name}_centred", "centred", found[0].weights))
     generated = {task_name(t.label, k) for t, k in suite.runs() if RULES[t.rule].generates}
     if read := tuple(task for task in suite.headline if task not in generated):
         found.append(AverageDefinition(f"{found[0].name}_bits_per_byte", "bits_per_byte", _equal(read)))

@@ -107,6 +107,8 @@ def prepare_suite(
 
 
 def _warnings(task: IclTask, k: int, file: TaskFile, items: Sequence[Item]) -> Iterator[str]:
+    if task.published_sha256 not in (None, file.sha256):
+        yield f"{file.path} is not the file that published scores are of (its sha256 is {file.sha256[:12]}...)"
     if len(items) < len(file.rows):
         yield f"{len(items)} of its {len(file.rows)} rows alone were scored"
     if cut := [i for i in items if i.cut_tokens]:

@@ -256,7 +256,7 @@ def score_average(definition: AverageDefinition, tasks: Mapping[str, Measured], 
         "name": definition.name,
         "kind": definition.kind,
         "tasks": tuple(members),
-        "random_baselines": (version or FROM_ROWS) if centred else None,
+        "random_baselines": (definition.baselines or version or FROM_ROWS) if centred else None,
     }
     if missing:
         status = "failed" if any(members[name].score.status == "failed" for name in missing) else "not run"
@@ -267,12 +267,15 @@ def score_average(definition: AverageDefinition, tasks: Mapping[str, Measured], 
             return Average(**common, status="not run", missing=without)
         found = estimates.combined([(w, members[name].bits) for name, w in definition.weights.items()])
         return Average(**common, **_interval(found), status="scored")
-    chances = {name: score.chance for name, score in scores.items()}
+    chances = definition.chances({name: score.chance for name, score in scores.items()})
     scales = definition.coefficients(chances)
     found = estimates.combined([(scale, members[name].accuracy) for name, scale in scales.items()])
     guessed = math.fsum(scale * chances[name] for name, scale in scales.items())
     if centred:
-        value = math.fsum(w * scores[name].centred for name, w in definition.weights.items())
+        value = math.fsum(
+            w * statistics.centred_accuracy(scores[name].accuracy, chances[name])
+            for name, w in definition.weights.items()
+        )
         found = replace(found, value=value, low=found.low - guessed, high=found.high - guessed)
     mde = math.sqrt(math.fsum((scale * scores[name].mde) ** 2 for name, scale in scales.items()))
     alone = math.sqrt(math.fsum((scale * members[name].accuracy.error) ** 2 for name, scale in scales.items()))

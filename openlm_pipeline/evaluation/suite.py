@@ -81,6 +81,8 @@ class IclTask(Strict):
     """The categories that the file must have; by default whatever it has."""
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     """The file's hash; any other file is refused."""
+    published_sha256: Annotated[str | None, Field(pattern=r"^[0-9a-f]{64}$"), Neutral(None)] = None
+    """Hash of the file that published scores are of; of any other the scores say so."""
     cot_delimiter: str = ""
     """In generation: between a chain of thought and the answer."""
     early_stopping_criteria: tuple[str, ...] = ()
@@ -174,6 +176,7 @@ class IclTask(Strict):
     def settings(self) -> dict[str, Any]:
         """The fields that change results: all but where the file is and how many rows go into a batch."""
         exclude = {"dataset_uri", "num_fewshot", "metric_names", "batch_size", "sha256", "category_names", "chance"}
+        exclude.add("published_sha256")
         found = settings_tree(self, exclude | self._settings_of_other_types())
         if "generation_kwargs" in found:
             found["generation_kwargs"] = self.generation_kwargs.max_new_tokens  # the one that changes a text
@@ -199,6 +202,9 @@ class Suite(Strict):
     """Name -> tasks (`copa/0-shot`) whose plain mean it is. The first is the headline; by default that of all tasks."""
     categories: dict[Label, tuple[str, ...]] = Field(default_factory=dict)
     """Name -> tasks whose centred accuracies it is the mean of, as in LLM Foundry's gauntlet."""
+    centred: dict[Label, Label] = Field(default_factory=dict)
+    """Name -> version of random baselines: means of the headline's tasks centred by it, of which the first is the
+    headline then. By default there is one, by `random_baselines`, beside the headline."""
     random_baselines: Label | None = None
     """Version of the accuracies of guessing, by label, that centred scores are measured from; else the rows say."""
     ignored: tuple[str, ...] = Field(default=(), exclude=True)
