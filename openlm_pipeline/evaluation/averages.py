@@ -51,6 +51,10 @@ def suite_averages(suite: Suite, num_items: Mapping[str, int]) -> list[AverageDe
     Raises:
         ConfigError: a category has the name of an average.
     """
+    texts = tuple(task_name(t.label, k) for t, k in suite.runs() if not RULES[t.rule].judges)
+    of_texts = [AverageDefinition("held_out_text", "bits_per_byte", _equal(texts))] if texts else []
+    if len(texts) == len(list(suite.runs())):
+        return of_texts
     plain = dict(suite.averages) or {"all_tasks": suite.headline}
     if len(suite.averages) < 2:
         large = tuple(task for task in suite.headline if num_items.get(task, SMALL_TASK) >= SMALL_TASK)
@@ -65,6 +69,7 @@ def suite_averages(suite: Suite, num_items: Mapping[str, int]) -> list[AverageDe
     generated = {task_name(t.label, k) for t, k in suite.runs() if RULES[t.rule].generates}
     if read := tuple(task for task in suite.headline if task not in generated):
         found.append(AverageDefinition(f"{found[0].name}_bits_per_byte", "bits_per_byte", _equal(read)))
+    found += of_texts
     of_all: dict[str, float] = {}
     for name, tasks in suite.categories.items():
         found.append(AverageDefinition(name, "category", _equal(tasks)))

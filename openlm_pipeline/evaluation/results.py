@@ -5,6 +5,7 @@ where it stopped. They are taken again if their recorded identity (model, file, 
 version) is the same.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -91,6 +92,9 @@ def _valued(judged: dict[str, Any]) -> dict[str, Any]:
 
 def item_row(task: IclTask, num_fewshot: int, item: Item, scores: Sequence[RequestScore]) -> dict[str, Any]:
     """The table row of an item (without its context columns) from the scores of its requests."""
+    if len(item.continuation_bytes) == 1 < len(scores):  # windows of one text
+        tokens = sum(s.num_tokens for s in scores)
+        scores = [RequestScore(math.fsum(s.sum_logprob for s in scores), tokens, all(s.all_argmax for s in scores))]
     gold = scores[item.gold]
     return _common(task, num_fewshot, item) | {
         "num_choices": len(scores),

@@ -137,13 +137,16 @@ class IclTask(Strict):
     def _known_metrics(self) -> "IclTask":
         if other := [m for m in self.metric_names if m != self.metric]:
             raise ValueError(f"task {self.label!r} asks for {', '.join(other)}; {self.icl_task_type} has {self.metric}")
-        if RULES[self.rule].generates != RULES[self.type.rule].generates:
+        kinds = [(RULES[rule].generates, RULES[rule].judges) for rule in (self.rule, self.type.rule)]
+        if kinds[0] != kinds[1]:
             raise ValueError(
                 f"task {self.label!r}: rule {self.rule!r} does not judge what {self.icl_task_type} has; one judges "
-                "written texts, the other probabilities. Leave scored_by out"
+                "written texts, or none, the other probabilities. Leave scored_by out"
             )
         if len(set(self.num_fewshot)) != len(self.num_fewshot):
             raise ValueError(f"task {self.label!r} repeats an entry of num_fewshot")
+        if self.type.whole_texts and (self.num_fewshot != (0,) or self.prompt_string):
+            raise ValueError(f"task {self.label!r}: {self.icl_task_type} has num_fewshot [0] and no prompt_string")
         owners = {field: name for name, known in TASK_TYPES for field in known.settings}
         if unused := sorted(self._settings_of_other_types() & self.model_fields_set):
             raise ValueError(f"task {self.label!r}: {unused[0]} goes with {owners[unused[0]]} only")
@@ -217,14 +220,18 @@ class Suite(Strict):
             for name, members in getattr(self, kind).items():
                 if not members or len(set(members)) < len(members):
                     raise ValueError(f"{kind}.{name} is empty or names a task twice")
+                if not all(RULES[t.rule].judges for t, k in self.runs() if task_name(t.label, k) in members):
+                    raise ValueError(f"{kind}.{name} is of accuracies, which a task of it does not have")
                 if unknown := [m for m in members if m not in known]:
                     raise ValueError(f"{kind}.{name} names {unknown[0]!r}, which is not a task of the suite")
         return self
 
     @property
     def headline(self) -> tuple[str, ...]:
-        """The tasks of the headline average."""
-        return next(iter(self.averages.values()), tuple(task_name(task.label, k) for task, k in self.runs()))
+        """The tasks of the headline average: by default all, or all that have accuracies if some have none."""
+        runs = list(self.runs())
+        judged = [(task, k) for task, k in runs if RULES[task.rule].judges]
+        return next(iter(self.averages.values()), tuple(task_name(task.label, k) for task, k in judged or runs))
 
     @model_validator(mode="after")
     def _unique_labels(self) -> "Suite":

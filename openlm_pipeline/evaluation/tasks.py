@@ -210,14 +210,20 @@ def build_items(
             num_shots[i] = len(shots)
             preamble = _preamble(task, of_category, shots)
             texts = () if generates else file.rows[i].continuations
-            continuations = tuple(t if t.startswith(" ") else space + t for t in texts)
-            contexts = task.type.contexts(task, file.rows[i].contexts, preceded=bool(preamble))
+            alone = task.type.whole_texts
+            continuations = tuple(t if alone or t.startswith(" ") else space + t for t in texts)
+            contexts = ("",) if alone else task.type.contexts(task, file.rows[i].contexts, preceded=bool(preamble))
             prompts[i] = preamble, contexts, continuations
 
     ids = _encode(tokenizer, (text for _, c, t in prompts.values() for text in (*c, *t)))
     preambles = _encode_preambles(tokenizer, (preamble for preamble, _, _ in prompts.values()), as_foundry)
     prefix = () if as_foundry else prefix_ids(tokenizer)
     together = clusters([row.question for row in file.rows])
+
+    def windows(row: TaskItem, context_ids: tuple[int, ...], text_ids: tuple[int, ...]) -> tuple[Request, ...]:
+        parts = [text_ids[start : start + max_seq_len - 1] for start in range(0, len(text_ids), max_seq_len - 1)]
+        before = [context_ids[-1:], *(part[-1:] for part in parts)]
+        return tuple(request(row, context, part) for context, part in zip(before, parts)) or (request(row, (), ()),)
 
     def request(row: TaskItem, context_ids: tuple[int, ...], continuation_ids: tuple[int, ...]) -> Request:
         room = max_seq_len - len(continuation_ids)
@@ -249,7 +255,10 @@ def build_items(
             asked = generation(row, whole[0])
             prompt = json.dumps([asked.context_ids, asked.max_new_tokens, asked.stop], separators=(",", ":"))
         else:
-            requests = tuple(request(row, context, ids[t]) for context in whole for t in continuations)
+            if task.type.whole_texts:
+                requests = windows(row, whole[0], ids[continuations[0]])
+            else:
+                requests = tuple(request(row, context, ids[t]) for context in whole for t in continuations)
             prompt = json.dumps([[r.context_ids, r.continuation_ids] for r in requests], separators=(",", ":"))
         texts = [t for _ in contexts for t in row.continuations] if requests else []
         used = max(len(r.context_ids) for r in requests or [asked])

@@ -13,11 +13,13 @@ class Rule(ABC):
 
     generates: ClassVar[bool] = False
     """The model writes a text; else it gives the probabilities of texts that are there."""
+    judges: ClassVar[bool] = True
+    """Items are right or wrong; else `value` alone says how good each is."""
 
     @classmethod
     @abstractmethod
     def judge(cls, task: "IclTask", item: "Item", given: Any) -> dict[str, Any]:
-        """`correct`, and what else the rule finds.
+        """`correct`, or `value` and `value_kind` where it judges none, and what else the rule finds.
 
         Args:
             given: a `RequestScore` for each of the item's requests, or where it generates the `Generated` text.

@@ -50,6 +50,8 @@ class TaskType(ABC):
     """The name in `RULES` that says when an item is right."""
     settings: ClassVar[tuple[str, ...]] = ()
     """Fields of `IclTask` that it has and the other types have not."""
+    whole_texts: ClassVar[bool] = False
+    """Each row is one text, scored token by token as it stands; there is no question and no solved row."""
     old_names: ClassVar[tuple[str, ...]] = ()
     old_metrics: ClassVar[tuple[str, ...]] = ()
 

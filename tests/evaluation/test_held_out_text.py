@@ -1,0 +1,112 @@
+"""Texts as they stand, in bits per byte: by torch alone, whatever their length, by domain, and with no accuracy."""
+
+import math
+
+import pytest
+import torch
+from conftest import sentence
+from tokenizers import Tokenizer
+
+from openlm_pipeline.evaluation.model import native_model
+from openlm_pipeline.evaluation.scorecard import Provenance, Scorecard, make_scorecard
+from openlm_pipeline.evaluation.scorer import score_suite
+from openlm_pipeline.evaluation.suite import IclTask, Suite
+from openlm_pipeline.models.transformer import Transformer
+from openlm_pipeline.storage.home import Home
+
+CONTEXT = {"run": "r", "run_version": None, "milestone": None, "step": None, "tokens": None}
+ROOM = 24
+
+
+def task(label: str = "prose", **settings) -> IclTask:
+    known = {"dataset_uri": f"{label}.jsonl", "num_fewshot": (0,), "icl_task_type": "held_out_text"}
+    return IclTask(label=label, **{**known, **settings})
+
+
+@pytest.fixture
+def ending(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer with a token for the end of a document."""
+    made = Tokenizer.from_str(tokenizer.to_str())
+    made.add_special_tokens(["<|endoftext|>"])
+    return made
+
+
+@pytest.fixture
+def wide(model: Transformer) -> Transformer:
+    from openlm_pipeline.models.config import ModelConfig
+
+    wider = Transformer(ModelConfig(**{**model.config.model_dump(), "vocab_size": 330}))
+    with torch.no_grad():
+        for name, p in wider.named_parameters():
+            p.normal_(std=0.2, generator=torch.Generator().manual_seed(len(name)))
+    return wider.eval()
+
+
+def bits(model: Transformer, tokenizer: Tokenizer, text: str, room: int) -> float:
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    before, nats = [tokenizer.token_to_id("<|endoftext|>")], 0.0
+    for start in range(0, len(ids), room - 1):
+        window = ids[start : start + room - 1]
+        with torch.no_grad():
+            logits = model(torch.tensor([before + window[:-1]]))[0]
+        nats += torch.nn.functional.cross_entropy(logits, torch.tensor(window), reduction="sum").item()
+        before = window[-1:]
+    return nats / math.log(2) / len(text.encode())
+
+
+def card_of(suite: Suite, home: Home, tokenizer: Tokenizer, model: Transformer) -> tuple[Scorecard, list[dict]]:
+    how = {"checkpoint_digest": "x", "max_seq_len": ROOM}
+    result = score_suite(native_model(lambda: model), tokenizer, suite, home, home.root / "out", CONTEXT, **how)
+    card = make_scorecard(
+        result.items,
+        None,
+        suite=suite,
+        provenance=Provenance(run="r", checkpoint_digest="x", tokenizer="t"),
+        task_files=result.task_files,
+    )
+    return card, result.items.to_pylist()
+
+
+def test_each_text_has_the_bits_of_its_windows(home: Home, write_rows, ending: Tokenizer, wide: Transformer):
+    texts = [sentence(i, 3 + 9 * i) for i in range(8)] + [" spaces kept  \n", "naïve 日本"]
+    write_rows("prose.jsonl", [{"text": t} for t in texts])
+    card, rows = card_of(Suite(name="s", icl_tasks=(task(),)), home, ending, wide)
+    expected = [bits(wide, ending, text, ROOM) for text in texts]
+    assert [r["value"] for r in rows] == pytest.approx(expected, rel=1e-4)
+    assert {r["value_kind"] for r in rows} == {"bits_per_byte"} and {r["correct"] for r in rows} == {None}
+    assert [r["choice_bytes"] for r in rows] == [[len(t.encode())] for t in texts]
+    (score,) = card.tasks
+    weighted = sum(e * len(t.encode()) for e, t in zip(expected, texts)) / sum(len(t.encode()) for t in texts)
+    assert score.bits_per_byte == pytest.approx(weighted, rel=1e-4)
+    assert (score.accuracy, score.chance, score.status) == (None, None, "scored")
+    assert [(a.name, a.kind) for a in card.averages] == [("held_out_text", "bits_per_byte")]
+    assert card.average == score.bits_per_byte
+
+
+def test_domains_stand_beside_accuracies(home: Home, write_rows, task_rows, ending: Tokenizer, wide: Transformer):
+    write_rows("prose.jsonl", [{"text": sentence(i), "category": "ab"[i % 2]} for i in range(10)])
+    write_rows("last.jsonl", task_rows["last_word"])
+    lm = task("last", icl_task_type="language_modeling")
+    suite = Suite(name="s", icl_tasks=(lm, task(has_categories=True)))
+    card, _ = card_of(suite, home, ending, wide)
+    assert card.headline.name == "all_tasks" and card.headline.tasks == ("last/0-shot",)
+    parts = [c.bits_per_byte for c in card.categories]
+    assert [c.category for c in card.categories] == ["a", "b"]
+    by_name = {a.name: a for a in card.averages}
+    assert by_name["held_out_text"].value == pytest.approx(sum(parts) / 2) == card.tasks[1].bits_per_byte
+    assert Scorecard.from_json(card.to_json()) == card
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"num_fewshot": (1,)}, "has num_fewshot"),
+        ({"prompt_string": "x"}, "no prompt_string"),
+        ({"scored_by": "mean"}, "does not judge"),
+    ],
+)
+def test_what_a_text_has_not_is_refused(settings: dict, says: str):
+    with pytest.raises(ValueError, match=says):
+        task(**settings)
+    with pytest.raises(ValueError, match="is of accuracies"):
+        Suite(name="s", icl_tasks=(task(),), averages={"mine": ("prose/0-shot",)})
