@@ -26,7 +26,7 @@ from openlm_pipeline.result import StageResult
 from openlm_pipeline.storage.home import Home
 
 _ITEMS = "items.parquet"
-_NOT_SCORING = {"suite", "baselines", "quoted", "batch_tokens", "processes"}
+_NOT_SCORING = {"while_training", "suite", "baselines", "quoted", "batch_tokens", "processes"}
 """Fields of `evaluation` that change no score; the suite has its own digest."""
 COMPLETE, REGRESSION = "complete_suite", "no_significant_regression"
 

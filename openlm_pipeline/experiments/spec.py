@@ -293,6 +293,19 @@ class Baseline(Strict):
     """`tokenizer.json`, its folder, or a hub name; by default a Hugging Face model's own, else GPT-NeoX-20B's."""
 
 
+class WhileTraining(Strict):
+    """A part of the suite that is scored beside training, at each milestone, without a rank waiting for it."""
+
+    limit: int = Field(default=100, ge=1)
+    """Rows of each task."""
+    tasks: tuple[str, ...] = ()
+    """Labels; by default all."""
+    device: str = "cpu"
+    """Such as `cuda:7`, where one is free."""
+    threads: int = Field(default=1, ge=1)
+    """Of the CPU."""
+
+
 class Evaluation(Strict):
     """Which tasks score a milestone, and what it is compared with."""
 
@@ -312,6 +325,8 @@ class Evaluation(Strict):
     """Tokens in one forward pass of the scorer, padding included; by default what suits the device. Execution only."""
     processes: int = Field(default=1, ge=1)
     """Processes that score, one per GPU. Execution only."""
+    while_training: Annotated[WhileTraining | None, Neutral(None)] = None
+    """By default nothing is scored before `openlm evaluate` or the graph does. Execution only."""
 
     @model_validator(mode="after")
     def _one_name_each(self) -> "Evaluation":
