@@ -68,3 +68,16 @@ def test_what_is_not_a_table_of_items_is_refused(tmp_path):
     pq.write_table(pa.table({"run": ["demo"]}), tmp_path / "other.parquet")
     with pytest.raises(DataError, match="no column 'run_version'"):
         read_items(tmp_path / "other.parquet")
+
+
+def test_a_table_of_the_first_release_is_read(tmp_path):
+    """What it does not have is null; what an item is worth is whether it is right."""
+    later = ["value", "value_kind", "choice_bytes", "exact", "cluster", "shots", "cut_tokens"]
+    assert SCHEMA.names[-len(later) :] == later
+    old = items_table([ROW, {**ROW, "item": 1, "correct": False}]).drop_columns(later)
+    write = old.replace_schema_metadata({b"openlm": b'{"harness_version": "2"}'})
+    pq.write_table(write, tmp_path / "items.parquet")
+    read, metadata = read_items(tmp_path / "items.parquet")
+    assert read.schema.equals(SCHEMA) and metadata == {"harness_version": "2"}
+    assert read["value"].to_pylist() == [1.0, 0.0] and set(read["value_kind"].to_pylist()) == {"correct"}
+    assert all(read[name].null_count == 2 for name in later[2:])

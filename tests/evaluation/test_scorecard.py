@@ -148,6 +148,22 @@ def test_chance_is_one_in_the_options_where_the_random_baselines_do_not_list_the
     assert score.chance == 0.25
 
 
+def test_chance_is_that_of_the_rows_whatever_a_task_is_called():
+    """Only a suite that names a version of random baselines, or a task's chance, has another."""
+    siqa = _task("siqa", "multiple_choice")
+    files = {"task_files": {"siqa/0-shot": "x"}}
+    three = rows(siqa, [True, False] * 3, num_choices=3)
+    chances = [
+        card(None, three, suite=Suite(name="s", icl_tasks=(task,), random_baselines=version), **files).tasks[0].chance
+        for task, version in ((siqa, None), (siqa, "v1"), (_task("siqa", "multiple_choice", chance=0.4), "v1"))
+    ]
+    assert chances == [pytest.approx(1 / 3), 0.5, 0.4]
+    golds = [{**r, "gold": i % 3 > 0} for i, r in enumerate(three)]
+    assert card(None, golds, suite=Suite(name="s", icl_tasks=(siqa,)), **files).tasks[0].majority == pytest.approx(
+        2 / 3
+    )
+
+
 def test_small_tasks_are_flagged_and_left_out_of_an_average_of_their_own():
     scorecard = card((MC, LM), rows(MC, [True] * 100) + rows(LM, [True, False] * 150))
     assert [t.small for t in scorecard.tasks] == [True, False]
