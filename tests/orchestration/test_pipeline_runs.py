@@ -100,7 +100,7 @@ def test_tables_and_places_come_from_the_files_themselves(finished):
         assert [(c.name, c.type) for c in schema.columns] == [(f.name, str(f.type)) for f in pq.read_schema(files[0])]
         assert made[name]["dagster/row_count"] == sum(pq.read_table(file).num_rows for file in files) > 0
     required = {c.name for c in made[SCORECARDS[0]]["dagster/column_schema"].columns if not c.constraints.nullable}
-    assert {"run", "task", "correct"} <= required
+    assert {"run", "task", "metric"} <= required
     assert made["tokenized/tiny_text[a.jsonl]"]["dagster/partition_row_count"] == 30
     for name, facts in made.items():
         place = Path(urllib.request.url2pathname(urlsplit(facts["dagster/uri"]).path))
