@@ -37,8 +37,9 @@ class TaskItem(Options):
 
     @property
     def question(self) -> str:
-        """What is asked; of a schema its sentences, and what they are to go on with."""
-        return "\n".join(self.contexts if len(self.contexts) == 1 else (*self.contexts, *self.continuations))
+        """What is asked: the context; of a schema, and where there is none, with what it is to go on with."""
+        is_whole = len(self.contexts) == 1 and bool(self.contexts[0].strip())
+        return "\n".join(self.contexts if is_whole else (*self.contexts, *self.continuations))
 
     @property
     def gold_context(self) -> str:

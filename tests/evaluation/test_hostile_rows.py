@@ -119,6 +119,14 @@ def test_a_text_without_a_context_is_scored_after_the_end_of_a_document(items, t
         items(rows, task())  # this tokenizer has no such token
 
 
+def test_pairs_without_a_context_are_questions_of_their_own(items, tokenizer: Tokenizer):
+    rows = [{"query": "", "choices": [f"the {w} sat", f"the {w} sits"], "gold": 0} for w in ("cat", "dog", "ball")]
+    with_end = Tokenizer.from_str(tokenizer.to_str())
+    with_end.add_special_tokens(["<|endoftext|>"])
+    built = items(rows, task(shots=2), tokenizer=with_end)
+    assert [(i.cluster, i.shots) for i in built] == [(None, 2)] * 3
+
+
 def test_a_prompt_that_begins_with_bos_itself_has_one(items, tokenizer: Tokenizer):
     marked = Tokenizer.from_str(tokenizer.to_str())
     marked.add_special_tokens(["<s>"])
