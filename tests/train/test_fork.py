@@ -19,6 +19,7 @@ from openlm_pipeline.ordering import order_of
 from openlm_pipeline.pipeline.plan import plan
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.rates import rate_findings
+from openlm_pipeline.runs.repeats import repeated
 from openlm_pipeline.shards.opening import open_dataset
 from openlm_pipeline.storage.files import read_json
 
@@ -347,3 +348,13 @@ def test_a_recipe_begins_with_the_weights_of_a_milestone_or_an_export(parent: Sm
         train_here(parent.experiment("name=none", "init_from=small@main"), parent.home)
     with pytest.raises(ConfigError, match="a fork has its parent's weights"):
         Fork(parent, "init_from=small@1B")
+
+
+def test_a_source_that_a_fork_adds_is_counted_from_there(small: SmallRun):
+    """Not from the first token of its parent, which would be four epochs of it."""
+    small.train('sources=[{name: text, files: ["raw/text/*.jsonl"]}]', f"milestones=[{24 * BATCH}]")
+    code = 'sources=[{name: code, files: ["raw/code/*.jsonl"]}]'
+    fork = Fork(small, f"parent={{run: small, milestone: {24 * BATCH}}}", code, f"milestones=[{36 * BATCH}]")
+    assert list(repeated(fork.experiment, fork.home, 36 * BATCH)) == []
+    (finding,) = repeated(fork.experiment, fork.home, 60 * BATCH)
+    assert finding.what == "twig sees each text of code 4.3 times"
