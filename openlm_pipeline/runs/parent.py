@@ -31,7 +31,7 @@ def parent_checkpoint(experiment: Experiment, home: Home) -> Checkpoint:
     tokens = format_tokens(parent.milestone)
     raise MissingInputError(
         f"{experiment.name} continues from {parent.run} at {tokens} tokens, a milestone that is not in "
-        f"{folder.checkpoints}; `openlm train {parent.run} --until {tokens}` makes it"
+        f"{folder.checkpoints}; with it among its milestones, `openlm train {parent.run} --until {tokens}` makes it"
     )
 
 
