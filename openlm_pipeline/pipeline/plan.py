@@ -10,7 +10,7 @@ from typing import Literal
 
 from openlm_pipeline.checkpoints.folders import KEEP_DAMAGED, Checkpoint, verify
 from openlm_pipeline.corpus.discovery import discover
-from openlm_pipeline.errors import DataError, MissingInputError, OpenLMError
+from openlm_pipeline.errors import ConfigError, DataError, MissingInputError, OpenLMError
 from openlm_pipeline.experiments import Dataset, Experiment
 from openlm_pipeline.fingerprint import differences, settings_tree
 from openlm_pipeline.result import Finding, refusal
@@ -315,14 +315,15 @@ def _checkpoints(experiment: Experiment, home: Home, upstream: list[Artefact]) -
     exists = (run.path / "run.json").exists()
     start = experiment.start_tokens()
     why = [f"{a.name} is {a.state}" for a in upstream]
-    began = None
+    began, refused = None, None
     try:
         began = parent_identity(experiment, home)
     except OpenLMError as e:
         why.append(str(e))
+        refused = REFUSED if isinstance(e, ConfigError) else None
     begun = exists and run.has_begun
     if why:
-        consent = "supersede" if begun and any(a.consent for a in upstream) else None
+        consent = refused or ("supersede" if begun and any(a.consent for a in upstream) else None)
         state: State = "stale" if exists else "missing"
         return [Artefact(name, state, tuple(why), consent) for name in names.values()], start
     if not exists:

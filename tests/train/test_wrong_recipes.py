@@ -41,6 +41,21 @@ EXTRA = {"training.warmup=1T": [COSINE]}
             "jumps from 0.01, the parent's, to 0.02",
         ),
         (
+            [TO_8, "parent={run: begun, milestone: 1024}", "model.n_layers=3"],
+            "refusal",
+            "a fork has its parent's model; here differ: n_layers 2 -> 3",
+        ),
+        (
+            [TO_8, "parent={run: begun, milestone: 1024}", "training.optimizer=muon"],
+            "refusal",
+            "the optimizer's state of the parent does not fit: optimizer adamw -> muon",
+        ),
+        (
+            [TO_8, "parent={run: begun, milestone: 1024}", "training.global_batch=96"],
+            "refusal",
+            "no whole number of its steps of 96 tokens",
+        ),
+        (
             [TO_8, "parent={run: begun, milestone: 1024}", "training.lr=0.001"],
             "warning",
             "falls from 0.01, the parent's",
