@@ -238,6 +238,13 @@ def torchrun(small: SmallRun, processes: int, *overrides: str, flags: tuple[str,
     return forked_torchrun(*line, variables=variables, log=small.log_file)
 
 
+def trainer(small: SmallRun, *overrides: str) -> Forked:
+    """`python -m train` on a run, without torchrun; what it prints goes to the run's log."""
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "OPENLM_HOME": str(small.home.root)}
+    program = ("train", [str(small.recipe), *overrides], variables, str(small.log_file))
+    return Forked(_rank, 0, 1, _free_port(), _program, program)
+
+
 def _popen(command: list[str], *, env: Mapping[str, str], stdout: Any, **_: Any) -> Forked:
     """What `subprocess.Popen` gives for the launcher's torchrun: a forked one."""
     after = command[command.index("torch.distributed.run") + 1 :]

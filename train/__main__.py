@@ -83,6 +83,9 @@ def main() -> int:
     except OpenLMError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.exit_code
+    except KeyboardInterrupt:  # from the loop's beginning on it asks for a checkpoint
+        print("stopped before the first step: nothing was trained", file=sys.stderr)
+        return 130
     return 0
 
 

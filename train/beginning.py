@@ -10,24 +10,17 @@ from rich.console import Console
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from openlm_pipeline.checkpoints import load_checkpoint
-from openlm_pipeline.checkpoints.folders import MODEL_CONFIG, Checkpoint, verify
-from openlm_pipeline.errors import ConfigError
+from openlm_pipeline.checkpoints.folders import Checkpoint, verify
 from openlm_pipeline.experiments import Experiment
-from openlm_pipeline.fingerprint import differences, settings_tree
 from openlm_pipeline.models import ModelConfig
 from openlm_pipeline.models.init import initialize
 from openlm_pipeline.models.transformer import Transformer
-from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.parent import initial_weights, parent_checkpoint
-from openlm_pipeline.storage.files import read_json
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.units import format_tokens
 from train import saver as checkpoints
 from train.distributed import World
 from train.optimizers import Optimizers
-
-_OF_THE_STATE = ("optimizer", "optimizer_settings", "state_precision", "no_decay")
-"""Settings of `training` on which the form of the optimizer's state depends."""
 
 
 @dataclass
@@ -81,28 +74,12 @@ def _begin_from(
 
     Raises:
         DataError: a file of the parent is damaged.
-        ConfigError: the fork has another model, or an optimizer that can't continue from the parent's.
     """
-    world.from_rank0(lambda: _check(checkpoint, experiment, model))
+    world.from_rank0(lambda: verify(checkpoint))
     if experiment.parent.optimizer == "reset":
         checkpoints.load_weights(checkpoint, model)
         return ()
     return checkpoints.load(checkpoint, model, optimizer, extra, optional=extra.keys())
-
-
-def _check(checkpoint: Checkpoint, experiment: Experiment, model: Transformer) -> None:
-    verify(checkpoint)
-    theirs, ours = ModelConfig(**read_json(checkpoint.path / MODEL_CONFIG)).model_dump(), model.config.model_dump()
-    if changed := differences({**theirs, "seq_len": 0}, {**ours, "seq_len": 0}):
-        raise ConfigError(f"a fork has its parent's model; here differ: {'; '.join(changed)}")
-    before = RunFolder(checkpoint.path.parents[1]).identity["training"]
-    now = settings_tree(experiment.training)
-    parts = [{name: training.get(name) for name in _OF_THE_STATE} for training in (before, now)]
-    if experiment.parent.optimizer == "keep" and (changed := differences(*parts)):
-        raise ConfigError(
-            f"the optimizer's state of the parent does not fit: {'; '.join(changed)}; parent.optimizer=reset begins "
-            "with a new one"
-        )
 
 
 def _load_initial_weights(

@@ -139,11 +139,12 @@ class Trainer:
             (label, steps(tokens)) for label, tokens in self.experiment.labelled_milestones() if tokens <= until
         ]
         if all(step < steps(until) for _, step in goals):
-            goals.append((None, steps(until)))  # any checkpoint of that step will do
+            goals.append((None, steps(until)))  # any checkpoint as far as that will do
         being_saved: set[tuple[str | None, int]] = set()
         while True:
             there = {(m, c.step) for c in self.world.from_rank0(self._list) for m in (c.milestone, None)} | being_saved
-            goal = next((goal for goal in goals if goal not in there), None)
+            furthest = max((step for _, step in there), default=0)
+            goal = next(((m, step) for m, step in goals if (m, step) not in there and (m or step > furthest)), None)
             if goal is None and being_saved:
                 being_saved = set()
                 self.saver.wait()

@@ -10,6 +10,7 @@ from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.identity import run_identity
 from openlm_pipeline.runs.parent import parent_identity, weights_identity
 from openlm_pipeline.runs.rates import rate_findings
+from openlm_pipeline.runs.repeats import content_of, overlaps, repeated
 from openlm_pipeline.runs.spending import without_gpu
 from openlm_pipeline.shards.opening import open_dataset
 from openlm_pipeline.storage.home import Home
@@ -68,6 +69,8 @@ def run_training(
                 allow=allow,
             )
             trainer.console.print(f"run {run.path} ({short(run.fingerprint)})")
+            for what in world.from_rank0(lambda: _read_again(experiment, home, until)):
+                trainer.warn(what)
             outcome = trainer.train(until)
         except BaseException as e:
             if run.read_outcome() is None:  # another rank may have failed first, and this one for the lack of it
@@ -88,6 +91,12 @@ def run_training(
         world.from_rank0(None)
         return held()
     return _hold_lock(run, world, held)
+
+
+def _read_again(experiment: Experiment, home: Home, until: int) -> list[str]:
+    """What of the data is read more than once, as far as the shards tell."""
+    contents = {d.name: content_of(d, home, []) for d in experiment.datasets()}
+    return [found.what for found in (*repeated(experiment, home, until), *overlaps(experiment, contents))]
 
 
 def _hold_lock(run: RunFolder, world: World, held) -> Outcome:

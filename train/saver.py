@@ -8,8 +8,9 @@ goes wrong is raised on every rank by the next `wait`.
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from openlm_pipeline.checkpoints.folders import (
 )
 from openlm_pipeline.checkpoints.reading import SafePlanner, SafeReader
 from openlm_pipeline.checkpoints.weights_digest import Part, digest_of_parts, local_part
-from openlm_pipeline.errors import TrainingError
+from openlm_pipeline.errors import DataError, TrainingError
 from openlm_pipeline.models.init import parameter_name
 from openlm_pipeline.models.transformer import Transformer
 from openlm_pipeline.storage.files import write_json
@@ -240,6 +241,18 @@ class Saver:
         return found or []
 
 
+@contextmanager
+def _being_read(checkpoint: Checkpoint) -> Iterator[None]:
+    """
+    Raises:
+        DataError: what DCP could not read.
+    """
+    try:
+        yield
+    except CheckpointException as e:
+        raise DataError(f"{checkpoint.path} was verified, but can't be loaded: {_reason(e)}") from e
+
+
 def load(
     checkpoint: Checkpoint, model: Transformer, optimizer: Optimizers, extra: Extra, optional: Collection[str] = ()
 ) -> Collection[str]:
@@ -259,7 +272,8 @@ def load(
     extra = {name: state for name, state in extra.items() if name not in absent}
     own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     state = _state(model, optimizer, extra)
-    dcp.load(state, storage_reader=reader, planner=SafePlanner())
+    with _being_read(checkpoint):
+        dcp.load(state, storage_reader=reader, planner=SafePlanner())
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     for group, settings in zip(optimizer.param_groups, own):
         group.update(settings)
@@ -269,5 +283,6 @@ def load(
 def load_weights(checkpoint: Checkpoint, model: Transformer) -> None:
     """Load the model alone from a verified checkpoint."""
     state = {"model": get_model_state_dict(model)}
-    dcp.load(state, storage_reader=SafeReader(checkpoint.path), planner=SafePlanner())
+    with _being_read(checkpoint):
+        dcp.load(state, storage_reader=SafeReader(checkpoint.path), planner=SafePlanner())
     set_model_state_dict(model, state["model"])

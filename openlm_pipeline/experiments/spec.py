@@ -4,6 +4,7 @@ Fields either change results (they enter an identity, see `openlm_pipeline/finge
 (`Execution`, `Launcher`), which never does.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
@@ -27,6 +28,25 @@ from openlm_pipeline.units import Tokens, format_tokens, milestone_label
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_]*$")]
 """Lower-case letters, digits and underscores: a name is used in paths, asset keys and job names."""
+
+
+_AVERAGE = re.compile(r"(ema|poly)_(\d*\.?\d+)(?:_(\d+))?")
+
+
+def parse_average(spec: str) -> tuple[str, float, int]:
+    """`ema_0.999_10` -> ("ema", 0.999, 10): method, its parameter, and steps between updates (1 if not given).
+
+    Raises:
+        ValueError: another form, or a parameter out of range.
+    """
+    match = _AVERAGE.fullmatch(spec)
+    method, parameter, every = match.groups(default="1") if match else ("", "0", "0")
+    if int(every) < 1 or (method == "ema" and not 0 <= float(parameter) < 1):
+        raise ValueError(
+            f"averages: {spec!r} is neither ema_GAMMA_EVERY, with 0 <= GAMMA < 1, nor poly_ETA_EVERY; EVERY is a "
+            "number of steps of 1 or more"
+        )
+    return method, float(parameter), int(every)
 
 
 class TrainedTokenizer(Strict):
@@ -195,7 +215,7 @@ class Training(Strict):
     """Also take the `mask_left` tokens out of the sample, and fill it up with `mask_token` (`--squash-mask-left`)."""
     mask_token: int | None = Field(default=None, ge=0)
     """Token id that is never a target, such as a padding token (`--target-mask-individual`)."""
-    averages: tuple[Annotated[str, StringConstraints(pattern=r"^(ema|poly)_\d*\.?\d+(_\d+)?$")], ...] = ()
+    averages: tuple[str, ...] = ()
     """Averages of the weights that are kept and saved beside them: `ema_GAMMA_EVERY`, `poly_ETA_EVERY` (OpenLM's
     `--averagers`), such as `ema_0.999_10`."""
     max_skipped_steps: int = Field(default=0, ge=0)
@@ -215,6 +235,8 @@ class Training(Strict):
 
     @model_validator(mode="after")
     def _choices_know_their_settings(self) -> "Training":
+        for spec in self.averages:
+            parse_average(spec)
         SCHEDULES[self.schedule](self)
         OPTIMIZERS[self.optimizer](self)
         return self
@@ -226,7 +248,7 @@ class Execution(Strict):
     micro_batch: int | None = Field(default=None, ge=1)
     """Sequences a process handles at once, or the largest divisor of its share of the global batch below that; by
     default the whole share."""
-    checkpoint_every: Tokens | None = None
+    checkpoint_every: Annotated[Tokens, Field(ge=1)] | None = None
     """Tokens between rotating checkpoints; by default only milestones are saved."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Rotating checkpoints kept; milestones are always kept."""
@@ -344,7 +366,7 @@ class Parent(Strict):
 
     run: Name
     version: str = "v1"
-    milestone: Tokens
+    milestone: Annotated[Tokens, Field(ge=1)]
     optimizer: Literal["keep", "reset"] = "keep"
     """`keep` the optimizer's state, or begin with a new one."""
     schedule: Literal["continue", "restart"] = "continue"
@@ -469,6 +491,10 @@ class Experiment(Strict):
             raise ValueError(f"evaluation.average {average!r} is not one of training.averages")
         if self.model_config_resolved().seq_len < self.seq_len:
             raise ValueError(f"seq_len {self.seq_len} is more than the model's {self.model_config_resolved().seq_len}")
+        vocab_size = self.model_config_resolved().vocab_size
+        for name in ("mask_left", "mask_token"):
+            if (masked := getattr(self.training, name)) is not None and masked >= vocab_size:
+                raise ValueError(f"training.{name} {masked} is no id of the model, which has {vocab_size}")
         horizon = self.schedule_horizon()
         if horizon is not None:
             length = horizon - self.schedule_start()

@@ -31,6 +31,12 @@ class ContinuedOrder(MixedOrder):
         order, number, taken = left
         return order.samples(number, positions + taken)
 
+    def of_source(self, source: int) -> tuple[MixedOrder, int, int]:
+        if (left := self.left[source]) is None:
+            return self.own, source, 0
+        order, number, before = left[0].of_source(left[1])
+        return order, number, before + left[2]
+
     def picks(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         return super().picks(start - self.start, count)
 

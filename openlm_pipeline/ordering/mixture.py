@@ -124,6 +124,9 @@ class RandomMixture:
 class MixedOrder(ABC):
     """A mixture of sources, each with an endless order of its own samples."""
 
+    start = 0
+    """Sample of the run at which it begins."""
+
     def __init__(self, mixture: Mixture) -> None:
         self.mixture = mixture
         self._kept = lru_cache(_KEPT_CHUNKS)(self._picks_of_chunk)
@@ -137,6 +140,11 @@ class MixedOrder(ABC):
         number, offset = divmod(samples, self.mixture.chunk)
         before = self.mixture.before(number)
         return before + np.bincount(self.mixture.positions(number)[0][:offset], minlength=len(before))
+
+    def of_source(self, source: int) -> tuple["MixedOrder", int, int]:
+        """The order that a source's samples come in, the source's number there, and how many of its positions were
+        taken before this order began."""
+        return self, source, 0
 
     def _picks_of_chunk(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         source, position = self.mixture.positions(number)

@@ -8,14 +8,11 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from openlm_pipeline.checkpoints.folders import KEEP_DAMAGED, Checkpoint, verify
 from openlm_pipeline.corpus.discovery import discover
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError, OpenLMError
 from openlm_pipeline.experiments import Dataset, Experiment
 from openlm_pipeline.fingerprint import differences, settings_tree
-from openlm_pipeline.ordering import order_of
 from openlm_pipeline.result import Finding, refusal
 from openlm_pipeline.runs.dry_run import describe
 from openlm_pipeline.runs.folder import RunFolder
@@ -23,12 +20,12 @@ from openlm_pipeline.runs.identity import run_identity
 from openlm_pipeline.runs.launch import milestone_checkpoints
 from openlm_pipeline.runs.parent import parent_identity
 from openlm_pipeline.runs.rates import rate_line
+from openlm_pipeline.runs.repeats import Content, content_of, overlaps, read_by_parent
 from openlm_pipeline.runs.spending import spending
 from openlm_pipeline.runs.traffic import BETWEEN
 from openlm_pipeline.shards.manifest import DOCUMENTS, MANIFEST, read_dataset
 from openlm_pipeline.shards.opening import open_dataset, published_url
 from openlm_pipeline.storage.home import Home
-from openlm_pipeline.storage.remote import public
 from openlm_pipeline.tokenization.documents import FileTokens, finished, left_out
 from openlm_pipeline.tokenization.packing_job import lost_files, shards_identity
 from openlm_pipeline.tokenizers.tokenizer import TRAINING_VERSION, TokenizerInfo, read_tokenizer_info
@@ -142,11 +139,11 @@ def plan(
     Raises:
         ConfigError: the device is not known.
     """
-    artefacts, start = _made(experiment, home)
+    artefacts, start, contents = _made(experiment, home)
     checkpoints = [a for a in artefacts if a.kind == "checkpoint"]
     training = {f"shards/{d.name}" for d in experiment.training_datasets()}
     same_run = all(a.state == "fresh" for a in artefacts if a.name in training)
-    findings = tuple(_findings(experiment, home, artefacts))
+    findings = tuple(_findings(experiment, home, artefacts, contents))
     artefacts += _scorecards(experiment, home, {a.name: a for a in checkpoints})
     stale = [a.name for a in artefacts if a.name.startswith(("scorecard/", "checkpoint/")) and a.state != "fresh"]
     there = (home.report(experiment.name, experiment.version) / "report.html").exists()
@@ -164,24 +161,33 @@ def look(experiment: Experiment, home: Home, only: Collection[str]) -> tuple[lis
     Args:
         only: names of the artefacts that are to be made, of which alone something is said.
     """
-    wanted = [a for a in _made(experiment, home)[0] if a.name.replace("raw_files/", "shards/") in only]
-    return [a for a in wanted if a.state != "fresh"], list(_findings(experiment, home, wanted))
+    artefacts, _, contents = _made(experiment, home)
+    wanted = [a for a in artefacts if a.name.replace("raw_files/", "shards/") in only]
+    return [a for a in wanted if a.state != "fresh"], list(_findings(experiment, home, wanted, contents))
 
 
-def _made(experiment: Experiment, home: Home) -> tuple[list[Artefact], int]:
-    """Tokenizer, datasets and milestones, and the tokens of the checkpoint that training would continue from."""
+def _made(experiment: Experiment, home: Home) -> tuple[list[Artefact], int, dict[str, Content]]:
+    """Tokenizer, datasets and milestones; the tokens of the checkpoint that training would continue from; and what
+    each dataset holds."""
     tokenizer, tokenizer_artefact = _tokenizer(experiment, home)
     artefacts = [tokenizer_artefact]
+    contents: dict[str, Content] = {}
     for dataset in experiment.datasets():
-        artefacts += _dataset(dataset, home, tokenizer, tokenizer_artefact)
+        artefacts += _dataset(dataset, home, tokenizer, tokenizer_artefact, contents)
     training = {f"shards/{d.name}" for d in experiment.training_datasets()}
     upstream = [a for a in artefacts if a.name in training and a.state != "fresh"]
     checkpoints, start = _checkpoints(experiment, home, upstream)
-    return artefacts + checkpoints, start
+    return artefacts + checkpoints, start, contents
 
 
-def _findings(experiment: Experiment, home: Home, artefacts: list[Artefact]) -> Iterator[Finding]:
-    """A refusal for each artefact that would be set aside, the milestones of a run as one, and for what is spent."""
+def _findings(
+    experiment: Experiment, home: Home, artefacts: list[Artefact], contents: dict[str, Content]
+) -> Iterator[Finding]:
+    """A refusal for each artefact that would be set aside, the milestones of a run as one, and for what is spent.
+
+    Args:
+        contents: of each dataset.
+    """
     told: set[tuple[str, ...]] = set()
     for artefact in artefacts:
         kind, name = artefact.kind, artefact.name.partition("/")[2]
@@ -202,43 +208,9 @@ def _findings(experiment: Experiment, home: Home, artefacts: list[Artefact]) -> 
     untrained = {a.name for a in artefacts if a.kind == "checkpoint" and a.state != "fresh"}
     until = [t for label, t in experiment.labelled_milestones() if f"checkpoint/{experiment.name}/{label}" in untrained]
     if until:
-        yield from _seen_in_validation(experiment, home)
-        yield from _order_refusals(experiment, home)
+        yield from overlaps(experiment, contents)
+        yield from read_by_parent(experiment, home, contents)
         yield from spending(experiment, home, until[-1])
-
-
-def _seen_in_validation(experiment: Experiment, home: Home) -> Iterator[Finding]:
-    """Raw files, or ready-made shards, that are trained on and validated on."""
-
-    def places(dataset: Dataset) -> set[str]:
-        try:
-            return {dataset.source.shards} if dataset.source.shards else {raw.url for raw in discover(dataset, home)}
-        except OpenLMError:  # whoever reads them says what is wrong
-            return set()
-
-    validated = set[str]().union(*map(places, experiment.validation_datasets()))
-    for dataset in experiment.training_datasets() if validated else ():
-        if both := sorted(validated & places(dataset)):
-            yield Finding(
-                "warning",
-                f"{len(both)} of the validation set's files are also in {dataset.name}, such as {public(both[0])}: its "
-                "loss says nothing of unseen text",
-                "Take them out of the training source",
-            )
-
-
-def _order_refusals(experiment: Experiment, home: Home) -> Iterator[Finding]:
-    """Why the data can't be brought into an order, such as a source with too small a share."""
-    sizes = []
-    for dataset in experiment.training_datasets():
-        try:
-            sizes.append(open_dataset(dataset, home).shard_sizes)
-        except OpenLMError:  # it is not made yet; its size matters to no limit
-            sizes.append(np.ones(1, np.int64))
-    try:
-        order_of(experiment, sizes)
-    except ConfigError as e:
-        yield Finding("refusal", str(e))
 
 
 def _tokenizer(experiment: Experiment, home: Home) -> tuple[TokenizerInfo | None, Artefact]:
@@ -260,9 +232,12 @@ def _tokenizer(experiment: Experiment, home: Home) -> tuple[TokenizerInfo | None
     return info, Artefact(name, "fresh")
 
 
-def _dataset(dataset: Dataset, home: Home, tokenizer: TokenizerInfo | None, above: Artefact) -> Iterator[Artefact]:
+def _dataset(
+    dataset: Dataset, home: Home, tokenizer: TokenizerInfo | None, above: Artefact, contents: dict[str, Content]
+) -> Iterator[Artefact]:
     name = f"shards/{dataset.name}"
     if dataset.source.shards:
+        contents[dataset.name] = content_of(dataset, home, [])
         try:
             open_dataset(dataset, home)
         except OpenLMError as e:
@@ -279,6 +254,7 @@ def _dataset(dataset: Dataset, home: Home, tokenizer: TokenizerInfo | None, abov
         yield Artefact(f"raw_files/{dataset.name}", "missing", (str(e),), refused)
         yield Artefact(name, "stale" if there else "missing", ("its raw files are missing",))
         return
+    contents[dataset.name] = content_of(dataset, home, raw_files)
     if tokenizer is None or above.state != "fresh":
         state: State = "stale" if there else "missing"
         yield Artefact(name, state, (f"{above.name} is {above.state}",), above.consent if there else None)
@@ -294,6 +270,7 @@ def _dataset(dataset: Dataset, home: Home, tokenizer: TokenizerInfo | None, abov
                 done.append(result)
         except DataError as e:
             too_bad.append(str(e))
+    contents[dataset.name] |= {file.version: file.name for file in done}
     if too_bad:
         yield Artefact(f"tokenized/{dataset.name}", "stale", tuple(too_bad))
     elif len(done) < len(raw_files):
@@ -338,14 +315,15 @@ def _checkpoints(experiment: Experiment, home: Home, upstream: list[Artefact]) -
     exists = (run.path / "run.json").exists()
     start = experiment.start_tokens()
     why = [f"{a.name} is {a.state}" for a in upstream]
-    began = None
+    began, refused = None, None
     try:
         began = parent_identity(experiment, home)
     except OpenLMError as e:
         why.append(str(e))
+        refused = REFUSED if isinstance(e, ConfigError) else None
     begun = exists and run.has_begun
     if why:
-        consent = "supersede" if begun and any(a.consent for a in upstream) else None
+        consent = refused or ("supersede" if begun and any(a.consent for a in upstream) else None)
         state: State = "stale" if exists else "missing"
         return [Artefact(name, state, tuple(why), consent) for name in names.values()], start
     if not exists:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from openlm_pipeline.checkpoints.folders import Checkpoint, list_checkpoints
-from openlm_pipeline.errors import IdentityError, TrainingError
+from openlm_pipeline.errors import DataError, IdentityError, TrainingError
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.fingerprint import Tree, differences, fingerprint
 from openlm_pipeline.result import Finding, refusal, refuse
@@ -57,16 +57,21 @@ class RunFolder:
     @property
     def _record(self) -> dict[str, Any] | None:
         """What `claim` wrote; None where nobody did."""
-        path = self.path / "run.json"
-        return read_json(path) if path.exists() else None
+        return self._claimed() if (self.path / "run.json").exists() else None
+
+    def _claimed(self) -> dict[str, Any]:
+        record = read_json(path := self.path / "run.json")
+        if not isinstance(record, dict) or not {"fingerprint", "identity"} <= record.keys():
+            raise DataError(f"{path} is damaged: it does not say which run this is. Move its folder away")
+        return record
 
     @property
     def fingerprint(self) -> str:
-        return read_json(self.path / "run.json")["fingerprint"]
+        return self._claimed()["fingerprint"]
 
     @property
     def identity(self) -> Tree:
-        return read_json(self.path / "run.json")["identity"]
+        return self._claimed()["identity"]
 
     def saved(self) -> list[Checkpoint]:
         """Its complete checkpoints by step, damaged descriptions passed over; none where it was never claimed."""

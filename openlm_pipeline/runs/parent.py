@@ -3,15 +3,20 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from openlm_pipeline.checkpoints.folders import INFO, Checkpoint, promote, read_checkpoint
+from openlm_pipeline.checkpoints.folders import INFO, MODEL_CONFIG, Checkpoint, promote, read_checkpoint
 from openlm_pipeline.errors import ConfigError, MissingInputError
 from openlm_pipeline.experiments import Experiment
-from openlm_pipeline.fingerprint import Tree, fingerprint, settings_tree
+from openlm_pipeline.fingerprint import Tree, differences, fingerprint, settings_tree
+from openlm_pipeline.models import ModelConfig
 from openlm_pipeline.ordering.continued import order_record
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.storage.file_hashes import FileHashes
+from openlm_pipeline.storage.files import read_json
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.units import format_tokens, milestone_label, parse_tokens
+
+_OF_THE_STATE = ("optimizer", "optimizer_settings", "state_precision", "no_decay")
+"""Settings of `training` on which the form of the optimizer's state depends."""
 
 
 def parent_folder(experiment: Experiment, home: Home) -> RunFolder:
@@ -31,7 +36,7 @@ def parent_checkpoint(experiment: Experiment, home: Home) -> Checkpoint:
     tokens = format_tokens(parent.milestone)
     raise MissingInputError(
         f"{experiment.name} continues from {parent.run} at {tokens} tokens, a milestone that is not in "
-        f"{folder.checkpoints}; `openlm train {parent.run} --until {tokens}` makes it"
+        f"{folder.checkpoints}; with it among its milestones, `openlm train {parent.run} --until {tokens}` makes it"
     )
 
 
@@ -104,6 +109,24 @@ def pin_latest(experiment: Experiment, home: Home) -> int:
     return dict(experiment.labelled_milestones()).get(newest.milestone, newest.tokens)
 
 
+def _check_fork(experiment: Experiment, checkpoint: Checkpoint, run: RunFolder) -> None:
+    """
+    Raises:
+        ConfigError: the fork has another model, or an optimizer that can't continue from the parent's.
+    """
+    theirs = ModelConfig(**read_json(checkpoint.path / MODEL_CONFIG)).model_dump()
+    ours = experiment.model_config_resolved().model_dump()
+    if changed := differences({**theirs, "seq_len": 0}, {**ours, "seq_len": 0}):
+        raise ConfigError(f"a fork has its parent's model; here differ: {'; '.join(changed)}")
+    before, now = run.identity["training"], settings_tree(experiment.training)
+    parts = [{name: training.get(name) for name in _OF_THE_STATE} for training in (before, now)]
+    if experiment.parent.optimizer == "keep" and (changed := differences(*parts)):
+        raise ConfigError(
+            f"the optimizer's state of the parent does not fit: {'; '.join(changed)}; parent.optimizer=reset begins "
+            "with a new one"
+        )
+
+
 def parent_identity(experiment: Experiment, home: Home) -> Tree | None:
     """What a fork's identity holds of its parent: `checkpoint`, a digest, `tokens`, and `order`, what the parent's
     order of samples is made of; with `init_from` the digest of those weights; None where there is neither.
@@ -113,7 +136,7 @@ def parent_identity(experiment: Experiment, home: Home) -> Tree | None:
 
     Raises:
         MissingInputError: the parent is not there, and the fork never began.
-        ConfigError: the parent's tokens are no whole number of the fork's steps.
+        ConfigError: the parent's tokens are no whole number of the fork's steps; or its model or optimizer is another.
     """
     if experiment.parent is None:
         weights = initial_weights(experiment, home)
@@ -134,6 +157,8 @@ def parent_identity(experiment: Experiment, home: Home) -> Tree | None:
             f"{experiment.name} begins after {checkpoint.tokens:,} tokens of {experiment.parent.run}, which is no "
             f"whole number of its steps of {batch:,} tokens; choose another training.global_batch"
         )
+    if not is_begun:
+        _check_fork(experiment, checkpoint, parent_folder(experiment, home))
     found = {"checkpoint": checkpoint.digest, "tokens": checkpoint.tokens}
     mixture = [(s.name, s.weight) for s in experiment.sources]
     if is_begun and "order" not in recorded and [(d["name"], d["weight"]) for d in begun["data"]] == mixture:

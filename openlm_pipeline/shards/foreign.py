@@ -105,9 +105,11 @@ def foreign_dataset(
         settings: `seq_len`, `vocab_size`, `eot_id` and `pad_id`, as for `open_foreign`.
 
     Raises:
-        DataError: later, a shard is damaged or has another number of samples.
+        DataError: there is no sample; later, a shard is damaged or has another number of them.
         IdentityError: `cache` holds shards converted from something else.
     """
+    if not sum(num_samples):
+        raise DataError(f"there is not one sample in {name}")
     sample_format = SampleFormat.for_vocabulary(settings["seq_len"] + 1, settings["vocab_size"])
     entries = [
         ShardEntry(shard, n, sample_format.shard_bytes(n), "", n * sample_format.sample_tokens, "openlm")

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
-from openlm_pipeline.errors import BusyError, DataError, MissingInputError
+from openlm_pipeline.errors import BusyError, DataError, MissingInputError, OpenLMError
 
 TMP_SUFFIX = ".tmp"
 
@@ -107,16 +107,19 @@ def folder_lock(folder: Path, doing: str) -> Iterator[None]:
 
     Raises:
         BusyError: another process holds it.
+        OpenLMError: the folder can't be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise BusyError(
             f"another process is already {doing} in {folder}. Wait for it to end, or stop it; "
             "the lock goes away with the process that holds it."
         ) from None
+    except OSError as e:
+        raise OpenLMError(f"{folder} can't be made or locked: {e.strerror or e}") from e
     try:
         yield
     finally:

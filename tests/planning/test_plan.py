@@ -104,3 +104,36 @@ def test_a_share_too_small_for_the_order_is_said_before_training(planned):
     sources += "{name: rare, files: [raw/tiny_text/a.jsonl], max_bad_fraction: 0.5}]"
     refusals = [f.what for f in make(f"sources={sources}").findings if f.level == "refusal"]
     assert any("source 1 of the mixture has less than 1/4096 of it" in what for what in refusals)
+
+
+OTHER = """
+extends: tiny
+name: other
+sources:
+  - {name: tiny_text, files: ["raw/tiny_text/*.jsonl"], max_bad_fraction: 0.5}
+  - {name: other_text, files: ["raw/other_text/*.jsonl"], max_bad_fraction: 0.5}
+"""
+
+
+def test_text_that_is_in_another_dataset_already_is_named(planned):
+    """By what shards were made from, where neither names of files nor shards are the same."""
+    pipeline, make = planned
+    copied = pipeline.home / "raw" / "other_text"
+    copied.mkdir()
+    shutil.copy(pipeline.home / "raw" / "tiny_text" / "a.jsonl", copied / "renamed.jsonl")
+    (pipeline.root / "recipes" / "other.yaml").write_text(OTHER)
+    done = CliRunner().invoke(app, ["tokenize", "other", "--workers", "1"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    more, fork = "milestones=[10K, 40K, 80K]", ("version=v2", "parent={run: tiny, milestone: 40K}", "milestones=[50K]")
+    held_out = "validation={source: {name: held_out, shards: shards/other_text/v1}}"
+    other_text = 'sources=[{name: other_text, files: ["raw/other_text/*.jsonl"], max_bad_fraction: 0.5}]'
+
+    def warnings(*overrides: str) -> list[str]:
+        return [f.what for f in make(*overrides).findings if f.level == "warning"]
+
+    (warning,) = warnings(more, held_out)
+    assert warning.startswith("1 of the validation set's files are also in tiny_text, such as renamed.jsonl")
+    (warning,) = warnings(*fork, other_text)
+    assert warning.startswith("1 files of other_text, such as ")
+    assert "renamed.jsonl, were read by tiny in another dataset" in warning
+    assert warnings(*fork) == []

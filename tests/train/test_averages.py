@@ -7,8 +7,9 @@ from small_run import SmallRun
 from openlm_pipeline.checkpoints.folders import Checkpoint, list_checkpoints
 from openlm_pipeline.checkpoints.reading import load_model
 from openlm_pipeline.errors import ConfigError, DataError
+from openlm_pipeline.experiments.spec import parse_average
 from openlm_pipeline.models import create_model
-from train.hooks.averages import Averages, parse
+from train.hooks.averages import Averages
 
 AVERAGES = ("ema_0.9_2", "ema_0.5", "poly_3_2")
 
@@ -32,7 +33,7 @@ def weights(checkpoint: Checkpoint, average: str | None = None) -> dict[str, tor
 
 @pytest.mark.parametrize("spec", AVERAGES)
 def test_an_average_is_what_its_formula_says(checkpoints: list[Checkpoint], spec: str):
-    method, parameter, every = parse(spec)
+    method, parameter, every = parse_average(spec)
     # The first step has a learning rate of its own; what is before it is the initial weights.
     expected = {n: p.detach() for n, p in create_model(load_model(checkpoints[0]).config).named_parameters()}
     for checkpoint in checkpoints:
@@ -55,7 +56,7 @@ def test_an_average_that_was_not_kept_is_named(checkpoints: list[Checkpoint]):
 @pytest.mark.parametrize("spec", ["ema", "ema_1.0_1", "poly_1_0", "cosine_1_1", "ema_0.9_1_1"])
 def test_what_is_no_average_is_refused(spec: str, small: SmallRun):
     with pytest.raises(ConfigError, match="ema_GAMMA_EVERY"):
-        parse(spec)
+        small.experiment(f"training.averages=[{spec}]")
 
 
 def test_applied_weights_are_the_average_and_then_the_models_own(checkpoints: list[Checkpoint]):

@@ -22,6 +22,7 @@ from openlm_pipeline.pipeline.plan import plan
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.parent import initial_weights, parent_identity
 from openlm_pipeline.runs.rates import rate_findings
+from openlm_pipeline.runs.repeats import repeated
 from openlm_pipeline.shards.opening import open_dataset
 from openlm_pipeline.storage.files import read_json
 
@@ -389,3 +390,13 @@ def test_a_run_begins_with_weights_that_stand_under_two_names(tmp_path, fields: 
     with torch.no_grad():
         loss = model(sample[:, :-1], sample[:, 1:])[0].item() / 32
     assert small.first_loss("begun", f"init_from={tmp_path / 'weights.pt'}") == pytest.approx(loss, abs=1e-4)
+
+
+def test_a_source_that_a_fork_adds_is_counted_from_there(small: SmallRun):
+    """Not from the first token of its parent, which would be four epochs of it."""
+    small.train('sources=[{name: text, files: ["raw/text/*.jsonl"]}]', f"milestones=[{24 * BATCH}]")
+    code = 'sources=[{name: code, files: ["raw/code/*.jsonl"]}]'
+    fork = Fork(small, f"parent={{run: small, milestone: {24 * BATCH}}}", code, f"milestones=[{36 * BATCH}]")
+    assert list(repeated(fork.experiment, fork.home, 36 * BATCH)) == []
+    (finding,) = repeated(fork.experiment, fork.home, 60 * BATCH)
+    assert finding.what == "twig sees each text of code 4.3 times"

@@ -182,7 +182,7 @@ def test_amp_is_bfloat16_and_says_so(tmp_path: Path):
         ("--model open_lm_4b", "did you mean"),
         ("--epochs 0", "at least 1"),
         ("--val-data a/x b/y c/z --val-data-key txt txt", "2 --val-data-key for 3 sources"),
-        ("--train-num-samples 1000", "less than one global batch"),
+        ("--train-num-samples 1000", "an epoch of 1,000 tokens .* is under a step of 131,072"),
         ("--log-every-n-step 5", "did you mean --log-every-n-steps?"),
         ("--lr fast", "--lr"),
         ("--train-data pipe:aws", "shell command"),

@@ -11,11 +11,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from small_run import SmallRun, write_dataset
-from torch.distributed.checkpoint.api import CheckpointException
 
 from openlm_pipeline.checkpoints.folders import COMPLETE, list_checkpoints, read_checkpoint
 from openlm_pipeline.checkpoints.reading import load_model
-from openlm_pipeline.errors import BusyError, ConfigError, ConsentError, IdentityError, MissingInputError, TrainingError
+from openlm_pipeline.errors import (
+    BusyError,
+    ConfigError,
+    ConsentError,
+    DataError,
+    IdentityError,
+    MissingInputError,
+    TrainingError,
+)
 from openlm_pipeline.models import init
 from openlm_pipeline.runs import spending
 from train.distributed import leave_process_group, start, stay_near_gpu
@@ -350,7 +357,7 @@ def test_a_checkpoint_without_a_state_that_a_run_needs_is_refused(small: SmallRu
     try:
         model = build_model(small.experiment(), world)
         optimizer, extra = make_optimizer(small.experiment().training, model), {"ema_0.9_2": {"x": torch.zeros(1)}}
-        with pytest.raises(CheckpointException, match="ema_0.9_2"):
+        with pytest.raises(DataError, match="ema_0.9_2"):
             load(read_checkpoint(folder), model, optimizer, extra)
         assert not load(read_checkpoint(folder), model, optimizer, extra, optional=["ema_0.9_2"])
     finally:

@@ -1,5 +1,7 @@
 """What is wrong with a recipe is named by its plan, before anything runs; what makes no sense at all is no recipe."""
 
+import shutil
+
 import pytest
 from small_run import BATCH, SmallRun
 
@@ -9,6 +11,17 @@ from openlm_pipeline.pipeline.plan import plan
 TO_8 = f"milestones=[{8 * BATCH}]"
 COSINE = "training.schedule=cosine"
 LONG = 1000 * BATCH
+
+
+def ready(heldout: str, code: str = "shards/code/v1") -> list[str]:
+    """Overrides that take ready-made shards from folders of the home."""
+    return [
+        f"sources=[{{name: text, shards: shards/text/v1, weight: 3}}, {{name: code, shards: {code}}}]",
+        f"validation={{source: {{name: heldout, files: [], shards: {heldout}}}, max_samples: 21}}",
+        "tokenizer={name: bytes, source: tokenizer.json, train: null}",
+    ]
+
+
 EXTRA = {"training.warmup=1T": [COSINE]}
 """A constant schedule may warm up for ever."""
 
@@ -28,6 +41,21 @@ EXTRA = {"training.warmup=1T": [COSINE]}
             "jumps from 0.01, the parent's, to 0.02",
         ),
         (
+            [TO_8, "parent={run: begun, milestone: 1024}", "model.n_layers=3"],
+            "refusal",
+            "a fork has its parent's model; here differ: n_layers 2 -> 3",
+        ),
+        (
+            [TO_8, "parent={run: begun, milestone: 1024}", "training.optimizer=muon"],
+            "refusal",
+            "the optimizer's state of the parent does not fit: optimizer adamw -> muon",
+        ),
+        (
+            [TO_8, "parent={run: begun, milestone: 1024}", "training.global_batch=96"],
+            "refusal",
+            "no whole number of its steps of 96 tokens",
+        ),
+        (
             [TO_8, "parent={run: begun, milestone: 1024}", "training.lr=0.001"],
             "warning",
             "falls from 0.01, the parent's",
@@ -43,12 +71,45 @@ EXTRA = {"training.warmup=1T": [COSINE]}
             "1 of the validation set's files are also in text",
         ),
         (["sources=[{name: text, files: [a]}, {name: code, files: [b], weight: 1e-9}]"], "refusal", "less than 1/4096"),
+        (
+            ['validation={source: {name: heldout, files: ["raw/*/l*.jsonl"]}}'],
+            "warning",
+            "1 of the validation set's files are also in text, such as",
+        ),
+        (
+            ready("shards/text/v1"),
+            "warning",
+            "2 of the validation set's files are also in text, such as 00000000.tar",
+        ),
+        (ready("linked"), "warning", "2 of the validation set's files are also in text"),
+        (ready("copied"), "warning", "2 of the validation set's files are also in text"),
+        (
+            ['sources=[{name: text, files: ["raw/text/*"]}, {name: code, files: ["raw/linked/l.jsonl"]}]'],
+            "warning",
+            "1 files of text are also in code",
+        ),
+        (ready("shards/heldout/v1", code="copied"), "warning", "2 files of text are also in code, such as"),
+        (
+            ["training.sampling=resampled", "seed=2", f"milestones=[{30 * BATCH}]"],
+            "warning",
+            "the order of text is drawn with replacement (resampled): about 50% of it is read twice or more, and 50%",
+        ),
+        (
+            [TO_8, "parent={run: begun, milestone: 1024}", "training.sampling=windowed"],
+            "warning",
+            "text continues in its parent's order; training.sampling=windowed holds for sources that the parent did",
+        ),
     ],
 )
 def test_a_plan_names_it(small: SmallRun, overrides: list[str], level: str, message: str):
     raw = small.home.root / "raw" / "text"
     raw.mkdir(parents=True)
     (raw / "a.jsonl").write_text('{"text": "a"}\n')
+    (raw.with_name("linked")).mkdir()
+    (raw.with_name("linked") / "l.jsonl").symlink_to(raw / "a.jsonl")
+    shards = small.home.shards("text", "v1")
+    (small.home.root / "linked").symlink_to(shards)
+    shutil.copytree(shards, small.home.root / "copied")
     if any("begun" in o for o in overrides):
         small.train("name=begun", "milestones=[1024]")
     said = [(f.level, f.what) for f in plan(small.experiment(*overrides), small.home).findings]

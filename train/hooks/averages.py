@@ -3,7 +3,6 @@
 They depend on the step alone beside the weights, so a checkpoint holds the averages and no counters.
 """
 
-import re
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -13,30 +12,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from openlm_pipeline.errors import ConfigError
+from openlm_pipeline.experiments.spec import parse_average
 from openlm_pipeline.models.init import parameter_name
 from train.hooks import HOOKS, Hook, State, Step
 
 if TYPE_CHECKING:
     from train.loop import Trainer
-
-_SPEC = re.compile(r"(ema|poly)_(\d+(?:\.\d+)?)(?:_(\d+))?")
-
-
-def parse(spec: str) -> tuple[str, float, int]:
-    """`ema_0.999_10` -> ("ema", 0.999, 10): method, its parameter, and steps between updates (1 if not given).
-
-    Raises:
-        ConfigError: another form, or a parameter out of range.
-    """
-    match = _SPEC.fullmatch(spec)
-    method, parameter, every = match.groups(default="1") if match else ("", "0", "0")
-    if int(every) < 1 or (method == "ema" and not 0 <= float(parameter) < 1):
-        raise ConfigError(
-            f"training.averages: {spec!r} is neither ema_GAMMA_EVERY, with 0 <= GAMMA < 1, nor poly_ETA_EVERY; "
-            "EVERY is a number of steps of 1 or more"
-        )
-    return method, float(parameter), int(every)
 
 
 class Averages:
@@ -44,7 +25,7 @@ class Averages:
 
     def __init__(self, specs: Iterable[str], model: nn.Module) -> None:
         self.model = model
-        self.rules = {spec: parse(spec) for spec in specs}
+        self.rules = {spec: parse_average(spec) for spec in specs}
         self.state: dict[str, dict[str, Tensor]] = {}
         """Name of the average -> name of the parameter -> its average; loading a checkpoint fills these in place."""
         self.restart(self.rules)

@@ -42,6 +42,10 @@ class Profile(Hook):
         elif self.profiler and step >= self.steps[1]:
             self.close()
 
+    def at_end(self) -> None:
+        if self.steps and not self.profiler:
+            self.trainer.warn(f"no trace was written: no step of {list(self.steps)} (profile_steps) was trained here")
+
     def close(self) -> None:
         """Write what was seen so far, if anything."""
         if not self.profiler:

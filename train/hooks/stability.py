@@ -98,6 +98,14 @@ class SkippedSteps(Hook):
 
         self.skip_steps = frozenset(trainer.experiment.training.skip_steps)
 
+    def at_resume(self) -> None:
+        trainer = self.trainer
+        if trainer.world.rank == 0 and self.skip_steps:
+            last = trainer.experiment.steps(trainer.experiment.milestones[-1])
+            left_out = {record["step"] for record in trainer.run.skipped_steps()}
+            if never := [s for s in sorted(self.skip_steps - left_out) if s <= trainer.step or s > last]:
+                trainer.warn(f"training.skip_steps has {never}: trained already, or after the last step, {last}")
+
     def accepts(self, step: Step) -> bool:
         if self.trainer.step + 1 in self.skip_steps:
             self.stability.reason = "it is one of training.skip_steps"

@@ -73,7 +73,8 @@ def translate(values: argparse.Namespace, home: Home, *, world_size: int = 1, lo
     """
     model, config = _model(values)
     mask_left, mask_token = (
-        v if v is None else v % config.vocab_size for v in (values.target_mask_left, values.target_mask_individual)
+        v + config.vocab_size if v is not None and v < 0 else v
+        for v in (values.target_mask_left, values.target_mask_individual)
     )
     local_batch = _local_batch(values, world_size)
     global_batch = local_batch * world_size * config.seq_len
@@ -121,6 +122,8 @@ def translate(values: argparse.Namespace, home: Home, *, world_size: int = 1, lo
         if epoch is None:  # all there is, which is known once the data is open
             datasets = experiment(global_batch).training_datasets()
             epoch = sum(len(open_dataset(d, home)) for d in datasets) * config.seq_len
+        if epoch < global_batch:
+            raise ConfigError(f"an epoch of {epoch:,} tokens (--train-num-samples) is under a step of {global_batch:,}")
         made = experiment(epoch)
     except ValidationError as e:
         raise explain(e, "what OpenLM's flags stand for") from e
@@ -217,6 +220,10 @@ def _execution(values: argparse.Namespace, local_batch: int, world_size: int, lo
             f"--resume {values.resume}: a run resumes from the newest checkpoint in its own folder (--resume latest). "
             "To begin with the weights of another, use --pretrained"
         )
+    if ".." in Path(values.name or "").parts:
+        raise ConfigError(f"--name {values.name} is outside of --logs")
+    if values.workers < 0:
+        raise ConfigError(f"--workers {values.workers}: say 0 or more")
     if "://" in values.logs:
         raise ConfigError("--logs is a local folder; --remote-sync copies checkpoints to a store")
     replicas = 1 if values.fsdp else world_size

@@ -48,3 +48,10 @@ class ResampledOrder(OneSourcePerBatch):
         windows = np.arange(0, len(drawn.shards), self._buffer_shards[source])
         keys = mix_array(np.arange(len(windows), dtype=np.uint64)) ^ np.uint64(key_of(self.seed, source, 1))
         return drawn.shuffled(positions, windows, keys)
+
+    def coverage(self, source: int, positions: int) -> tuple[float, float]:
+        """About what share of a source its first `positions` read twice or more, and what share they never read."""
+        self.samples(source, np.array([positions - 1]))  # draws as far as that
+        drawn, sizes = self._drawn[source], self.sizes[source]
+        times = np.bincount(drawn.shards[: np.searchsorted(drawn.starts, positions)], minlength=len(sizes))
+        return sizes[times > 1].sum() / sizes.sum(), sizes[times == 0].sum() / sizes.sum()
