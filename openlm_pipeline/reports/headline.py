@@ -8,7 +8,7 @@ from typing import Literal
 from openlm_pipeline.evaluation.scorecard import Scorecard
 from openlm_pipeline.reports.claims import BASELINE, CHANCE, LEAD
 from openlm_pipeline.reports.rows import LOSS
-from openlm_pipeline.reports.table import Cell, Row, Table
+from openlm_pipeline.reports.table import Cell, Row, Table, signed
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,6 @@ class _Gap:
         if self.p_value is not None:
             parts.append("p\u00a0<\u00a00.001" if self.p_value < 0.001 else f"p\u00a0=\u00a0{self.p_value:.3f}")
         return ", ".join(parts) + f" ({self.how})"
-
-
-def signed(value: float, decimals: int = 3) -> str:
-    """`+0.031`, with a true minus sign."""
-    return f"{value:+.{decimals}f}".replace("-", "−")
 
 
 def headline(table: Table, cards: Sequence[Scorecard] = ()) -> Headline:

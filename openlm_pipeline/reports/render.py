@@ -13,7 +13,7 @@ from markupsafe import Markup
 from openlm_pipeline.evaluation.baselines import QuotedBaseline
 from openlm_pipeline.evaluation.scorecard import Scorecard
 from openlm_pipeline.experiments import Experiment
-from openlm_pipeline.reports.headline import Headline, headline, signed
+from openlm_pipeline.reports.headline import Headline, headline
 from openlm_pipeline.reports.plots import average_chart, loss_chart, pace_chart, task_charts
 from openlm_pipeline.reports.rows import milestones_table
 from openlm_pipeline.reports.summary import (
@@ -112,7 +112,6 @@ def _html(**page: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["zip"] = zip
-    environment.filters["signed"] = signed
     environment.filters["breakable"] = lambda text: Markup("_<wbr>").join(text.split("_"))
     return environment.get_template("page.html").render(page)
 
@@ -138,6 +137,8 @@ def _markdown(
         parts.append(_facts([(f.title, f"{f.value}; {f.detail}") for f in headline.figures]))
     parts += [escape_markdown(text) for text in (*headline.details, origin) if text]
     parts += ["## Scores", table.to_markdown().rstrip()]
+    if table.likelihoods:
+        parts += ["### Bits per byte of the right answers", table.likelihoods.to_markdown().rstrip()]
     if problems:
         parts.append("\n".join(f"- {escape_markdown(problem)}" for problem in problems))
     parts.append(f"<details>\n<summary>How to read the table</summary>\n\n{_facts(notes)}\n\n</details>")

@@ -1,6 +1,8 @@
 """The scores table of a run, put together from scorecards and published scores that can be compared."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
 from openlm_pipeline.errors import DataError
 from openlm_pipeline.evaluation.baselines import QuotedBaseline
@@ -8,7 +10,7 @@ from openlm_pipeline.evaluation.comparison import corrected_over_page
 from openlm_pipeline.evaluation.scorecard import Average, Scorecard, TaskScore
 from openlm_pipeline.evaluation.suite import task_name
 from openlm_pipeline.reports.claims import claims
-from openlm_pipeline.reports.table import NOT_APPLICABLE, NOT_RUN, STALE, Cell, Column, Row, Table
+from openlm_pipeline.reports.table import NOT_APPLICABLE, NOT_RUN, STALE, Cell, Column, Row, Status, Table
 from openlm_pipeline.units import format_tokens, milestone_label
 
 LOSS = "validation_loss"
@@ -55,34 +57,33 @@ def milestones_table(
     for card in every:
         _check_comparable(card, every[-1])
     columns = _columns(every)
-    rows: list[Row] = []
+    made: list[tuple[Row, Callable[[Column], Cell]]] = []
     before = None
     if parent is not None:
-        cells, title = tuple(_cell(parent, c, None) for c in columns), f"{format_tokens(parent.tokens)} of {parent.run}"
-        rows.append(Row(parent.label, title, "milestone", cells, parent.tokens, parent.step))
+        title = f"{format_tokens(parent.tokens)} of {parent.run}"
+        row = Row(parent.label, title, "milestone", (), parent.tokens, parent.step)
+        made.append((row, partial(_cell, parent, None)))
         before = parent.milestone
     for label, card in cards.items():
         tokens = nominal.get(label, card.tokens)
-        cells = tuple(_cell(card, column, before) for column in columns)
-        rows.append(Row(label, format_tokens(tokens), "milestone", cells, tokens, card.step))
+        made.append(
+            (Row(label, format_tokens(tokens), "milestone", (), tokens, card.step), partial(_cell, card, before))
+        )
         before = label
-    rows += [
-        Row(
-            label,
-            format_tokens(tokens),
-            "milestone",
-            tuple(Cell(STALE if label in without else NOT_RUN) for _ in columns),
-            tokens,
+    made += [
+        (
+            Row(label, format_tokens(tokens), "milestone", (), tokens),
+            partial(_empty, STALE if label in without else NOT_RUN),
         )
         for label, tokens in nominal.items()
         if label not in cards
     ]
-    rows.sort(key=lambda row: row.tokens)
-    for card in baselines:
-        cells = tuple(_cell(card, column, None) for column in columns)
-        rows.append(Row(card.run, card.run, "re-run", cells, card.tokens))
-    for name in without.keys() - nominal.keys():
-        rows.append(Row(name, name, "re-run", tuple(Cell(NOT_RUN) for _ in columns)))
+    made.sort(key=lambda row_and_cell: row_and_cell[0].tokens)
+    made += [(Row(card.run, card.run, "re-run", (), card.tokens), partial(_cell, card, None)) for card in baselines]
+    made += [(Row(name, name, "re-run", ()), partial(_empty, NOT_RUN)) for name in without.keys() - nominal.keys()]
+    bits = _likelihood_columns(columns, every)
+    likelihoods = Table(run, run_version, bits, _filled(made, bits)) if bits else None
+    rows = list(_filled(made, columns))
     tasks_of = {a.name: set(a.tasks) for card in every for a in card.averages}
     for published in quoted:
         cells = tuple(_quoted_cell(published, column, tasks_of) for column in columns)
@@ -91,7 +92,15 @@ def milestones_table(
             title = published.title if tokens is None else f"{published.title} {format_tokens(tokens)}"
             source = f"{published.source}; {published.harness}" + (f"; {published.note}" if published.note else "")
             rows.append(Row(published.name, title, "quoted", cells, tokens, source=source))
-    return Table(run, run_version, columns, tuple(rows), dict(zip(claimed, adjusted)))
+    return Table(run, run_version, columns, tuple(rows), dict(zip(claimed, adjusted)), likelihoods)
+
+
+def _filled(made: Sequence[tuple[Row, Callable[[Column], Cell]]], columns: Sequence[Column]) -> tuple[Row, ...]:
+    return tuple(replace(row, cells=tuple(map(cell, columns))) for row, cell in made)
+
+
+def _empty(status: Status, column: Column) -> Cell:
+    return Cell(status)
 
 
 def _check_comparable(card: Scorecard, last: Scorecard) -> None:
@@ -110,7 +119,7 @@ def _check_comparable(card: Scorecard, last: Scorecard) -> None:
 
 
 def _columns(cards: Sequence[Scorecard]) -> tuple[Column, ...]:
-    """The headline, the tasks in the suite's order, then the other averages and the loss."""
+    """The headline and its likelihood, the tasks in the suite's order, then the other averages and the loss."""
     tasks: dict[str, TaskScore] = {}
     averages: dict[str, Average] = {}
     for card in cards:
@@ -126,34 +135,55 @@ def _columns(cards: Sequence[Scorecard]) -> tuple[Column, ...]:
             num_items=t.num_items or None,
             num_fewshot=t.num_fewshot,
             small=t.small,
+            rule=t.rule,
+            majority=t.majority,
+            num_clusters=t.num_clusters,
         )
         for name, t in tasks.items()
     ]
-    return means[0], *measured, *means[1:], Column(LOSS, "held-out loss", "loss")
+    bits, others = ([m for m in means[1:] if (m.kind == "bits_per_byte") == is_bits] for is_bits in (True, False))
+    return means[0], *bits, *measured, *others, Column(LOSS, "held-out loss", "loss")
+
+
+def _likelihood_columns(columns: Sequence[Column], cards: Sequence[Scorecard]) -> tuple[Column, ...]:
+    """The average bits per byte, and those of each task that has them; none without an average."""
+    average = tuple(replace(c, title="average") for c in columns if c.kind == "bits_per_byte")
+    known = {t.name for card in cards for t in card.tasks if t.bits_per_byte is not None}
+    tasks = (replace(c, kind="bits_per_byte", chance=None, rule=None, majority=None) for c in columns if c.key in known)
+    return (*average, *tasks) if average else ()
 
 
 def _average_column(average: Average) -> Column:
     titles = {"all_tasks": "average", "without_small": "average without *"}
     title = titles.get(average.name, f"average {average.name}")
-    if average.kind != "accuracy":
+    if average.kind == "bits_per_byte":
+        title = "bits per byte"
+    elif average.kind != "accuracy":
         title = "centred average" if average.kind == "centred" else average.name
         title = f"{title} (random {average.random_baselines})"
     kind = "average" if average.kind == "accuracy" else average.kind
     return Column(f"average/{average.name}", title, kind, chance=average.chance)
 
 
-def _cell(card: Scorecard, column: Column, before: str | None) -> Cell:
+def _cell(card: Scorecard, before: str | None, column: Column) -> Cell:
     if column.kind == "loss":
         if card.validation_loss is None:
             return Cell(NOT_APPLICABLE if card.milestone is None else NOT_RUN)
         return Cell("scored", card.validation_loss)
     measure = column.key.removeprefix("average/")
-    change = next((d for d in card.changes if (d.measure, d.against) == (measure, before)), None)
-    if column.kind == "accuracy":
+    changes = {d.kind: d for d in card.changes if (d.measure, d.against) == (measure, before)}
+    bits = changes.get("bits_per_byte")
+    change = bits if column.kind == "bits_per_byte" else changes.get("accuracy")
+    if measure == column.key:
         score = next((t for t in card.tasks if task_name(t.task, t.num_fewshot) == column.key), None)
-        if score is None or score.accuracy is None:
+        if score is None or score.status != "scored":
             return Cell(NOT_RUN if score is None else score.status)
-        return Cell("scored", score.accuracy, score.ci_low, score.ci_high, score.mde, score.accuracy_micro, change)
+        if column.kind == "bits_per_byte":
+            if score.bits_per_byte is None:
+                return Cell(NOT_APPLICABLE)
+            return Cell("scored", score.bits_per_byte, score.bits_low, score.bits_high, score=score, change=change)
+        ends = (score.accuracy, score.ci_low, score.ci_high, score.mde)
+        return Cell(score.status if score.accuracy is not None else NOT_APPLICABLE, *ends, score, change, bits)
     average = next((a for a in card.averages if a.name == measure), None)
     if average is None or average.value is None:
         return Cell(NOT_RUN if average is None else average.status)
