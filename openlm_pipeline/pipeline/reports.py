@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from openlm_pipeline import __version__
 from openlm_pipeline.errors import ConfigError, MissingInputError, OpenLMError
 from openlm_pipeline.experiments import Experiment, load_experiment, recipe_names
+from openlm_pipeline.fingerprint import differences
 from openlm_pipeline.pipeline.evaluation import (
     CARD,
     baseline_staleness,
@@ -26,6 +27,7 @@ from openlm_pipeline.pipeline.evaluation import (
 from openlm_pipeline.pipeline.training import open_run
 from openlm_pipeline.result import Say, StageResult
 from openlm_pipeline.runs.folder import RunFolder
+from openlm_pipeline.runs.identity import settled
 from openlm_pipeline.runs.parent import parent_folder
 from openlm_pipeline.storage.files import sha256_file, write_text
 from openlm_pipeline.storage.home import Home
@@ -109,6 +111,24 @@ def _records(experiment: Experiment, home: Home, run: RunFolder) -> list[dict[st
     return [*before, *run.read_metrics()]
 
 
+def of_other_seeds(home: Home, run: RunFolder, cards: "Sequence[Scorecard]") -> dict[str, list[float]]:
+    """Milestone -> headline of this run, then of each run that differs from it in its seed alone, scored alike."""
+    from openlm_pipeline.evaluation.scorecard import load_scorecard
+    from openlm_pipeline.reports.rows import incomparable
+
+    found = {card.label: [card.average] for card in cards if card.average is not None}
+    for path in sorted((home.root / "runs").glob("*/*/run.json")):
+        other = settled(RunFolder(path.parent).identity)
+        if [line.split()[0] for line in differences(settled(run.identity), other)] != ["seed"]:
+            continue
+        for card in cards:
+            file = home.scorecard(path.parts[-3], path.parts[-2], card.label) / CARD
+            twin = load_scorecard(file) if card.label in found and file.exists() else None
+            if twin and twin.average is not None and not incomparable(card, twin):
+                found[card.label].append(twin.average)
+    return found
+
+
 def _quoted(experiment: Experiment) -> "list[QuotedBaseline]":
     from openlm_pipeline.evaluation.baselines import quoted_baselines
 
@@ -135,6 +155,7 @@ def make_report(experiment: Experiment, home: Home, report: Say) -> StageResult:
             baselines=found.baselines,
             quoted=_quoted(experiment),
             without=found.without,
+            seeds=of_other_seeds(home, run, found.milestones),
         )
     page = paths["report.html"]
     report(f"report: {page}")

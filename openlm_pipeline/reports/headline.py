@@ -7,6 +7,7 @@ from typing import Literal
 
 from openlm_pipeline.evaluation.scorecard import Scorecard
 from openlm_pipeline.reports.claims import BASELINE, CHANCE, LEAD
+from openlm_pipeline.reports.noise import ABOVE_CHANCE, SeedNoise, stuck_tasks
 from openlm_pipeline.reports.rows import LOSS
 from openlm_pipeline.reports.table import Cell, Row, Table, signed
 
@@ -66,11 +67,12 @@ class _Gap:
         return ", ".join(parts) + f" ({self.how})"
 
 
-def headline(table: Table, cards: Sequence[Scorecard] = ()) -> Headline:
+def headline(table: Table, cards: Sequence[Scorecard] = (), seeds: SeedNoise | None = None) -> Headline:
     """Which milestone is best on the headline average, and how far ahead of the next, of chance and of the baselines.
 
     Args:
         cards: scorecards of the milestones and the re-run baselines, which hold the paired differences.
+        seeds: noise between runs that differ in their seed alone.
     """
     scored = [row for row in table.milestones if row.cells[0].value is not None]
     if not scored:
@@ -89,6 +91,8 @@ def headline(table: Table, cards: Sequence[Scorecard] = ()) -> Headline:
         main += (
             f", {gap.delta:.3f} ahead of {second.title}, {'' if gap.beyond_noise is None else 'which is '}{gap.verdict}"
         )
+        if seeds:
+            figures.append(_between_seeds(seeds, gap, {row.label: row.title for row in table.rows}))
     chance = table.headline.chance
     if chance is not None:
         p_value = table.claims.get(CHANCE)
@@ -99,7 +103,7 @@ def headline(table: Table, cards: Sequence[Scorecard] = ()) -> Headline:
         elif gap.sign == "down":
             main += "; it is below chance"
     figures += _against_baselines(table, by_label, best)
-    details = []
+    details = _stuck_sentence(table, best)
     if scored[-1] is not best and len(scored) > 2:
         details.append(f"The last scored milestone, {scored[-1].title}, stands at {scored[-1].cells[0].text}.")
     return Headline(f"{main}.", tuple(figures), (*details, *_loss_sentence(table)))
@@ -132,6 +136,27 @@ def _against_baselines(table: Table, cards: dict[str, Scorecard], best: Row) -> 
             detail = f"{other.title} {other.cells[0].number}: quoted to two decimals, another harness, not tested"
             figures.append(Figure(title, delta, detail))
     return figures
+
+
+def _between_seeds(seeds: SeedNoise, gap: _Gap, titles: dict[str, str]) -> Figure:
+    detail = f"standard deviation of the average over {seeds.num_runs} runs that differ in their seed alone, at "
+    detail += titles[seeds.label]
+    if gap.low is not None and gap.high is not None:
+        least = seeds.beyond_both((gap.high - gap.low) / 2)
+        detail += f"; beyond items and seeds from a difference of {least:.3f} on, "
+        detail += f"which this lead {'reaches' if gap.delta >= least else 'does not reach'}"
+    return Figure("Between seeds", f"±{seeds.deviation:.3f}", detail)
+
+
+def _stuck_sentence(table: Table, best: Row) -> list[str]:
+    if not (stuck := stuck_tasks(table)):
+        return []
+    names = " and ".join(", ".join(c.heading for c in stuck).rsplit(", ", 1))
+    said = f"{names} {'stays' if len(stuck) == 1 else 'stay'} at chance at every scored milestone"
+    if any(column.key == ABOVE_CHANCE for column in table.columns):
+        average = table.cell(best, ABOVE_CHANCE).number
+        said += f"; without {'it' if len(stuck) == 1 else 'them'} the average at {best.title} is {average}"
+    return [f"{said}."]
 
 
 def _shifted(cell: Cell, by: float) -> tuple[float | None, float | None]:

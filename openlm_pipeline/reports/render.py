@@ -14,6 +14,7 @@ from openlm_pipeline.evaluation.baselines import QuotedBaseline
 from openlm_pipeline.evaluation.scorecard import Scorecard
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.reports.headline import Headline, headline
+from openlm_pipeline.reports.noise import seed_noise
 from openlm_pipeline.reports.plots import average_chart, loss_chart, pace_chart, task_charts
 from openlm_pipeline.reports.rows import milestones_table
 from openlm_pipeline.reports.summary import (
@@ -43,6 +44,7 @@ def write_report(
     baselines: Sequence[Scorecard] = (),
     quoted: Sequence[QuotedBaseline] = (),
     without: Mapping[str, str] = {},
+    seeds: Mapping[str, Sequence[float]] = {},
 ) -> dict[str, Path]:
     """Write `report.md`, `report.html`, `table.csv` and `table.parquet` into `out_dir`; return them by those names.
 
@@ -54,6 +56,7 @@ def write_report(
         baselines: scorecards of other models on the same suite.
         quoted: published scores.
         without: milestone or baseline -> why it has no scorecard that can be shown.
+        seeds: milestone -> headline of this run and of those that differ from it in their seed alone.
 
     Raises:
         DataError: the scorecards are of another run or cannot be compared with each other.
@@ -73,7 +76,7 @@ def write_report(
     facts = [*evaluation_facts(milestones), *((name, str(value)) for name, value in (provenance or {}).items())]
     page = {
         "experiment": experiment,
-        "headline": headline(table, cards),
+        "headline": headline(table, cards, seed_noise(seeds)),
         "origin": origin(table, cards),
         "table": table,
         "problems": [*problems(table, cards), *(f"{name}: {why}" for name, why in without.items())],

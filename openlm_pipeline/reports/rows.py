@@ -10,6 +10,7 @@ from openlm_pipeline.evaluation.comparison import corrected_over_page
 from openlm_pipeline.evaluation.scorecard import Average, Scorecard, TaskScore
 from openlm_pipeline.evaluation.suite import task_name
 from openlm_pipeline.reports.claims import claims
+from openlm_pipeline.reports.noise import with_average_above_chance
 from openlm_pipeline.reports.table import NOT_APPLICABLE, NOT_RUN, STALE, Cell, Column, Row, Status, Table
 from openlm_pipeline.units import format_tokens, milestone_label
 
@@ -55,7 +56,7 @@ def milestones_table(
     cards = dict(zip(cards, corrected))
     every = [*cards.values(), *([parent] if parent else []), *baselines]
     for card in every:
-        _check_comparable(card, every[-1])
+        check_comparable(card, every[-1])
     columns = _columns(every)
     made: list[tuple[Row, Callable[[Column], Cell]]] = []
     before = None
@@ -92,7 +93,8 @@ def milestones_table(
             title = published.title if tokens is None else f"{published.title} {format_tokens(tokens)}"
             source = f"{published.source}; {published.harness}" + (f"; {published.note}" if published.note else "")
             rows.append(Row(published.name, title, "quoted", cells, tokens, source=source))
-    return Table(run, run_version, columns, tuple(rows), dict(zip(claimed, adjusted)), likelihoods)
+    table = Table(run, run_version, columns, tuple(rows), dict(zip(claimed, adjusted)), likelihoods)
+    return with_average_above_chance(table, every[-1].headline.tasks) if every else table
 
 
 def _filled(made: Sequence[tuple[Row, Callable[[Column], Cell]]], columns: Sequence[Column]) -> tuple[Row, ...]:
@@ -103,19 +105,26 @@ def _empty(status: Status, column: Column) -> Cell:
     return Cell(status)
 
 
-def _check_comparable(card: Scorecard, last: Scorecard) -> None:
+def incomparable(card: Scorecard, last: Scorecard) -> str | None:
+    """What two scorecards were measured with that differs, by name; None where nothing does."""
+
     def instrument(c: Scorecard) -> dict[str, str]:
         files = {f"the file of {t.name}": t.task_file_sha256 for t in c.tasks if t.task_file_sha256}
         names = ("suite", "suite_version", "suite_digest", "random_baselines", "harness_version", "precision")
         return {k: getattr(c, k) for k in names} | files
 
     mine, other = instrument(card), instrument(last)
-    for what in mine.keys() & other.keys():
-        if mine[what] != other[what]:
-            raise DataError(
-                f"the scorecards of {card.run} {card.milestone or ''} and {last.run} {last.milestone or ''} differ in "
-                f"{what} ({mine[what]}, {other[what]}), so their scores cannot be compared; score both again"
-            )
+    differing = (what for what in mine if what in other and mine[what] != other[what])
+    return next((f"{what} ({mine[what]}, {other[what]})" for what in differing), None)
+
+
+def check_comparable(card: Scorecard, last: Scorecard) -> None:
+    """Raises DataError if two scorecards cannot be compared."""
+    if what := incomparable(card, last):
+        raise DataError(
+            f"the scorecards of {card.run} {card.milestone or ''} and {last.run} {last.milestone or ''} differ in "
+            f"{what}, so their scores cannot be compared; score both again"
+        )
 
 
 def _columns(cards: Sequence[Scorecard]) -> tuple[Column, ...]:

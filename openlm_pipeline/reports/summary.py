@@ -7,6 +7,7 @@ from openlm_pipeline.evaluation.suite import task_name
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.experiments.choices import Choice
 from openlm_pipeline.registry import OPTIMIZERS, RULES
+from openlm_pipeline.reports.noise import ABOVE_CHANCE, stuck_tasks
 from openlm_pipeline.reports.table import Table
 from openlm_pipeline.units import format_tokens
 
@@ -50,6 +51,15 @@ def notes(table: Table, cards: Sequence[Scorecard]) -> Facts:
         said.append(("majority", "accuracy of always choosing the option that is right most often"))
     if any(column.small for column in table.columns):
         said.append(("*", "a task of fewer than 300 items: what moves it is mostly noise"))
+    if any(column.key == ABOVE_CHANCE for column in table.columns):
+        names = ", ".join(column.heading for column in stuck_tasks(table))
+        said.append(
+            (
+                "average above chance",
+                f"the headline's tasks without those whose interval includes chance, or that are 0, at every scored "
+                f"milestone ({names}); picked by these very scores, so it has neither interval nor test",
+            )
+        )
     micro = [
         f"{column.title} {cell.score.accuracy_micro:.3f} at {row.title}"
         for column in table.columns
