@@ -31,7 +31,6 @@ from openlm_pipeline.runs.identity import settled
 from openlm_pipeline.runs.parent import parent_folder
 from openlm_pipeline.storage.files import sha256_file, write_text
 from openlm_pipeline.storage.home import Home
-from openlm_pipeline.units import format_tokens
 
 if TYPE_CHECKING:
     from openlm_pipeline.evaluation.baselines import QuotedBaseline
@@ -223,19 +222,11 @@ def log_to_wandb(experiment: Experiment, home: Home) -> str:
         return run.url or str(run.dir)
 
 
-def quoted_table(rows: "Sequence[QuotedBaseline]") -> str:
-    """Published rows as a GitHub table, a column a model, as their source prints them."""
-    from openlm_pipeline.reports.table import escape_markdown
+def openlm_table(name: str, run: Experiment | None, home: Home) -> str:
+    """A table of OpenLM's README, beside a run's milestones where one is given."""
+    from openlm_pipeline.reports import published
 
-    names = [f"{row.title} {format_tokens(row.tokens)}" if row.tokens else row.title for row in rows]
-    tasks = list(dict.fromkeys(task for row in rows for task in row.scores))
-    lines = [["task", *map(escape_markdown, names)], ["---", *["---:"] * len(rows)]]
-    lines += [[task, *(f"{row.scores[task]:.2f}" if task in row.scores else "n/a" for row in rows)] for task in tasks]
-    lines.append(["average", *(f"{row.average:.2f}" + ("*" if row.note else "") for row in rows)])
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    notes = [f"\\* {name}: {row.note}." for name, row in zip(names, rows) if row.note]
-    sources = dict.fromkeys(f"Quoted from {row.source}; {row.harness}." for row in rows)
-    return "\n\n".join([table, *notes, *sources])
+    return published.openlm_table(name, scores_table(run, home) if run else None)
 
 
 def fill_blocks(path: Path, home: Home, *, write: bool = True) -> list[str]:
@@ -253,6 +244,7 @@ def fill_blocks(path: Path, home: Home, *, write: bool = True) -> list[str]:
     """
     from openlm_pipeline.evaluation.baselines import quoted_baselines
     from openlm_pipeline.reports.markdown_blocks import block_names, check_blocks, update_blocks
+    from openlm_pipeline.reports.published import quoted_table
 
     tables = {}
     for name in block_names(path):

@@ -63,7 +63,8 @@ class _Gap:
         if self.low is not None and self.high is not None:
             parts.append(f"95% {signed(self.low)} to {signed(self.high)}")
         if self.p_value is not None:
-            parts.append("p\u00a0<\u00a00.001" if self.p_value < 0.001 else f"p\u00a0=\u00a0{self.p_value:.3f}")
+            value = "<\u00a00.001" if self.p_value < 0.001 else f"=\u00a0{self.p_value:.3f}"
+            parts.append(f"p\u00a0{value} after correction")
         return ", ".join(parts) + f" ({self.how})"
 
 

@@ -3,6 +3,7 @@
 The same inputs give the same bytes. Nothing on the page is loaded from elsewhere and it holds no script.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from openlm_pipeline.evaluation.scorecard import Scorecard
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.reports.headline import Headline, headline
 from openlm_pipeline.reports.noise import seed_noise
-from openlm_pipeline.reports.plots import average_chart, loss_chart, pace_chart, task_charts
+from openlm_pipeline.reports.plots import average_chart, caption, loss_chart, pace_chart, task_charts
 from openlm_pipeline.reports.rows import milestones_table
 from openlm_pipeline.reports.summary import (
     Facts,
@@ -88,17 +89,17 @@ def write_report(
         "files": task_files(cards),
     }
     charts = [
-        ("Accuracy by task", task_charts(table)),
-        ("Loss", loss_chart(training_metrics, experiment.milestones)),
-        ("Optimisation", pace_chart(training_metrics)),
+        ("Accuracy by task", caption(table), task_charts(table)),
+        ("Loss", "", loss_chart(training_metrics, experiment.milestones)),
+        ("Optimisation", "", pace_chart(training_metrics)),
     ]
     paths = {name: out_dir / name for name in ("report.md", "report.html", "table.csv", "table.parquet")}
     write_text(paths["report.md"], _markdown(**page))
-    charts = [(title, Markup(svg)) for title, svg in charts if svg]
+    charts = [(title, words, Markup(svg)) for title, words, svg in charts if svg]
     average = Markup(average_chart(table) or "")
     write_text(
         paths["report.html"],
-        _html(average=average, categories=categories(table, cards), charts=charts, best=table.best(), **page),
+        _html(average=average, categories=categories(table, cards), charts=charts, **page),
     )
     write_text(paths["table.csv"], table.to_csv())
     table.write_parquet(paths["table.parquet"])
@@ -115,7 +116,7 @@ def _html(**page: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["zip"] = zip
-    environment.filters["breakable"] = lambda text: Markup("_<wbr>").join(text.split("_"))
+    environment.filters["breakable"] = lambda text: Markup("_<wbr>").join(re.split(r"_(?=[^_]{4})", text))
     return environment.get_template("page.html").render(page)
 
 

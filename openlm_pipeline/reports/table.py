@@ -6,7 +6,7 @@ A cell without a value says why. Nothing is computed here that a scorecard or a 
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +21,8 @@ Status = Literal["scored", "failed", "not run", "stale", "n/a"]
 RowKind = Literal["milestone", "re-run", "quoted"]
 ColumnKind = Literal["average", "accuracy", "centred", "category", "bits_per_byte", "loss"]
 
+_NARROW = 9
+"""Columns that stand comfortably beside each other on a page."""
 NOT_RUN: Status = "not run"
 STALE: Status = "stale"
 """Scored, but by another suite, precision or harness, or of other weights."""
@@ -171,6 +173,20 @@ class Table:
         scored = [row for row in self.milestones if row.cells[0].value is not None]
         sign = -1 if self.headline.kind == "bits_per_byte" else 1
         return max(scored, key=lambda row: sign * row.cells[0].value, default=None)
+
+    def split(self) -> "tuple[Table, Table | None]":
+        """The table in two that fit a page, where it has many columns: the headline with the tasks, and the rest."""
+        if len(self.columns) <= _NARROW:
+            return self, None
+        kept = [i for i, c in enumerate(self.columns) if i == 0 or c.kind in ("accuracy", "bits_per_byte")]
+        rest = [i for i in range(len(self.columns)) if i not in kept]
+        others = self._only(rest)
+        shown = tuple(row for row in others.rows if any(cell.value is not None for cell in row.cells))
+        return self._only(kept), replace(others, rows=shown)
+
+    def _only(self, columns: Sequence[int]) -> "Table":
+        rows = tuple(replace(row, cells=tuple(row.cells[i] for i in columns)) for row in self.rows)
+        return replace(self, columns=tuple(self.columns[i] for i in columns), rows=rows)
 
     def footer(self) -> list[tuple[str, list[str]]]:
         """What belongs to a column as a whole; what is detectable is that of its last scored milestone."""

@@ -118,6 +118,14 @@ def experiment() -> Experiment:
 
 
 @pytest.fixture(scope="session")
+def of_tasks() -> Callable[..., Scorecard]:
+    """A scorecard of accuracies by task, as `of_tasks(accuracies, milestone, tokens, run=...)`."""
+    return lambda accuracies, milestone, tokens, **fields: _card(
+        milestone, tokens, tuple(_task(name, value) for name, value in accuracies.items()), loss=2.2, **fields
+    )
+
+
+@pytest.fixture(scope="session")
 def first_card() -> Scorecard:
     tasks = (_task("choice", 0.31), _task("cloze", 0.12, chance=0.0), _task("harder", 0.30))
     return _card("t0250K", 253952, tasks, loss=5.75)
