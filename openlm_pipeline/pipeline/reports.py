@@ -24,6 +24,7 @@ from openlm_pipeline.pipeline.evaluation import (
     parent_scorecard,
     staleness,
 )
+from openlm_pipeline.pipeline.items import MOST_MILESTONES, look_at_items
 from openlm_pipeline.pipeline.training import open_run
 from openlm_pipeline.result import Say, StageResult
 from openlm_pipeline.runs.folder import RunFolder
@@ -143,6 +144,8 @@ def make_report(experiment: Experiment, home: Home, report: Say) -> StageResult:
     found = _cards(experiment, home) if experiment.evaluation else _Cards([], [], {})
     out = home.report(experiment.name, experiment.version)
     provenance = {"run fingerprint": run.fingerprint, "openlm_pipeline": __version__}
+    shown = [card.label for card in found.milestones][-MOST_MILESTONES:]
+    items = look_at_items(experiment, home, shown) if shown else []
     with home.artefact(out):
         paths = write_report(
             out,
@@ -155,6 +158,7 @@ def make_report(experiment: Experiment, home: Home, report: Say) -> StageResult:
             quoted=_quoted(experiment),
             without=found.without,
             seeds=of_other_seeds(home, run, found.milestones),
+            items=items,
         )
     page = paths["report.html"]
     report(f"report: {page}")

@@ -1,10 +1,12 @@
 """Write a run's report: Markdown, one self-contained HTML page, CSV and Parquet, all from one table.
 
-The same inputs give the same bytes. Nothing on the page is loaded from elsewhere and it holds no script.
+The same inputs give the same bytes. Nothing on the pages is loaded from elsewhere. The report holds no script; the page
+of items has one of its own, for its search.
 """
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from openlm_pipeline.evaluation.baselines import QuotedBaseline
 from openlm_pipeline.evaluation.scorecard import Scorecard
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.reports.headline import Headline, headline
+from openlm_pipeline.reports.items import ItemsOfTask, clipped
 from openlm_pipeline.reports.noise import seed_noise
 from openlm_pipeline.reports.plots import average_chart, caption, loss_chart, pace_chart, task_charts
 from openlm_pipeline.reports.rows import milestones_table
@@ -33,6 +36,8 @@ from openlm_pipeline.reports.summary import (
 from openlm_pipeline.reports.table import Table, escape_markdown
 from openlm_pipeline.storage.files import write_text
 
+LARGEST_PAGE = 5_000_000
+
 
 def write_report(
     out_dir: Path,
@@ -46,6 +51,7 @@ def write_report(
     quoted: Sequence[QuotedBaseline] = (),
     without: Mapping[str, str] = {},
     seeds: Mapping[str, Sequence[float]] = {},
+    items: Sequence[ItemsOfTask] = (),
 ) -> dict[str, Path]:
     """Write `report.md`, `report.html`, `table.csv` and `table.parquet` into `out_dir`; return them by those names.
 
@@ -58,6 +64,7 @@ def write_report(
         quoted: published scores.
         without: milestone or baseline -> why it has no scorecard that can be shown.
         seeds: milestone -> headline of this run and of those that differ from it in their seed alone.
+        items: what `items.html` shows, which there is only with some.
 
     Raises:
         DataError: the scorecards are of another run or cannot be compared with each other.
@@ -99,14 +106,33 @@ def write_report(
     average = Markup(average_chart(table) or "")
     write_text(
         paths["report.html"],
-        _html(average=average, categories=categories(table, cards), charts=charts, **page),
+        _html(
+            "page.html",
+            average=average,
+            categories=categories(table, cards),
+            charts=charts,
+            items_page=bool(items),
+            **page,
+        ),
     )
+    if items:
+        paths["items.html"] = out_dir / "items.html"
+        write_text(paths["items.html"], items_page(experiment, items))
     write_text(paths["table.csv"], table.to_csv())
     table.write_parquet(paths["table.parquet"])
     return paths
 
 
-def _html(**page: Any) -> str:
+def items_page(experiment: Experiment, items: Sequence[ItemsOfTask]) -> str:
+    """A page of items to search, of at most `LARGEST_PAGE` bytes: beyond that each task has fewer."""
+    page = _html("items.html", experiment=experiment, tasks=items)
+    while len(page.encode()) > LARGEST_PAGE:
+        items = [replace(of, items=of.items[: len(of.items) // 2]) for of in items]
+        page = _html("items.html", experiment=experiment, tasks=items)
+    return page
+
+
+def _html(template: str, **page: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -117,7 +143,8 @@ def _html(**page: Any) -> str:
     )
     environment.filters["zip"] = zip
     environment.filters["breakable"] = lambda text: Markup("_<wbr>").join(re.split(r"_(?=[^_]{4})", text))
-    return environment.get_template("page.html").render(page)
+    environment.filters["clipped"] = clipped
+    return environment.get_template(template).render(page)
 
 
 def _markdown(
