@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from openlm_pipeline.cli.compare import compare
 from openlm_pipeline.cli.download import download
 from openlm_pipeline.cli.evaluate import evaluate
 from openlm_pipeline.cli.export import export
@@ -46,7 +47,7 @@ app = typer.Typer(
 )
 console = Console(highlight=False, soft_wrap=True)
 app.add_typer(shards_app, name="shards")
-for command in (plan, launch, fork, download, evaluate, report, items, baselines, export, gc, ui):
+for command in (plan, launch, fork, download, evaluate, report, compare, items, baselines, export, gc, ui):
     app.command()(command)
 
 

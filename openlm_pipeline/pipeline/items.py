@@ -84,7 +84,7 @@ def look_at_items(
     hashes = {t.name: t.task_file_sha256 for card in cards for t in card.tasks}
     found = []
     for one, k in runs:
-        of_models = {title: t for title, table in tables.items() if (t := of_task(table, one, k)).num_rows}
+        of_models = {title: t for title, table in tables.items() if (t := of_task(table, one.label, k)).num_rows}
         if not of_models:
             continue
         items = picked(of_models, only_flipped=only_flipped, by=by, limit=limit)

@@ -76,9 +76,9 @@ class ItemsOfTask:
     """Why texts are missing."""
 
 
-def of_task(table: pa.Table, task: IclTask, k: int) -> pa.Table:
+def of_task(table: pa.Table, label: str, k: int) -> pa.Table:
     """The items of a task in the order of its file."""
-    found = table.filter(pc.and_(pc.equal(table["task"], task.label), pc.equal(table["num_fewshot"], k)))
+    found = table.filter(pc.and_(pc.equal(table["task"], label), pc.equal(table["num_fewshot"], k)))
     return found.sort_by("item")
 
 

@@ -15,6 +15,8 @@ from openlm_pipeline.reports.table import Cell, Column, Row, Table
 from openlm_pipeline.units import format_tokens
 
 Records = Sequence[Mapping[str, Any]]
+Curves = Mapping[str, tuple[np.ndarray, np.ndarray]]
+"""Model -> tokens and values."""
 
 _HELD_OUT = "validation_loss"
 _WIDTH_INCHES = 9.6
@@ -81,6 +83,30 @@ def pace_chart(records: Records) -> str | None:
             _token_axis(ax, bins=4)
         figure.supxlabel("training tokens", fontsize=8.5, color=MUTED)
         return inline_svg(figure, "pace", ", ".join(title for _, _, title, _ in drawn) + " against training tokens")
+
+
+def comparison_chart(panels: Sequence[tuple[str, Curves]]) -> str | None:
+    """Two models' curves over each other against tokens, a panel for each measure that they have; None without any."""
+    drawn = [(title, curves) for title, curves in panels if curves]
+    if not drawn:
+        return None
+    with drawing_style():
+        figure = Figure(figsize=(_WIDTH_INCHES, 2.9 * len(drawn)), layout="constrained")
+        figure.get_layout_engine().set(hspace=0.06)
+        names = list(dict.fromkeys(name for _, curves in drawn for name in curves))
+        for ax, (title, curves) in zip(figure.subplots(len(drawn), squeeze=False).ravel(), drawn):
+            ends = []
+            for name, (tokens, values) in curves.items():
+                colour = (ACCENT, SECOND)[names.index(name)]
+                _line(ax, tokens, values, colour)
+                if len(tokens) < 30:
+                    ax.plot(tokens, values, "o", color=colour, markersize=4)
+                ends.append((values[-1], f"{name} {values[-1]:.3f}", colour))
+            ax.set_title(title)
+            _token_axis(ax)
+            _name_ends(ax, ends)
+        figure.supxlabel("training tokens", fontsize=8.5, color=MUTED)
+        return inline_svg(figure, "comparison", ", ".join(title for title, _ in drawn) + " against training tokens")
 
 
 def average_chart(table: Table) -> str | None:
@@ -206,7 +232,8 @@ def _accuracy_panel(ax: Axes, table: Table, column: Column) -> None:
 def _name_ends(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
     """Names beside the right end of lines at these heights, moved apart where they would overlap."""
     bottom, top = ax.get_ylim()
-    line = 0.19 / ax.figure.get_size_inches()[1]  # a line of text, as a share of the axes
+    panels = ax.get_subplotspec().get_gridspec().nrows
+    line = 0.19 * panels / ax.figure.get_size_inches()[1]  # a line of text, as a share of the axes
     ordered = sorted(ends)
     heights = _apart([(value - bottom) / (top - bottom) for value, _, _ in ordered], line)
     for height, (value, text, colour) in zip(heights, ordered):

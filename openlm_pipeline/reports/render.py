@@ -16,10 +16,19 @@ from markupsafe import Markup
 from openlm_pipeline.evaluation.baselines import QuotedBaseline
 from openlm_pipeline.evaluation.scorecard import Scorecard
 from openlm_pipeline.experiments import Experiment
+from openlm_pipeline.reports.compare import Comparison, curves_of
 from openlm_pipeline.reports.headline import Headline, headline
 from openlm_pipeline.reports.items import ItemsOfTask, clipped
 from openlm_pipeline.reports.noise import seed_noise
-from openlm_pipeline.reports.plots import average_chart, caption, loss_chart, pace_chart, task_charts
+from openlm_pipeline.reports.plots import (
+    average_chart,
+    caption,
+    comparison_chart,
+    loss_chart,
+    pace_chart,
+    series,
+    task_charts,
+)
 from openlm_pipeline.reports.rows import milestones_table
 from openlm_pipeline.reports.summary import (
     Facts,
@@ -130,6 +139,23 @@ def items_page(experiment: Experiment, items: Sequence[ItemsOfTask]) -> str:
         items = [replace(of, items=of.items[: len(of.items) // 2]) for of in items]
         page = _html("items.html", experiment=experiment, tasks=items)
     return page
+
+
+def compare_page(
+    found: Comparison, cards: Mapping[str, Sequence[Scorecard]], metrics: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> str:
+    """A page of one model against another, with the curves of both.
+
+    Args:
+        cards, metrics: of each of the two, the scorecards of its milestones, and its records of training.
+    """
+    losses = {name: series(records, "loss") for name, records in metrics.items()}
+    panels = [
+        ("average accuracy", curves_of(cards, "accuracy")),
+        ("bits per byte of the right answers", curves_of(cards, "bits_per_byte")),
+        ("training loss, nats per token", {name: points for name, points in losses.items() if len(points[0])}),
+    ]
+    return _html("compare.html", found=found, charts=Markup(comparison_chart(panels) or ""))
 
 
 def _html(template: str, **page: Any) -> str:
