@@ -78,7 +78,7 @@ def look_at_items(
     if not tables or (only_flipped and len(tables) < 2):
         missing = ", ".join(title for title in folders if title not in tables)
         raise MissingInputError(
-            f"{missing} of {experiment.name} not scored; `openlm evaluate {experiment.name}` does it"
+            f"{missing} of {experiment.name} not scored in {home.root}; `openlm evaluate {experiment.name}` does it"
         )
     cards = [load_scorecard(folders[title] / CARD) for title in tables if (folders[title] / CARD).exists()]
     hashes = {t.name: t.task_file_sha256 for card in cards for t in card.tasks}
