@@ -38,11 +38,11 @@ def compare(
     found = compare_sides(left, right)
     if format == "text":
         console = Console(highlight=False)
-        console.print(f"A: {found.a}\nB: {found.b}\n{found.headline()}", markup=False, soft_wrap=True)
+        console.print(f"A: {found.a}\nB: {found.b}\n{found.headline}", markup=False, soft_wrap=True)
         table = Table(box=None, pad_edge=False)
         for i, name in enumerate(HEADER):
             table.add_column(name, justify="right" if i else "left", no_wrap=True)
-        for row in found.rows():
+        for row in found.rows:
             table.add_row(*row)
         console.print(table, soft_wrap=True)
     else:

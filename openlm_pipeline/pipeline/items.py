@@ -1,6 +1,5 @@
 """Looking at the items that a run's milestones were scored on: for `openlm items`, and for the report's second page."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -23,18 +22,23 @@ ITEMS_PER_TASK = 40
 MOST_MILESTONES = 6
 
 
-def milestone_range(experiment: Experiment, text: str | None) -> list[str]:
-    """Labels of the milestones from A to B for `A..B`, or of the one that is named, or all.
+def milestone_named(experiment: Experiment, name: str) -> str:
+    """The label of a milestone, from it or from its tokens: `t0250B` from `250B`.
 
     Raises:
         ConfigError: the recipe has no such milestone.
     """
     names = {n: label for label, tokens in experiment.labelled_milestones() for n in (label, format_tokens(tokens))}
-    labels = list(dict.fromkeys(names.values()))
-    ends = text.split("..") if text else [labels[0], labels[-1]]
-    if unknown := [end for end in ends if end not in names]:
-        raise ConfigError(f"recipe {experiment.name} has no milestone {unknown[0]!r}; it has {', '.join(names)}")
-    return labels[labels.index(names[ends[0]]) : labels.index(names[ends[-1]]) + 1]
+    if name not in names:
+        raise ConfigError(f"recipe {experiment.name} has no milestone {name!r}; it has {', '.join(names)}")
+    return names[name]
+
+
+def milestone_range(experiment: Experiment, text: str | None) -> list[str]:
+    """Labels of the milestones from A to B for `A..B`, or of the one that is named, or all."""
+    labels = [label for label, _ in experiment.labelled_milestones()]
+    ends = [labels.index(milestone_named(experiment, end)) for end in text.split("..")] if text else [0, len(labels)]
+    return labels[ends[0] : ends[-1] + 1]
 
 
 def look_at_items(
@@ -54,23 +58,16 @@ def look_at_items(
     Raises:
         ConfigError: the suite has no such task.
         MissingInputError: none of the milestones is scored, or only one where two are to be compared.
-        DataError: they were scored on other items than each other.
+        DataError: they were scored on other items than each other, or the whole prompts are others now.
     """
     from openlm_pipeline.evaluation.scorecard import load_scorecard
-    from openlm_pipeline.evaluation.suite import load_suite, task_name
+    from openlm_pipeline.evaluation.suite import Part, load_suite, task_name
     from openlm_pipeline.reports.items import of_task, picked, side_by_side
 
-    suite = load_suite(evaluation_of(experiment).suite)
-    known = [t.label for t in suite.icl_tasks]
-    if task is not None and task not in known:
-        near = difflib.get_close_matches(task, known, n=1)
-        raise ConfigError(
-            f"suite {suite.name} has no task {task!r}; "
-            + (f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}")
-        )
-    runs = [(t, k) for t, k in suite.runs() if task in (None, t.label) and shots in (None, k)]
+    suite = Part((task,) if task else ()).of(load_suite(evaluation_of(experiment).suite))
+    runs = [(t, k) for t, k in suite.runs() if shots in (None, k)]
     if not runs:
-        raise ConfigError(f"task {task} has no {shots}-shot form in suite {suite.name}")
+        raise ConfigError(f"suite {suite.name} has no such task with {shots} solved rows")
     titles = {label: format_tokens(tokens) for label, tokens in experiment.labelled_milestones()}
     folders = {titles[label]: home.scorecard(experiment.name, experiment.version, label) for label in labels}
     home.pull(home.root / "scorecards" / experiment.name / experiment.version)
@@ -91,8 +88,10 @@ def look_at_items(
         file, problem = _file(one, home, hashes.get(task_name(one.label, k)))
         looked = side_by_side(one, k, of_models, items, file, problem)
         if whole_prompts and file:
-            scored = dict(zip(*(next(iter(of_models.values()))[c].to_pylist() for c in ("item", "prompt_hash"))))
-            looked = _with_prompts(looked, one, k, file, scored, experiment, home)
+            first = next(iter(of_models.values()))
+            scored = dict(zip(first["item"].to_pylist(), first["prompt_hash"].to_pylist()))
+            prompts = _whole_prompts(one, k, file, {n: scored[n] for n in items}, experiment, home)
+            looked = replace(looked, items=tuple(replace(i, prompt=prompts[i.item]) for i in looked.items))
         found.append(looked)
     return found
 
@@ -110,30 +109,16 @@ def _file(task: "IclTask", home: Home, sha256: str | None) -> "tuple[TaskFile | 
     return file, ""
 
 
-def _with_prompts(
-    found: "ItemsOfTask",
-    task: "IclTask",
-    k: int,
-    file: "TaskFile",
-    scored: Mapping[int, str],
-    experiment: Experiment,
-    home: Home,
-) -> "ItemsOfTask":
-    """With the whole prompts, made again by the run's tokenizer.
-
-    Args:
-        scored: item -> hash of the prompt that was scored.
-
-    Raises:
-        DataError: they are not those that were scored.
-    """
+def _whole_prompts(
+    task: "IclTask", k: int, file: "TaskFile", scored: Mapping[int, str], experiment: Experiment, home: Home
+) -> dict[int, str]:
+    """Item -> its prompt, made again by the run's tokenizer; `scored` has the hashes of those that were scored."""
     from openlm_pipeline.evaluation.tasks import build_items
 
     home.pull(home.tokenizer(experiment.tokenizer.name))
     tokenizer = load_reference(tokenizer_file(home.tokenizer(experiment.tokenizer.name)))
-    built = build_items(task, file, k, tokenizer, experiment.seq_len, rows={i.item for i in found.items})
+    built = build_items(task, file, k, tokenizer, experiment.seq_len, rows=scored.keys())
     if other := [i.index for i in built if scored[i.index] != i.prompt_hash]:
-        raise DataError(f"item {other[0]} of {found.task} has another prompt now than it was scored with; score again")
-    prompts = {i.index: (i.requests[i.gold] if i.requests else i.generation).context_ids for i in built}
-    texts = {n: tokenizer.decode(list(ids), skip_special_tokens=False) for n, ids in prompts.items()}
-    return replace(found, items=tuple(replace(item, prompt=texts[item.item]) for item in found.items))
+        raise DataError(f"item {other[0]} of {task.label} has another prompt now than it was scored with; score again")
+    asked = {i.index: i.requests[i.gold] if i.requests else i.generation for i in built}
+    return {n: tokenizer.decode(list(a.context_ids), skip_special_tokens=False) for n, a in asked.items()}

@@ -1,4 +1,4 @@
-"""Items side by side: what was asked, and what each milestone made of it, as text and as a page to search."""
+"""Items side by side: what was asked, and what each milestone made of it."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -35,31 +35,25 @@ class Answer:
 
 @dataclass(frozen=True)
 class LookedAt:
-    """An item with the answers of some models; texts are None where its row cannot be shown."""
+    """An item with the answers of some models; it has no texts where its row cannot be shown."""
 
     item: int
     """Row of the task's file, from 0."""
     category: str | None
     gold: int
     shots: int
-    question: str | None
+    question: str
     options: tuple[str, ...]
     accepted: tuple[str, ...]
     """In generation: the texts that are right."""
     answers: tuple[Answer, ...]
-    prompt: str | None = None
+    prompt: str = ""
     """The whole prompt of the right option, solved rows included, as the model read it."""
 
     @property
     def flipped(self) -> bool:
         """Right at one of the last two, wrong at the other."""
         return len({a.right for a in self.answers[-2:]}) > 1
-
-    @property
-    def headline(self) -> str:
-        """`right at 400K, wrong at 800K`."""
-        words = {True: "right", False: "wrong", None: "not judged"}
-        return ", ".join(f"{words[a.right]} at {a.model}" for a in self.answers)
 
 
 @dataclass(frozen=True)
@@ -94,8 +88,7 @@ def picked(tables: Mapping[str, pa.Table], *, only_flipped: bool, by: str, limit
         DataError: two models were scored on other items, or they have no likelihoods to sort by.
     """
     *before, last = tables.values()
-    keys = ["item", "item_hash"]
-    if any(not t.select(keys).combine_chunks().equals(last.select(keys).combine_chunks()) for t in before):
+    if any(not t["item_hash"].combine_chunks().equals(last["item_hash"].combine_chunks()) for t in before):
         raise DataError(f"{', '.join(tables)} were scored on other items, so they can't stand side by side")
     numbers = last["item"].to_pylist()
     if not before:
@@ -106,8 +99,8 @@ def picked(tables: Mapping[str, pa.Table], *, only_flipped: bool, by: str, limit
         change = pc.abs(pc.subtract(last["nll"], before[-1]["nll"])).to_pylist()
         return [n for _, n in sorted(zip(change, numbers), key=lambda pair: -pair[0])][:limit]
     flips = [a != b for a, b in zip(before[-1]["correct"].to_pylist(), last["correct"].to_pylist())]
-    first = [n for n, flip in zip(numbers, flips) if flip]
-    return (first if only_flipped else first + [n for n, flip in zip(numbers, flips) if not flip])[:limit]
+    ordered = sorted(zip(flips, numbers), key=lambda pair: not pair[0])
+    return [n for flip, n in ordered if flip or not only_flipped][:limit]
 
 
 def side_by_side(
@@ -125,38 +118,25 @@ def side_by_side(
         file: rows that the texts are taken from; None where it cannot be read, for which `problem` gives the reason.
     """
     wanted = pa.array(items, pa.int64())
-    rows = {
-        model: {r["item"]: r for r in table.filter(pc.is_in(table["item"], wanted)).to_pylist()}
-        for model, table in tables.items()
-    }
-    found = tuple(_looked_at(task, {model: of[n] for model, of in rows.items()}, file) for n in items)
+    chosen = {model: table.filter(pc.is_in(table["item"], wanted)).to_pylist() for model, table in tables.items()}
+    rows = {model: {row["item"]: row for row in found} for model, found in chosen.items()}
+    looked = tuple(_looked_at(task, {model: of[n] for model, of in rows.items()}, file) for n in items)
     measure = "mean log-probability per token" if task.rule == "mean" else "log-probability"
-    return ItemsOfTask(task_name(task.label, k), measure, found, max(t.num_rows for t in tables.values()), problem)
+    return ItemsOfTask(task_name(task.label, k), measure, looked, max(t.num_rows for t in tables.values()), problem)
 
 
 def _looked_at(task: IclTask, rows: Mapping[str, dict[str, Any]], file: TaskFile | None) -> LookedAt:
     first = next(iter(rows.values()))
-    source = file.rows[first["item"]] if file and first["item"] < len(file.rows) else None
-    if source is not None and source.item_hash != first["item_hash"]:
-        source = None
-    question, options, accepted = None, (), ()
-    if source is not None:
-        contexts = task.type.contexts(task, source.contexts, preceded=bool(first["shots"]))
+    row = file.rows[first["item"]] if file and first["item"] < len(file.rows) else None
+    question, options, accepted = "", (), ()
+    if row is not None and row.item_hash == first["item_hash"]:
+        contexts, accepted = task.type.contexts(task, row.contexts, preceded=bool(first["shots"])), row.answers
         question = contexts[0] if len(contexts) == 1 else ""
-        accepted = source.answers
         if not RULES[task.rule].generates:
-            texts = source.continuations
-            options = texts if len(contexts) == 1 else tuple(f"{c} {t}" for c in contexts for t in texts)
-    return LookedAt(
-        first["item"],
-        first["category"],
-        first["gold"],
-        first["shots"] or 0,
-        question,
-        options,
-        accepted,
-        tuple(_answer(task, model, row) for model, row in rows.items()),
-    )
+            options = row.continuations if question else tuple(f"{c} {t}" for c in contexts for t in row.continuations)
+    answers = tuple(_answer(task, model, of_model) for model, of_model in rows.items())
+    shown = (first[name] for name in ("item", "category", "gold"))
+    return LookedAt(*shown, first["shots"] or 0, question, options, accepted, answers)
 
 
 def _answer(task: IclTask, model: str, row: dict[str, Any]) -> Answer:
@@ -174,23 +154,20 @@ def clipped(text: str, most: int = LONGEST_TEXT) -> str:
 
 def as_text(found: ItemsOfTask) -> str:
     """The items for a terminal: `*` is the option chosen, `gold` the right one."""
-    parts = [f"{found.task}: {len(found.items)} of {found.num_items} items"]
-    parts += [found.problem] if found.problem else []
+    parts = [f"{found.task}: {len(found.items)} of {found.num_items} items", found.problem]
+    words = {True: "right", False: "wrong", None: "not judged"}
     for item in found.items:
         category = f" ({item.category})" if item.category else ""
-        lines = [f"item {item.item}{category}: {item.headline}"]
-        if item.prompt is not None:
-            lines.append(item.prompt)
-        elif item.question:
-            solved = f"[{item.shots} solved rows] " if item.shots else ""
-            lines.append("  " + clipped(f"{solved}{item.question}").replace("\n", "\n  "))
-        if any(a.measures for a in item.answers):
-            lines.append("       " + "".join(f"{a.model:>9} " for a in item.answers) + f" {found.measure}")
+        lines = [f"item {item.item}{category}: " + ", ".join(f"{words[a.right]} at {a.model}" for a in item.answers)]
+        solved = f"[{item.shots} solved rows] " if item.shots else ""
+        lines += [item.prompt or clipped(solved + item.question)] if item.prompt or item.question else []
+        if item.answers[0].measures:
+            lines.append(f"{'':7}{''.join(f'{a.model:>9} ' for a in item.answers)} {found.measure}")
         for i in range(len(item.answers[0].measures)):
             numbers = "".join(f"{a.measures[i]:9.3f}{'*' if a.chosen == i else ' '}" for a in item.answers)
             option = clipped(re.sub(r"\s+", " ", item.options[i]), 300) if item.options else f"option {i}"
-            lines.append(f"  {'gold' if i == item.gold else '    '} {numbers} {option}")
+            lines.append(f"  {'gold' if i == item.gold else '':4} {numbers} {option}")
         lines += [f"  {a.model} wrote: {a.generated!r}" for a in item.answers if a.generated is not None]
         lines += [f"  right: {' | '.join(item.accepted)}"] if item.accepted else []
         parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, parts))

@@ -1,8 +1,7 @@
 """The scores table of a run, put together from scorecards and published scores that can be compared."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 
 from openlm_pipeline.errors import DataError
 from openlm_pipeline.evaluation.baselines import QuotedBaseline
@@ -11,7 +10,7 @@ from openlm_pipeline.evaluation.scorecard import Average, Scorecard, TaskScore
 from openlm_pipeline.evaluation.suite import task_name
 from openlm_pipeline.reports.claims import claims
 from openlm_pipeline.reports.noise import with_average_above_chance
-from openlm_pipeline.reports.table import NOT_APPLICABLE, NOT_RUN, STALE, Cell, Column, Row, Status, Table
+from openlm_pipeline.reports.table import NOT_APPLICABLE, NOT_RUN, STALE, Cell, Column, Row, Table
 from openlm_pipeline.units import format_tokens, milestone_label
 
 LOSS = "validation_loss"
@@ -57,34 +56,35 @@ def milestones_table(
     every = [*cards.values(), *([parent] if parent else []), *baselines]
     for card in every:
         check_comparable(card, every[-1])
-    columns = _columns(every)
-    made: list[tuple[Row, Callable[[Column], Cell]]] = []
+    columns = (*(shown := _columns(every)), *_likelihood_columns(shown, every))
+    rows: list[Row] = []
     before = None
     if parent is not None:
-        title = f"{format_tokens(parent.tokens)} of {parent.run}"
-        row = Row(parent.label, title, "milestone", (), parent.tokens, parent.step)
-        made.append((row, partial(_cell, parent, None)))
+        cells, title = tuple(_cell(parent, c, None) for c in columns), f"{format_tokens(parent.tokens)} of {parent.run}"
+        rows.append(Row(parent.label, title, "milestone", cells, parent.tokens, parent.step))
         before = parent.milestone
     for label, card in cards.items():
         tokens = nominal.get(label, card.tokens)
-        made.append(
-            (Row(label, format_tokens(tokens), "milestone", (), tokens, card.step), partial(_cell, card, before))
-        )
+        cells = tuple(_cell(card, column, before) for column in columns)
+        rows.append(Row(label, format_tokens(tokens), "milestone", cells, tokens, card.step))
         before = label
-    made += [
-        (
-            Row(label, format_tokens(tokens), "milestone", (), tokens),
-            partial(_empty, STALE if label in without else NOT_RUN),
+    rows += [
+        Row(
+            label,
+            format_tokens(tokens),
+            "milestone",
+            tuple(Cell(STALE if label in without else NOT_RUN) for _ in columns),
+            tokens,
         )
         for label, tokens in nominal.items()
         if label not in cards
     ]
-    made.sort(key=lambda row_and_cell: row_and_cell[0].tokens)
-    made += [(Row(card.run, card.run, "re-run", (), card.tokens), partial(_cell, card, None)) for card in baselines]
-    made += [(Row(name, name, "re-run", ()), partial(_empty, NOT_RUN)) for name in without.keys() - nominal.keys()]
-    bits = _likelihood_columns(columns, every)
-    likelihoods = Table(run, run_version, bits, _filled(made, bits)) if bits else None
-    rows = list(_filled(made, columns))
+    rows.sort(key=lambda row: row.tokens)
+    for card in baselines:
+        cells = tuple(_cell(card, column, None) for column in columns)
+        rows.append(Row(card.run, card.run, "re-run", cells, card.tokens))
+    for name in (name for name in without if name not in nominal):
+        rows.append(Row(name, name, "re-run", tuple(Cell(NOT_RUN) for _ in columns)))
     tasks_of = {a.name: set(a.tasks) for card in every for a in card.averages}
     for published in quoted:
         cells = tuple(_quoted_cell(published, column, tasks_of) for column in columns)
@@ -93,16 +93,11 @@ def milestones_table(
             title = published.title if tokens is None else f"{published.title} {format_tokens(tokens)}"
             source = f"{published.source}; {published.harness}" + (f"; {published.note}" if published.note else "")
             rows.append(Row(published.name, title, "quoted", cells, tokens, source=source))
-    table = Table(run, run_version, columns, tuple(rows), dict(zip(claimed, adjusted)), likelihoods)
+    whole = Table(run, run_version, columns, tuple(rows), dict(zip(claimed, adjusted)))
+    table, bits = whole.only(range(len(shown))), whole.only(range(len(shown), len(columns)))
+    if bits.columns:
+        table = replace(table, likelihoods=replace(bits, rows=tuple(r for r in bits.rows if r.kind != "quoted")))
     return with_average_above_chance(table, every[-1].headline.tasks) if every else table
-
-
-def _filled(made: Sequence[tuple[Row, Callable[[Column], Cell]]], columns: Sequence[Column]) -> tuple[Row, ...]:
-    return tuple(replace(row, cells=tuple(map(cell, columns))) for row, cell in made)
-
-
-def _empty(status: Status, column: Column) -> Cell:
-    return Cell(status)
 
 
 def incomparable(card: Scorecard, last: Scorecard) -> str | None:
@@ -174,7 +169,7 @@ def _average_column(average: Average) -> Column:
     return Column(f"average/{average.name}", title, kind, chance=average.chance)
 
 
-def _cell(card: Scorecard, before: str | None, column: Column) -> Cell:
+def _cell(card: Scorecard, column: Column, before: str | None) -> Cell:
     if column.kind == "loss":
         if card.validation_loss is None:
             return Cell(NOT_APPLICABLE if card.milestone is None else NOT_RUN)
@@ -200,7 +195,7 @@ def _cell(card: Scorecard, before: str | None, column: Column) -> Cell:
 
 
 def _quoted_cell(published: QuotedBaseline, column: Column, tasks_of: dict[str, set[str]]) -> Cell:
-    value = published.scores.get(column.key)
+    value = published.scores.get(column.key) if column.kind == "accuracy" else None
     if column.kind == "average" and tasks_of.get(column.key.removeprefix("average/")) == set(published.average_tasks):
         value = published.average
     return Cell(NOT_APPLICABLE) if value is None else Cell("scored", value, decimals=2)

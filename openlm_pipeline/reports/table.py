@@ -180,11 +180,12 @@ class Table:
             return self, None
         kept = [i for i, c in enumerate(self.columns) if i == 0 or c.kind in ("accuracy", "bits_per_byte")]
         rest = [i for i in range(len(self.columns)) if i not in kept]
-        others = self._only(rest)
+        others = self.only(rest)
         shown = tuple(row for row in others.rows if any(cell.value is not None for cell in row.cells))
-        return self._only(kept), replace(others, rows=shown)
+        return self.only(kept), replace(others, rows=shown)
 
-    def _only(self, columns: Sequence[int]) -> "Table":
+    def only(self, columns: Sequence[int]) -> "Table":
+        """Some of the columns, by their numbers."""
         rows = tuple(replace(row, cells=tuple(row.cells[i] for i in columns)) for row in self.rows)
         return replace(self, columns=tuple(self.columns[i] for i in columns), rows=rows)
 
