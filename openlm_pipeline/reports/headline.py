@@ -144,8 +144,8 @@ def _between_seeds(seeds: SeedNoise, gap: _Gap, titles: dict[str, str]) -> Figur
     detail += titles[seeds.label]
     if gap.low is not None and gap.high is not None:
         least = seeds.beyond_both((gap.high - gap.low) / 2)
-        detail += f"; beyond items and seeds from a difference of {least:.3f} on, "
-        detail += f"which this lead {'reaches' if gap.delta >= least else 'does not reach'}"
+        reached = "has" if gap.delta >= least else "has not"
+        detail += f"; a lead beyond items and seeds needs {least:.3f}, which this {reached}"
     return Figure("Between seeds", f"±{seeds.deviation:.3f}", detail)
 
 

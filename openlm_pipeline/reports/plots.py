@@ -145,14 +145,6 @@ def average_chart(table: Table) -> str | None:
         return inline_svg(figure, "average", "Average accuracy against training tokens, with 95% band and baselines")
 
 
-def caption(table: Table) -> str:
-    """What the lines in the panels of `task_charts` are."""
-    kinds = {row.kind for row in table.baselines}
-    lines = [("solid", "a model scored here", "re-run"), ("dotted", "a published score", "quoted")]
-    across = [f"{how}: {what}" for how, what, kind in lines if kind in kinds]
-    return "; ".join(["Band: 95% interval; dashed: chance", *(f"across, {line}" for line in across)]) + "."
-
-
 def task_charts(table: Table) -> str | None:
     """One small panel a task, accuracy against tokens; None if no task was scored."""
     columns = [c for c in table.task_columns() if _points(table, c)]

@@ -20,15 +20,7 @@ from openlm_pipeline.reports.compare import Comparison, curves_of
 from openlm_pipeline.reports.headline import Headline, headline
 from openlm_pipeline.reports.items import ItemsOfTask, clipped
 from openlm_pipeline.reports.noise import seed_noise
-from openlm_pipeline.reports.plots import (
-    average_chart,
-    caption,
-    comparison_chart,
-    loss_chart,
-    pace_chart,
-    series,
-    task_charts,
-)
+from openlm_pipeline.reports.plots import average_chart, comparison_chart, loss_chart, pace_chart, series, task_charts
 from openlm_pipeline.reports.rows import milestones_table
 from openlm_pipeline.reports.summary import (
     Facts,
@@ -105,13 +97,13 @@ def write_report(
         "files": task_files(cards),
     }
     charts = [
-        ("Accuracy by task", caption(table), task_charts(table)),
-        ("Loss", "", loss_chart(training_metrics, experiment.milestones)),
-        ("Optimisation", "", pace_chart(training_metrics)),
+        ("Accuracy by task", task_charts(table)),
+        ("Loss", loss_chart(training_metrics, experiment.milestones)),
+        ("Optimisation", pace_chart(training_metrics)),
     ]
     paths = {name: out_dir / name for name in ("report.md", "report.html", "table.csv", "table.parquet")}
     write_text(paths["report.md"], _markdown(**page))
-    charts = [(title, words, Markup(svg)) for title, words, svg in charts if svg]
+    charts = [(title, Markup(svg)) for title, svg in charts if svg]
     average = Markup(average_chart(table) or "")
     write_text(
         paths["report.html"],

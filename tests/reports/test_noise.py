@@ -88,4 +88,4 @@ def test_a_lead_is_set_against_items_and_seeds(first_card, last_card):
     table = milestones_table("demo", "v1", [first_card, last_card], NOMINAL)
     (figure,) = [f for f in headline(table, [first_card, last_card], seeds).figures if f.title == "Between seeds"]
     assert figure.value == "±0.010" and "3 runs that differ in their seed alone, at 1M" in figure.detail
-    assert figure.detail.endswith("from a difference of 0.073 on, which this lead does not reach")
+    assert figure.detail.endswith("a lead beyond items and seeds needs 0.073, which this has not")
