@@ -144,7 +144,8 @@ def make_report(experiment: Experiment, home: Home, report: Say) -> StageResult:
     found = _cards(experiment, home) if experiment.evaluation else _Cards([], [], {})
     out = home.report(experiment.name, experiment.version)
     provenance = {"run fingerprint": run.fingerprint, "openlm_pipeline": __version__}
-    shown = [card.label for card in found.milestones][-MOST_MILESTONES:]
+    folders = {c.label: home.scorecard(experiment.name, experiment.version, c.label) for c in found.milestones}
+    shown = [label for label, folder in folders.items() if items_of(folder) is not None][-MOST_MILESTONES:]
     items = look_at_items(experiment, home, shown) if shown else []
     with home.artefact(out):
         paths = write_report(

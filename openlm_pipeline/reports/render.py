@@ -116,6 +116,7 @@ def write_report(
             **page,
         ),
     )
+    (out_dir / "items.html").unlink(missing_ok=True)  # an earlier report's
     if items:
         paths["items.html"] = out_dir / "items.html"
         write_text(paths["items.html"], items_page(experiment, items))

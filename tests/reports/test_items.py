@@ -91,6 +91,36 @@ def test_the_page_of_items_has_a_bound_and_runs_nothing_of_what_it_shows(
     assert len(smaller.encode()) < len(page) and smaller.count("<article") == 2 and "2 of 4 items" in smaller
 
 
+def test_written_answers_stand_beside_those_that_are_right(tmp_path, experiment):
+    task = IclTask(
+        label="quiz", dataset_uri="quiz.jsonl", num_fewshot=(3,), icl_task_type="generation_task_with_answers"
+    )
+    row = {"context": "Who wrote Emma?", "answer": "Austen", "aliases": ["Jane Austen"]}
+    (tmp_path / "quiz.jsonl").write_text(json.dumps(row) + "\n")
+    rows = read_task_file(task, Home(tmp_path))
+    common = {"run": "r", "suite": "s", "suite_version": "v1", "task": "quiz", "num_fewshot": 3, "item": 0, "gold": 0}
+    common |= {
+        "item_hash": rows.rows[0].item_hash,
+        "prompt_hash": "0",
+        "num_choices": 1,
+        "num_tokens": 2,
+        "metric": "m",
+    }
+    wrote = {"400K": ("Byron", False), "800K": ("Austen, of course", True)}
+    tables = {
+        name: items_table([{**common, "generated": text, "correct": ok, "shots": 3}])
+        for name, (text, ok) in wrote.items()
+    }
+    found = side_by_side(task, 3, tables, [0], rows)
+    text = as_text(found)
+    assert "[3 solved rows] " in text and "800K wrote: 'Austen, of course'" in text
+    assert "right: Austen | Jane Austen" in text
+    page = render.items_page(experiment, [found])
+    assert "Byron" in page and "Austen | Jane Austen" in page
+    with pytest.raises(DataError, match="no likelihood"):
+        picked(tables, only_flipped=False, by="likelihood", limit=1)
+
+
 @pytest.mark.skipif(not Path("/usr/bin/chromium").exists(), reason="there is no /usr/bin/chromium")
 @pytest.mark.browser
 def test_the_page_is_searched(file, tables, experiment, tmp_path):
@@ -130,3 +160,24 @@ def test_the_command_and_the_report_show_a_runs_items(finished, tmp_path):
     assert wrong.returncode == 2 and "did you mean 'choice'" in wrong.stderr
     report = pipeline.home / "reports" / "tiny" / "v1"
     assert 'href="items.html"' in (report / "report.html").read_text() and (report / "items.html").exists()
+
+
+def test_a_report_of_scorecards_without_their_items_has_no_page_of_them(finished, tmp_path):
+    pipeline = finished.copy(tmp_path)
+    for path in (pipeline.home / "scorecards").rglob("items.parquet"):
+        path.unlink()
+    report = pipeline.home / "reports" / "tiny" / "v1"
+    assert (report / "items.html").exists()
+    made = openlm("report", "tiny", variables=pipeline.variables)
+    assert made.returncode == 0, made.stderr
+    assert not (report / "items.html").exists() and "items.html" not in (report / "report.html").read_text()
+
+
+def test_a_task_file_that_changed_or_went_is_said_and_its_texts_are_not_shown(finished, tmp_path):
+    pipeline = finished.copy(tmp_path)
+    file = pipeline.home / "raw" / "tasks" / "choice.jsonl"
+    file.write_text(file.read_text() + file.read_text().splitlines()[0] + "\n")
+    shown = openlm("items", "tiny", "--task", "choice", variables=pipeline.variables)
+    assert shown.returncode == 0 and "was changed since it was scored" in shown.stdout and "option 0" in shown.stdout
+    file.unlink()
+    assert "does not exist" in openlm("items", "tiny", "--task", "choice", variables=pipeline.variables).stdout
