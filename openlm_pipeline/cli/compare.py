@@ -45,6 +45,7 @@ def compare(
         for row in found.rows:
             table.add_row(*row)
         console.print(table, soft_wrap=True)
+        console.print(f"rules: {found.rules}", markup=False, soft_wrap=True)
     else:
         typer.echo(found.to_markdown() if format == "markdown" else found.to_csv(), nl=format == "markdown")
     if html is not None:

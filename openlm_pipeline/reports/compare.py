@@ -62,6 +62,8 @@ class Comparison:
     a: str
     b: str
     lines: tuple[Line, ...]
+    rules: str
+    """When an item of a task is right."""
 
     @property
     def headline(self) -> str:
@@ -84,7 +86,7 @@ class Comparison:
 
     def to_markdown(self) -> str:
         rows = [HEADER, ["---"] + ["---:"] * (len(HEADER) - 1), *(map(escape_markdown, row) for row in self.rows)]
-        said = escape_markdown(f"A: {self.a}; B: {self.b}. {self.headline}")
+        said = escape_markdown(f"A: {self.a}; B: {self.b}. {self.headline} Rules: {self.rules}.")
         return f"{said}\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
     def to_csv(self) -> str:
@@ -115,7 +117,12 @@ def compared(pairs: Sequence[tuple[Scored, Scored]]) -> Comparison:
         lines += [replace(x, title=x.title + at) for x in _lines(*pair) if x.title == lines[0].title]
     shown = a.card.model_copy(update={"changes": tuple(x.difference for x in lines)})
     ((corrected,), _) = corrected_over_page([shown])
-    return Comparison(a.title, b.title, tuple(replace(x, difference=d) for x, d in zip(lines, corrected.changes)))
+    by_rule: dict[str, list[str]] = {}
+    for task in a.card.tasks:
+        by_rule.setdefault(task.rule, []).append(task.name)
+    rules = "; ".join(f"{rule}: {', '.join(names)}" for rule, names in by_rule.items())
+    made = tuple(replace(x, difference=d) for x, d in zip(lines, corrected.changes))
+    return Comparison(a.title, b.title, made, rules)
 
 
 def _lines(a: Scored, b: Scored) -> list[Line]:

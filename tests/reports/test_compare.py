@@ -64,6 +64,7 @@ def test_the_page_has_the_curves_of_both_and_loads_nothing(pipeline, tmp_path):
     shown = openlm("compare", "tiny", "twin", "--html", page, variables=pipeline.variables | {"COLUMNS": "200"})
     assert shown.returncode == 0, shown.stderr
     assert "twin 40K is" in shown.stdout and "▼" in shown.stdout
+    assert "rules: argmax: last_word/0-shot; mean: choice/1-shot" in shown.stdout
     text = page.read_text()
     assert "<script" not in text and "http" not in text
     for title in ("average accuracy", "bits per byte of the right answers"):
