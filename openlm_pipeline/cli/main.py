@@ -16,11 +16,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from openlm_pipeline.cli.compare import compare
 from openlm_pipeline.cli.download import download
 from openlm_pipeline.cli.evaluate import evaluate
 from openlm_pipeline.cli.export import export
 from openlm_pipeline.cli.fork import fork
 from openlm_pipeline.cli.gc import gc
+from openlm_pipeline.cli.items import items
 from openlm_pipeline.cli.launch import launch
 from openlm_pipeline.cli.options import Allow, Overrides, Recipe
 from openlm_pipeline.cli.plan import plan
@@ -45,7 +47,7 @@ app = typer.Typer(
 )
 console = Console(highlight=False, soft_wrap=True)
 app.add_typer(shards_app, name="shards")
-for command in (plan, launch, fork, download, evaluate, report, baselines, export, gc, ui):
+for command in (plan, launch, fork, download, evaluate, report, compare, items, baselines, export, gc, ui):
     app.command()(command)
 
 

@@ -72,16 +72,37 @@ def report(
         raise DataError(f"out of date: {listed}. `openlm report --update FILE` fills them")
 
 
-def baselines() -> None:
-    """List the published scores that a recipe can show beside its own (`evaluation.quoted`)."""
+def baselines(
+    table: Annotated[str | None, typer.Argument(help="Print this table of OpenLM: openlm_1b or openlm_7b.")] = None,
+    run: Annotated[str | None, typer.Option(help="Recipe whose milestones stand beside it.")] = None,
+) -> None:
+    """List the published scores that a recipe can show beside its own (`evaluation.quoted`).
+
+    With a name, print a table as OpenLM's README has it, in Markdown: tasks as rows, models as columns, empty where
+    nothing was published.
+
+    Examples:
+
+    openlm baselines openlm_7b
+
+    openlm baselines openlm_1b --run pretrain_1b
+    """
     from openlm_pipeline.evaluation.baselines import quoted_baselines
+    from openlm_pipeline.experiments import load_experiment
+    from openlm_pipeline.pipeline import reports as reporting
+    from openlm_pipeline.storage.home import Home
     from openlm_pipeline.units import format_tokens
 
-    table = Table("name", "family", "tokens", "average", box=None)
+    if table is not None:
+        _say(reporting.openlm_table(table, load_experiment(run) if run else None, Home.from_env()))
+        return
+    if run is not None:
+        raise ConfigError("--run needs the name of a table, such as openlm_1b")
+    rows = Table("name", "family", "tokens", "average", box=None)
     for row in quoted_baselines():
         tokens = format_tokens(row.tokens) if row.tokens else ""
-        table.add_row(row.name, row.family, tokens, f"{row.average:.2f}" + ("*" if row.note else ""))
-    _console.print(table)
+        rows.add_row(row.name, row.family, tokens, f"{row.average:.2f}" + ("*" if row.note else ""))
+    _console.print(rows)
     for source in dict.fromkeys(row.source for row in quoted_baselines()):
         _say(f"source: {source}")
     for row in quoted_baselines():

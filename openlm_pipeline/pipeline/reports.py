@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from openlm_pipeline import __version__
 from openlm_pipeline.errors import ConfigError, MissingInputError, OpenLMError
 from openlm_pipeline.experiments import Experiment, load_experiment, recipe_names
+from openlm_pipeline.fingerprint import differences
 from openlm_pipeline.pipeline.evaluation import (
     CARD,
     baseline_staleness,
@@ -23,13 +24,14 @@ from openlm_pipeline.pipeline.evaluation import (
     parent_scorecard,
     staleness,
 )
+from openlm_pipeline.pipeline.items import MOST_MILESTONES, look_at_items
 from openlm_pipeline.pipeline.training import open_run
 from openlm_pipeline.result import Say, StageResult
 from openlm_pipeline.runs.folder import RunFolder
+from openlm_pipeline.runs.identity import settled
 from openlm_pipeline.runs.parent import parent_folder
 from openlm_pipeline.storage.files import sha256_file, write_text
 from openlm_pipeline.storage.home import Home
-from openlm_pipeline.units import format_tokens
 
 if TYPE_CHECKING:
     from openlm_pipeline.evaluation.baselines import QuotedBaseline
@@ -109,6 +111,24 @@ def _records(experiment: Experiment, home: Home, run: RunFolder) -> list[dict[st
     return [*before, *run.read_metrics()]
 
 
+def of_other_seeds(home: Home, run: RunFolder, cards: "Sequence[Scorecard]") -> dict[str, list[float]]:
+    """Milestone -> headline of this run, then of each run that differs from it in its seed alone, scored alike."""
+    from openlm_pipeline.evaluation.scorecard import load_scorecard
+    from openlm_pipeline.reports.rows import incomparable
+
+    found = {card.label: [card.average] for card in cards if card.average is not None}
+    for path in sorted((home.root / "runs").glob("*/*/run.json")):
+        other = settled(RunFolder(path.parent).identity)
+        if [line.split()[0] for line in differences(settled(run.identity), other)] != ["seed"]:
+            continue
+        for card in cards:
+            file = home.scorecard(path.parts[-3], path.parts[-2], card.label) / CARD
+            twin = load_scorecard(file) if card.label in found and file.exists() else None
+            if twin and twin.average is not None and not incomparable(card, twin):
+                found[card.label].append(twin.average)
+    return found
+
+
 def _quoted(experiment: Experiment) -> "list[QuotedBaseline]":
     from openlm_pipeline.evaluation.baselines import quoted_baselines
 
@@ -124,6 +144,9 @@ def make_report(experiment: Experiment, home: Home, report: Say) -> StageResult:
     found = _cards(experiment, home) if experiment.evaluation else _Cards([], [], {})
     out = home.report(experiment.name, experiment.version)
     provenance = {"run fingerprint": run.fingerprint, "openlm_pipeline": __version__}
+    folders = {c.label: home.scorecard(experiment.name, experiment.version, c.label) for c in found.milestones}
+    shown = [label for label, folder in folders.items() if items_of(folder) is not None][-MOST_MILESTONES:]
+    items = look_at_items(experiment, home, shown) if shown else []
     with home.artefact(out):
         paths = write_report(
             out,
@@ -135,6 +158,8 @@ def make_report(experiment: Experiment, home: Home, report: Say) -> StageResult:
             baselines=found.baselines,
             quoted=_quoted(experiment),
             without=found.without,
+            seeds=of_other_seeds(home, run, found.milestones),
+            items=items,
         )
     page = paths["report.html"]
     report(f"report: {page}")
@@ -202,19 +227,11 @@ def log_to_wandb(experiment: Experiment, home: Home) -> str:
         return run.url or str(run.dir)
 
 
-def quoted_table(rows: "Sequence[QuotedBaseline]") -> str:
-    """Published rows as a GitHub table, a column a model, as their source prints them."""
-    from openlm_pipeline.reports.table import escape_markdown
+def openlm_table(name: str, run: Experiment | None, home: Home) -> str:
+    """A table of OpenLM's README, beside a run's milestones where one is given."""
+    from openlm_pipeline.reports import published
 
-    names = [f"{row.title} {format_tokens(row.tokens)}" if row.tokens else row.title for row in rows]
-    tasks = list(dict.fromkeys(task for row in rows for task in row.scores))
-    lines = [["task", *map(escape_markdown, names)], ["---", *["---:"] * len(rows)]]
-    lines += [[task, *(f"{row.scores[task]:.2f}" if task in row.scores else "n/a" for row in rows)] for task in tasks]
-    lines.append(["average", *(f"{row.average:.2f}" + ("*" if row.note else "") for row in rows)])
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    notes = [f"\\* {name}: {row.note}." for name, row in zip(names, rows) if row.note]
-    sources = dict.fromkeys(f"Quoted from {row.source}; {row.harness}." for row in rows)
-    return "\n\n".join([table, *notes, *sources])
+    return published.openlm_table(name, scores_table(run, home) if run else None)
 
 
 def fill_blocks(path: Path, home: Home, *, write: bool = True) -> list[str]:
@@ -232,6 +249,7 @@ def fill_blocks(path: Path, home: Home, *, write: bool = True) -> list[str]:
     """
     from openlm_pipeline.evaluation.baselines import quoted_baselines
     from openlm_pipeline.reports.markdown_blocks import block_names, check_blocks, update_blocks
+    from openlm_pipeline.reports.published import quoted_table
 
     tables = {}
     for name in block_names(path):

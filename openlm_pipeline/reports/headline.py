@@ -7,8 +7,9 @@ from typing import Literal
 
 from openlm_pipeline.evaluation.scorecard import Scorecard
 from openlm_pipeline.reports.claims import BASELINE, CHANCE, LEAD
+from openlm_pipeline.reports.noise import ABOVE_CHANCE, SeedNoise, stuck_tasks
 from openlm_pipeline.reports.rows import LOSS
-from openlm_pipeline.reports.table import Cell, Row, Table
+from openlm_pipeline.reports.table import Cell, Row, Table, signed
 
 
 @dataclass(frozen=True)
@@ -62,20 +63,17 @@ class _Gap:
         if self.low is not None and self.high is not None:
             parts.append(f"95% {signed(self.low)} to {signed(self.high)}")
         if self.p_value is not None:
-            parts.append("p\u00a0<\u00a00.001" if self.p_value < 0.001 else f"p\u00a0=\u00a0{self.p_value:.3f}")
+            value = "<\u00a00.001" if self.p_value < 0.001 else f"=\u00a0{self.p_value:.3f}"
+            parts.append(f"p\u00a0{value} after correction")
         return ", ".join(parts) + f" ({self.how})"
 
 
-def signed(value: float, decimals: int = 3) -> str:
-    """`+0.031`, with a true minus sign."""
-    return f"{value:+.{decimals}f}".replace("-", "−")
-
-
-def headline(table: Table, cards: Sequence[Scorecard] = ()) -> Headline:
+def headline(table: Table, cards: Sequence[Scorecard] = (), seeds: SeedNoise | None = None) -> Headline:
     """Which milestone is best on the headline average, and how far ahead of the next, of chance and of the baselines.
 
     Args:
         cards: scorecards of the milestones and the re-run baselines, which hold the paired differences.
+        seeds: noise between runs that differ in their seed alone.
     """
     scored = [row for row in table.milestones if row.cells[0].value is not None]
     if not scored:
@@ -94,6 +92,8 @@ def headline(table: Table, cards: Sequence[Scorecard] = ()) -> Headline:
         main += (
             f", {gap.delta:.3f} ahead of {second.title}, {'' if gap.beyond_noise is None else 'which is '}{gap.verdict}"
         )
+        if seeds:
+            figures.append(_between_seeds(seeds, gap, {row.label: row.title for row in table.rows}))
     chance = table.headline.chance
     if chance is not None:
         p_value = table.claims.get(CHANCE)
@@ -104,7 +104,7 @@ def headline(table: Table, cards: Sequence[Scorecard] = ()) -> Headline:
         elif gap.sign == "down":
             main += "; it is below chance"
     figures += _against_baselines(table, by_label, best)
-    details = []
+    details = _stuck_sentence(table, best)
     if scored[-1] is not best and len(scored) > 2:
         details.append(f"The last scored milestone, {scored[-1].title}, stands at {scored[-1].cells[0].text}.")
     return Headline(f"{main}.", tuple(figures), (*details, *_loss_sentence(table)))
@@ -137,6 +137,27 @@ def _against_baselines(table: Table, cards: dict[str, Scorecard], best: Row) -> 
             detail = f"{other.title} {other.cells[0].number}: quoted to two decimals, another harness, not tested"
             figures.append(Figure(title, delta, detail))
     return figures
+
+
+def _between_seeds(seeds: SeedNoise, gap: _Gap, titles: dict[str, str]) -> Figure:
+    detail = f"standard deviation of the average over {seeds.num_runs} runs that differ in their seed alone, at "
+    detail += titles[seeds.label]
+    if gap.low is not None and gap.high is not None:
+        least = seeds.beyond_both((gap.high - gap.low) / 2)
+        reached = "has" if gap.delta >= least else "has not"
+        detail += f"; a lead beyond items and seeds needs {least:.3f}, which this {reached}"
+    return Figure("Between seeds", f"±{seeds.deviation:.3f}", detail)
+
+
+def _stuck_sentence(table: Table, best: Row) -> list[str]:
+    if not (stuck := stuck_tasks(table)):
+        return []
+    names = " and ".join(", ".join(c.heading for c in stuck).rsplit(", ", 1))
+    said = f"{names} {'stays' if len(stuck) == 1 else 'stay'} at chance at every scored milestone"
+    if any(column.key == ABOVE_CHANCE for column in table.columns):
+        average = table.cell(best, ABOVE_CHANCE).number
+        said += f"; without {'it' if len(stuck) == 1 else 'them'} the average at {best.title} is {average}"
+    return [f"{said}."]
 
 
 def _shifted(cell: Cell, by: float) -> tuple[float | None, float | None]:

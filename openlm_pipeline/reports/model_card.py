@@ -54,13 +54,19 @@ def model_card(
         f"Trained on {format_tokens(row.tokens)} tokens of {escape_markdown(_sources(experiment))}. These are the "
         f"weights after step {scorecard.step:,}."
     )
-    lines = ["| measure | score | 95% interval | chance | items |", "| --- | ---: | ---: | ---: | ---: |"]
+    heads = ("measure", "score", "95% interval", "rule", "acc", "acc_norm", "bits per byte", "chance", "items")
+    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
     for column, cell in zip(table.columns, row.cells):
         interval = "–" if cell.low is None else f"{cell.low:.3f} to {cell.high:.3f}".replace("-", "−")
-        chance = "–" if column.chance is None else f"{column.chance:.3f}"
-        values = (cell.number, interval, chance, "–" if column.num_items is None else f"{column.num_items:,}")
-        lines.append("| " + " | ".join([escape_markdown(column.heading), *values]) + " |")
-    parts += ["## Scores", "\n".join(lines)]
+        others = [getattr(cell.score, name, None) for name in ("accuracy_sum", "accuracy_norm", "bits_per_byte")]
+        numbers = ["–" if n is None else f"{n:.3f}" for n in (*others, column.chance)]
+        items = "–" if column.num_items is None else f"{column.num_items:,}"
+        lines.append([escape_markdown(column.heading), cell.number, interval, column.rule or "–", *numbers, items])
+    parts += ["## Scores", "\n".join("| " + " | ".join(line) + " |" for line in lines)]
+    parts.append(
+        "The score of a task is its accuracy by its rule; acc and acc_norm are those of lm-evaluation-harness, by "
+        "total log-probability and by that over characters."
+    )
     facts = [
         ("Checkpoint", scorecard.checkpoint_digest),
         *evaluation_facts([scorecard]),

@@ -11,10 +11,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from openlm_pipeline.reports.svg import ACCENT, INK, MUTED, RULE, SECOND, drawing_style, inline_svg
-from openlm_pipeline.reports.table import Column, Row, Table
+from openlm_pipeline.reports.table import Cell, Column, Row, Table
 from openlm_pipeline.units import format_tokens
 
 Records = Sequence[Mapping[str, Any]]
+Curves = Mapping[str, tuple[np.ndarray, np.ndarray]]
+"""Model -> tokens and values."""
 
 _HELD_OUT = "validation_loss"
 _WIDTH_INCHES = 9.6
@@ -42,18 +44,19 @@ def loss_chart(records: Records, milestones: Sequence[int]) -> str | None:
     with drawing_style():
         figure = Figure(figsize=(_WIDTH_INCHES, 3.3), layout="constrained")
         ax = figure.subplots()
+        ends = []
         if len(tokens):
-            _line(ax, tokens, loss, INK, "training")
+            _line(ax, tokens, loss, INK)
+            ends.append((loss[-1], f"training {loss[-1]:.2f}", INK))
         for (name, (val_tokens, val_loss)), marker in zip(held_out.items(), cycle("osD^v")):
-            ax.plot(val_tokens, val_loss, marker, color=ACCENT, markersize=5.5, label=name, zorder=4)
-            for x, y in zip(val_tokens, val_loss) if len(val_tokens) <= 8 else ():
-                _label(ax, f"{y:.2f}", x, y, ACCENT)
+            ax.plot(val_tokens, val_loss, marker + ":", color=ACCENT, linewidth=0.9, markersize=4.5, zorder=4)
+            ends.append((val_loss[-1], f"{name} {val_loss[-1]:.2f}", ACCENT))
         for milestone in milestones:
-            ax.axvline(milestone, ymax=0.8, color=MUTED, linewidth=0.7, linestyle=(0, (1, 3)), zorder=1)
+            ax.axvline(milestone, ymax=0.035, color=INK, linewidth=1.4, zorder=1)
         ax.set_ylabel("loss, nats per token")
         _token_axis(ax)
-        ax.set_xlabel("training tokens; dotted lines are milestones" if milestones else "training tokens")
-        ax.legend(loc="upper right")
+        _name_ends(ax, ends)
+        ax.set_xlabel("training tokens; strokes on the axis are milestones" if milestones else "training tokens")
         return inline_svg(figure, "loss", "Training and held-out loss against training tokens")
 
 
@@ -82,6 +85,30 @@ def pace_chart(records: Records) -> str | None:
         return inline_svg(figure, "pace", ", ".join(title for _, _, title, _ in drawn) + " against training tokens")
 
 
+def comparison_chart(panels: Sequence[tuple[str, Curves]]) -> str | None:
+    """Two models' curves over each other against tokens, a panel for each measure that they have; None without any."""
+    drawn = [(title, curves) for title, curves in panels if curves]
+    if not drawn:
+        return None
+    with drawing_style():
+        figure = Figure(figsize=(_WIDTH_INCHES, 2.9 * len(drawn)), layout="constrained")
+        figure.get_layout_engine().set(hspace=0.06)
+        names = list(dict.fromkeys(name for _, curves in drawn for name in curves))
+        for ax, (title, curves) in zip(figure.subplots(len(drawn), squeeze=False).ravel(), drawn):
+            ends = []
+            for name, (tokens, values) in curves.items():
+                colour = (ACCENT, SECOND)[names.index(name)]
+                _line(ax, tokens, values, colour)
+                if len(tokens) < 30:
+                    ax.plot(tokens, values, "o", color=colour, markersize=4)
+                ends.append((values[-1], f"{name} {values[-1]:.3f}", colour))
+            ax.set_title(title)
+            _token_axis(ax)
+            _name_ends(ax, ends)
+        figure.supxlabel("training tokens", fontsize=8.5, color=MUTED)
+        return inline_svg(figure, "comparison", ", ".join(title for title, _ in drawn) + " against training tokens")
+
+
 def average_chart(table: Table) -> str | None:
     """The headline average against tokens on a log axis: 95% band, chance, baselines; None if no milestone has one.
 
@@ -95,19 +122,20 @@ def average_chart(table: Table) -> str | None:
         figure = Figure(figsize=(_WIDTH_INCHES, 3.1 + 0.08 * len(lines)), layout="constrained")
         ax = figure.subplots()
         _accuracy_panel(ax, table, column)
-        labelled = _spaced([tokens for tokens, _ in _points(table, column)], 0.05)
-        for tokens, cell in _points(table, column):
-            if tokens in labelled:
-                _label(ax, cell.number, tokens, cell.value if cell.high is None else cell.high, INK)
         ends = [] if column.chance is None else [(column.chance, f"chance {column.chance:.3f}", SECOND)]
         for family in _published_curves(table, column):
             xs, ys = zip(*((row.tokens, table.cell(row, column.key).value) for row in family))
             ax.plot(xs, ys, ":", marker=".", color=MUTED, linewidth=1.1)
             ends.append((ys[-1], f"{family[-1].title.rsplit(' ', 1)[0]} {ys[-1]:.2f} (quoted)", MUTED))
+        across = [value for value, _, _ in ends[: column.chance is not None]] + [value for _, value in lines]
         ends += [(value, f"{row.title} {row.cells[0].number} ({row.kind})", MUTED) for row, value in lines]
         ax.margins(y=0.1)
         ax.autoscale_view(scalex=False)
         _name_ends(ax, ends)
+        labelled = _spaced([tokens for tokens, _ in _points(table, column)], 0.05)
+        for tokens, cell in _points(table, column):
+            if tokens in labelled:
+                _label(ax, cell, tokens, [*across, *_published_at(table, column, tokens)])
         ax.set_ylabel(
             "average accuracy"
             if column.title == "average"
@@ -196,7 +224,8 @@ def _accuracy_panel(ax: Axes, table: Table, column: Column) -> None:
 def _name_ends(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
     """Names beside the right end of lines at these heights, moved apart where they would overlap."""
     bottom, top = ax.get_ylim()
-    line = 0.19 / ax.figure.get_size_inches()[1]  # a line of text, as a share of the axes
+    panels = ax.get_subplotspec().get_gridspec().nrows
+    line = 0.19 * panels / ax.figure.get_size_inches()[1]  # a line of text, as a share of the axes
     ordered = sorted(ends)
     heights = _apart([(value - bottom) / (top - bottom) for value, _, _ in ordered], line)
     for height, (value, text, colour) in zip(heights, ordered):
@@ -224,8 +253,25 @@ def _apart(wanted: Sequence[float], gap: float) -> list[float]:
     return [centre + gap * (i - (n - 1) / 2) for centre, n in groups for i in range(n)]
 
 
-def _label(ax: Axes, text: str, x: float, y: float, colour: str) -> None:
-    ax.annotate(text, (x, y), (0, 6), textcoords="offset points", ha="center", color=colour, fontsize=8.5)
+def _label(ax: Axes, cell: Cell, x: float, lines: Sequence[float]) -> None:
+    """The cell's number above its interval or below, where no line, at one of these heights, crosses it if possible."""
+    bottom, top = ax.get_ylim()
+    point = (top - bottom) / (ax.figure.get_size_inches()[1] * 0.8 * 72)
+    high, low = (cell.value if end is None else end for end in (cell.high, cell.low))
+    places = [(high, 6), (low, -14), (high, 18), (low, -26)]
+    free = [
+        (y, up) for y, up in places if not any(y + (up - 4) * point < line < y + (up + 11) * point for line in lines)
+    ]
+    y, up = (free or places)[0]
+    ax.annotate(cell.number, (x, y), (0, up), textcoords="offset points", ha="center", color=INK, fontsize=8.5)
+
+
+def _published_at(table: Table, column: Column, tokens: int) -> list[float]:
+    """Heights of the published curves at so many tokens, where they are drawn."""
+    curves = [
+        zip(*((r.tokens, table.cell(r, column.key).value) for r in rows)) for rows in _published_curves(table, column)
+    ]
+    return [float(np.interp(math.log(tokens), np.log(xs), ys)) for xs, ys in curves]
 
 
 def _spaced(tokens: Sequence[int], apart: float) -> list[int]:
@@ -240,7 +286,7 @@ def _spaced(tokens: Sequence[int], apart: float) -> list[int]:
     return kept[::-1]
 
 
-def _line(ax: Axes, tokens: np.ndarray, values: np.ndarray, colour: str, label: str | None = None) -> None:
+def _line(ax: Axes, tokens: np.ndarray, values: np.ndarray, colour: str) -> None:
     """All records, or their mean within a band from the least to the greatest where there are very many."""
     if len(tokens) > _MAX_POINTS:
         parts = np.array_split(np.arange(len(tokens)), _MAX_POINTS)
@@ -248,7 +294,7 @@ def _line(ax: Axes, tokens: np.ndarray, values: np.ndarray, colour: str, label: 
         low, high = (np.array([f(values[p]) for p in parts]) for f in (np.min, np.max))
         ax.fill_between(middle, low, high, color=colour, alpha=0.18, linewidth=0)
         tokens, values = middle, np.array([values[p].mean() for p in parts])
-    ax.plot(tokens, values, color=colour, linewidth=1.2, label=label)
+    ax.plot(tokens, values, color=colour, linewidth=1.2)
 
 
 def _ticks(bins: int) -> MaxNLocator:

@@ -1,9 +1,12 @@
 """Write a run's report: Markdown, one self-contained HTML page, CSV and Parquet, all from one table.
 
-The same inputs give the same bytes. Nothing on the page is loaded from elsewhere and it holds no script.
+The same inputs give the same bytes. Nothing on the pages is loaded from elsewhere. The report holds no script; the page
+of items has one of its own, for its search.
 """
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,11 @@ from markupsafe import Markup
 from openlm_pipeline.evaluation.baselines import QuotedBaseline
 from openlm_pipeline.evaluation.scorecard import Scorecard
 from openlm_pipeline.experiments import Experiment
-from openlm_pipeline.reports.headline import Headline, headline, signed
-from openlm_pipeline.reports.plots import average_chart, loss_chart, pace_chart, task_charts
+from openlm_pipeline.reports.compare import Comparison, curves_of
+from openlm_pipeline.reports.headline import Headline, headline
+from openlm_pipeline.reports.items import ItemsOfTask, clipped
+from openlm_pipeline.reports.noise import seed_noise
+from openlm_pipeline.reports.plots import average_chart, comparison_chart, loss_chart, pace_chart, series, task_charts
 from openlm_pipeline.reports.rows import milestones_table
 from openlm_pipeline.reports.summary import (
     Facts,
@@ -31,6 +37,8 @@ from openlm_pipeline.reports.summary import (
 from openlm_pipeline.reports.table import Table, escape_markdown
 from openlm_pipeline.storage.files import write_text
 
+LARGEST_PAGE = 5_000_000
+
 
 def write_report(
     out_dir: Path,
@@ -43,6 +51,8 @@ def write_report(
     baselines: Sequence[Scorecard] = (),
     quoted: Sequence[QuotedBaseline] = (),
     without: Mapping[str, str] = {},
+    seeds: Mapping[str, Sequence[float]] = {},
+    items: Sequence[ItemsOfTask] = (),
 ) -> dict[str, Path]:
     """Write `report.md`, `report.html`, `table.csv` and `table.parquet` into `out_dir`; return them by those names.
 
@@ -54,6 +64,8 @@ def write_report(
         baselines: scorecards of other models on the same suite.
         quoted: published scores.
         without: milestone or baseline -> why it has no scorecard that can be shown.
+        seeds: milestone -> headline of this run and of those that differ from it in their seed alone.
+        items: what `items.html` shows, which there is only with some.
 
     Raises:
         DataError: the scorecards are of another run or cannot be compared with each other.
@@ -73,7 +85,7 @@ def write_report(
     facts = [*evaluation_facts(milestones), *((name, str(value)) for name, value in (provenance or {}).items())]
     page = {
         "experiment": experiment,
-        "headline": headline(table, cards),
+        "headline": headline(table, cards, seed_noise(seeds)),
         "origin": origin(table, cards),
         "table": table,
         "problems": [*problems(table, cards), *(f"{name}: {why}" for name, why in without.items())],
@@ -95,14 +107,51 @@ def write_report(
     average = Markup(average_chart(table) or "")
     write_text(
         paths["report.html"],
-        _html(average=average, categories=categories(table, cards), charts=charts, best=table.best(), **page),
+        _html(
+            "page.html",
+            average=average,
+            categories=categories(table, cards),
+            charts=charts,
+            items_page=bool(items),
+            **page,
+        ),
     )
+    (out_dir / "items.html").unlink(missing_ok=True)  # an earlier report's
+    if items:
+        paths["items.html"] = out_dir / "items.html"
+        write_text(paths["items.html"], items_page(experiment, items))
     write_text(paths["table.csv"], table.to_csv())
     table.write_parquet(paths["table.parquet"])
     return paths
 
 
-def _html(**page: Any) -> str:
+def items_page(experiment: Experiment, items: Sequence[ItemsOfTask]) -> str:
+    """A page of items to search, of at most `LARGEST_PAGE` bytes: beyond that each task has fewer."""
+    page = _html("items.html", experiment=experiment, tasks=items)
+    while len(page.encode()) > LARGEST_PAGE:
+        items = [replace(of, items=of.items[: len(of.items) // 2]) for of in items]
+        page = _html("items.html", experiment=experiment, tasks=items)
+    return page
+
+
+def compare_page(
+    found: Comparison, cards: Mapping[str, Sequence[Scorecard]], metrics: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> str:
+    """A page of one model against another, with the curves of both.
+
+    Args:
+        cards, metrics: of each of the two, the scorecards of its milestones, and its records of training.
+    """
+    losses = {name: series(records, "loss") for name, records in metrics.items()}
+    panels = [
+        ("average accuracy", curves_of(cards, "accuracy")),
+        ("bits per byte of the right answers", curves_of(cards, "bits_per_byte")),
+        ("training loss, nats per token", {name: points for name, points in losses.items() if len(points[0])}),
+    ]
+    return _html("compare.html", found=found, charts=Markup(comparison_chart(panels) or ""))
+
+
+def _html(template: str, **page: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -112,9 +161,9 @@ def _html(**page: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["zip"] = zip
-    environment.filters["signed"] = signed
-    environment.filters["breakable"] = lambda text: Markup("_<wbr>").join(text.split("_"))
-    return environment.get_template("page.html").render(page)
+    environment.filters["breakable"] = lambda text: Markup("_<wbr>").join(re.split(r"_(?=[^_]{4})", text))
+    environment.filters["clipped"] = clipped
+    return environment.get_template(template).render(page)
 
 
 def _markdown(
@@ -138,6 +187,8 @@ def _markdown(
         parts.append(_facts([(f.title, f"{f.value}; {f.detail}") for f in headline.figures]))
     parts += [escape_markdown(text) for text in (*headline.details, origin) if text]
     parts += ["## Scores", table.to_markdown().rstrip()]
+    if table.likelihoods:
+        parts += ["### Bits per byte of the right answers", table.likelihoods.to_markdown().rstrip()]
     if problems:
         parts.append("\n".join(f"- {escape_markdown(problem)}" for problem in problems))
     parts.append(f"<details>\n<summary>How to read the table</summary>\n\n{_facts(notes)}\n\n</details>")

@@ -1,6 +1,7 @@
 """The scores table of a run, put together from scorecards and published scores that can be compared."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from openlm_pipeline.errors import DataError
 from openlm_pipeline.evaluation.baselines import QuotedBaseline
@@ -8,6 +9,7 @@ from openlm_pipeline.evaluation.comparison import corrected_over_page
 from openlm_pipeline.evaluation.scorecard import Average, Scorecard, TaskScore
 from openlm_pipeline.evaluation.suite import task_name
 from openlm_pipeline.reports.claims import claims
+from openlm_pipeline.reports.noise import with_average_above_chance
 from openlm_pipeline.reports.table import NOT_APPLICABLE, NOT_RUN, STALE, Cell, Column, Row, Table
 from openlm_pipeline.units import format_tokens, milestone_label
 
@@ -53,8 +55,8 @@ def milestones_table(
     cards = dict(zip(cards, corrected))
     every = [*cards.values(), *([parent] if parent else []), *baselines]
     for card in every:
-        _check_comparable(card, every[-1])
-    columns = _columns(every)
+        check_comparable(card, every[-1])
+    columns = (*(shown := _columns(every)), *_likelihood_columns(shown, every))
     rows: list[Row] = []
     before = None
     if parent is not None:
@@ -81,7 +83,7 @@ def milestones_table(
     for card in baselines:
         cells = tuple(_cell(card, column, None) for column in columns)
         rows.append(Row(card.run, card.run, "re-run", cells, card.tokens))
-    for name in without.keys() - nominal.keys():
+    for name in (name for name in without if name not in nominal):
         rows.append(Row(name, name, "re-run", tuple(Cell(NOT_RUN) for _ in columns)))
     tasks_of = {a.name: set(a.tasks) for card in every for a in card.averages}
     for published in quoted:
@@ -91,26 +93,37 @@ def milestones_table(
             title = published.title if tokens is None else f"{published.title} {format_tokens(tokens)}"
             source = f"{published.source}; {published.harness}" + (f"; {published.note}" if published.note else "")
             rows.append(Row(published.name, title, "quoted", cells, tokens, source=source))
-    return Table(run, run_version, columns, tuple(rows), dict(zip(claimed, adjusted)))
+    whole = Table(run, run_version, columns, tuple(rows), dict(zip(claimed, adjusted)))
+    table, bits = whole.only(range(len(shown))), whole.only(range(len(shown), len(columns)))
+    if bits.columns:
+        table = replace(table, likelihoods=replace(bits, rows=tuple(r for r in bits.rows if r.kind != "quoted")))
+    return with_average_above_chance(table, every[-1].headline.tasks) if every else table
 
 
-def _check_comparable(card: Scorecard, last: Scorecard) -> None:
+def incomparable(card: Scorecard, last: Scorecard) -> str | None:
+    """What two scorecards were measured with that differs, by name; None where nothing does."""
+
     def instrument(c: Scorecard) -> dict[str, str]:
         files = {f"the file of {t.name}": t.task_file_sha256 for t in c.tasks if t.task_file_sha256}
         names = ("suite", "suite_version", "suite_digest", "random_baselines", "harness_version", "precision")
         return {k: getattr(c, k) for k in names} | files
 
     mine, other = instrument(card), instrument(last)
-    for what in mine.keys() & other.keys():
-        if mine[what] != other[what]:
-            raise DataError(
-                f"the scorecards of {card.run} {card.milestone or ''} and {last.run} {last.milestone or ''} differ in "
-                f"{what} ({mine[what]}, {other[what]}), so their scores cannot be compared; score both again"
-            )
+    differing = (what for what in mine if what in other and mine[what] != other[what])
+    return next((f"{what} ({mine[what]}, {other[what]})" for what in differing), None)
+
+
+def check_comparable(card: Scorecard, last: Scorecard) -> None:
+    """Raises DataError if two scorecards cannot be compared."""
+    if what := incomparable(card, last):
+        raise DataError(
+            f"the scorecards of {card.run} {card.milestone or ''} and {last.run} {last.milestone or ''} differ in "
+            f"{what}, so their scores cannot be compared; score both again"
+        )
 
 
 def _columns(cards: Sequence[Scorecard]) -> tuple[Column, ...]:
-    """The headline, the tasks in the suite's order, then the other averages and the loss."""
+    """The headline and its likelihood, the tasks in the suite's order, then the other averages and the loss."""
     tasks: dict[str, TaskScore] = {}
     averages: dict[str, Average] = {}
     for card in cards:
@@ -126,16 +139,30 @@ def _columns(cards: Sequence[Scorecard]) -> tuple[Column, ...]:
             num_items=t.num_items or None,
             num_fewshot=t.num_fewshot,
             small=t.small,
+            rule=t.rule,
+            majority=t.majority,
+            num_clusters=t.num_clusters,
         )
         for name, t in tasks.items()
     ]
-    return means[0], *measured, *means[1:], Column(LOSS, "held-out loss", "loss")
+    bits, others = ([m for m in means[1:] if (m.kind == "bits_per_byte") == is_bits] for is_bits in (True, False))
+    return means[0], *bits, *measured, *others, Column(LOSS, "held-out loss", "loss")
+
+
+def _likelihood_columns(columns: Sequence[Column], cards: Sequence[Scorecard]) -> tuple[Column, ...]:
+    """The average bits per byte, and those of each task that has them; none without an average."""
+    average = tuple(replace(c, title="average") for c in columns if c.kind == "bits_per_byte")
+    known = {t.name for card in cards for t in card.tasks if t.bits_per_byte is not None}
+    tasks = (replace(c, kind="bits_per_byte", chance=None, rule=None, majority=None) for c in columns if c.key in known)
+    return (*average, *tasks) if average else ()
 
 
 def _average_column(average: Average) -> Column:
     titles = {"all_tasks": "average", "without_small": "average without *"}
     title = titles.get(average.name, f"average {average.name}")
-    if average.kind != "accuracy":
+    if average.kind == "bits_per_byte":
+        title = "bits per byte"
+    elif average.kind != "accuracy":
         title = "centred average" if average.kind == "centred" else average.name
         title = f"{title} (random {average.random_baselines})"
     kind = "average" if average.kind == "accuracy" else average.kind
@@ -148,12 +175,19 @@ def _cell(card: Scorecard, column: Column, before: str | None) -> Cell:
             return Cell(NOT_APPLICABLE if card.milestone is None else NOT_RUN)
         return Cell("scored", card.validation_loss)
     measure = column.key.removeprefix("average/")
-    change = next((d for d in card.changes if (d.measure, d.against) == (measure, before)), None)
-    if column.kind == "accuracy":
+    changes = {d.kind: d for d in card.changes if (d.measure, d.against) == (measure, before)}
+    bits = changes.get("bits_per_byte")
+    change = bits if column.kind == "bits_per_byte" else changes.get("accuracy")
+    if measure == column.key:
         score = next((t for t in card.tasks if task_name(t.task, t.num_fewshot) == column.key), None)
-        if score is None or score.accuracy is None:
+        if score is None or score.status != "scored":
             return Cell(NOT_RUN if score is None else score.status)
-        return Cell("scored", score.accuracy, score.ci_low, score.ci_high, score.mde, score.accuracy_micro, change)
+        if column.kind == "bits_per_byte":
+            if score.bits_per_byte is None:
+                return Cell(NOT_APPLICABLE)
+            return Cell("scored", score.bits_per_byte, score.bits_low, score.bits_high, score=score, change=change)
+        ends = (score.accuracy, score.ci_low, score.ci_high, score.mde)
+        return Cell(score.status if score.accuracy is not None else NOT_APPLICABLE, *ends, score, change, bits)
     average = next((a for a in card.averages if a.name == measure), None)
     if average is None or average.value is None:
         return Cell(NOT_RUN if average is None else average.status)
@@ -161,7 +195,7 @@ def _cell(card: Scorecard, column: Column, before: str | None) -> Cell:
 
 
 def _quoted_cell(published: QuotedBaseline, column: Column, tasks_of: dict[str, set[str]]) -> Cell:
-    value = published.scores.get(column.key)
+    value = published.scores.get(column.key) if column.kind == "accuracy" else None
     if column.kind == "average" and tasks_of.get(column.key.removeprefix("average/")) == set(published.average_tasks):
         value = published.average
     return Cell(NOT_APPLICABLE) if value is None else Cell("scored", value, decimals=2)

@@ -6,7 +6,8 @@ from openlm_pipeline.evaluation.scorecard import Scorecard
 from openlm_pipeline.evaluation.suite import task_name
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.experiments.choices import Choice
-from openlm_pipeline.registry import OPTIMIZERS
+from openlm_pipeline.registry import OPTIMIZERS, RULES
+from openlm_pipeline.reports.noise import ABOVE_CHANCE, stuck_tasks
 from openlm_pipeline.reports.table import Table
 from openlm_pipeline.units import format_tokens
 
@@ -32,25 +33,47 @@ def notes(table: Table, cards: Sequence[Scorecard]) -> Facts:
         ("±", "the longer side of the 95% interval; it covers the sampling of items, not the seed of training"),
         (
             "▲ ▼",
-            "a change since the milestone above that a paired test over the same items finds significant at 5%: "
-            "an exact test, Holm's correction over all that this page says; a change without a mark may be noise",
+            "better and worse than at the milestone above, where a paired test over the same items finds it "
+            "significant at 5%: Holm's correction over all that this page says; a change without a mark may be noise",
         ),
         ("detectable", "smallest difference found four times in five between two models that err independently"),
+        (
+            "detectable change",
+            "the same of the change to the last scored milestone, tested pair by pair over the same items",
+        ),
     ]
+    if table.likelihoods:
+        said.append(("△ ▽", "accuracy can't tell, but the right answers became significantly more, or less, likely"))
+        said.append(("bits per byte", "what it takes to code the right answers; lower is better, and it moves sooner"))
+    rules = dict.fromkeys(column.rule for column in table.columns if column.rule)
+    said.append(("rule", "; ".join(f"{name}: {RULES[name].__doc__.split(chr(10))[0]}" for name in rules).rstrip(".")))
+    if any(name == "majority" for name, _ in table.footer()):
+        said.append(("majority", "accuracy of always choosing the option that is right most often"))
     if any(column.small for column in table.columns):
         said.append(("*", "a task of fewer than 300 items: what moves it is mostly noise"))
+    if any(column.key == ABOVE_CHANCE for column in table.columns):
+        names = ", ".join(column.heading for column in stuck_tasks(table))
+        said.append(
+            (
+                "average above chance",
+                f"the headline's tasks without those whose interval includes chance, or that are 0, at every scored "
+                f"milestone ({names}); picked by these very scores, so it has neither interval nor test",
+            )
+        )
     micro = [
-        f"{column.title} {cell.micro:.3f} at {row.title}"
+        f"{column.title} {cell.score.accuracy_micro:.3f} at {row.title}"
         for column in table.columns
         for row in reversed(table.milestones)
-        if (cell := table.cell(row, column.key)).micro is not None
+        if (cell := table.cell(row, column.key)).score and cell.score.accuracy_micro is not None
     ]
     if micro:
         said.append(("categories", f"a task with categories counts as their mean; over its items alone: {micro[0]}"))
     for card in cards[-1:]:
         for average in card.averages:
             what = "mean of " + ", ".join(t.removesuffix("/0-shot") for t in average.tasks)
-            if average.kind != "accuracy":
+            if average.kind == "bits_per_byte":
+                what = f"mean bits per byte of the right answers over {len(average.tasks)} tasks"
+            elif average.kind != "accuracy":
                 what = f"mean of (accuracy − guessing) / (1 − guessing), random baselines {average.random_baselines}"
                 what += f", over {len(average.tasks)} tasks"
             said.append((average.name, f"{what}; given only where all of them are scored"))

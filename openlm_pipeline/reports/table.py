@@ -6,7 +6,7 @@ A cell without a value says why. Nothing is computed here that a scorecard or a 
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,12 +14,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from openlm_pipeline.evaluation.comparison import Difference
+from openlm_pipeline.evaluation.scores import TaskScore
 from openlm_pipeline.storage.files import atomic_writer
 
 Status = Literal["scored", "failed", "not run", "stale", "n/a"]
 RowKind = Literal["milestone", "re-run", "quoted"]
-ColumnKind = Literal["average", "accuracy", "centred", "category", "loss"]
+ColumnKind = Literal["average", "accuracy", "centred", "category", "bits_per_byte", "loss"]
 
+_NARROW = 9
+"""Columns that stand comfortably beside each other on a page."""
 NOT_RUN: Status = "not run"
 STALE: Status = "stale"
 """Scored, but by another suite, precision or harness, or of other weights."""
@@ -38,18 +41,32 @@ class Cell:
     high: float | None = None
     mde: float | None = None
     """Smallest difference found with 80% power between two models that err independently."""
-    micro: float | None = None
-    """Accuracy over all items together, where a task has categories; `value` is the mean of the categories."""
+    score: TaskScore | None = None
+    """What else is known of a task."""
     change: Difference | None = None
     """Since the milestone in the row above."""
+    likelihood: Difference | None = None
+    """The same of a task's bits per byte, where `value` is its accuracy."""
     decimals: int = 3
 
     @property
     def mark(self) -> str:
-        """▲ or ▼ only where the paired test against the milestone before is significant after correction."""
-        if self.change is None or not self.change.significant or not self.change.delta:
-            return ""
-        return "▲" if self.change.delta > 0 else "▼"
+        """▲ better or ▼ worse, where the paired test against the milestone before is significant after correction; △ or
+        ▽ where accuracy can't tell and likelihood can."""
+        for difference, better, worse in ((self.change, "▲", "▼"), (self.likelihood, "△", "▽")):
+            if difference is not None and difference.better is not None:
+                return better if difference.better else worse
+        return ""
+
+    @property
+    def mark_note(self) -> str:
+        """What the mark rests on, in words."""
+        hollow = self.mark in ("△", "▽")
+        found = self.likelihood if hollow else self.change
+        of = " bits per byte" if found.kind == "bits_per_byte" else ""
+        said = f"{signed(found.delta)}{of} since the milestone before, p = {found.p_holm:.2g}"
+        likelier = "more" if self.mark == "△" else "less"
+        return f"accuracy can't tell; the right answers became {likelier} likely: {said}" if hollow else said
 
     @property
     def number(self) -> str:
@@ -83,6 +100,12 @@ class Column:
     num_fewshot: int | None = None
     small: bool = False
     """On so few items that most of what moves it is noise."""
+    rule: str | None = None
+    """When an item of a task is right: a name in `RULES`."""
+    majority: float | None = None
+    """What always choosing the commonest right option gets."""
+    num_clusters: int | None = None
+    """Of items that go together, where they are fewer than the items."""
 
     @property
     def heading(self) -> str:
@@ -124,6 +147,8 @@ class Table:
     rows: tuple[Row, ...]
     claims: Mapping[str, float] = field(default_factory=dict)
     """p-values of what is claimed of the best milestone (`reports.claims`), corrected over the page."""
+    likelihoods: "Table | None" = None
+    """Bits per byte of the right answers, their average first; lower is better."""
 
     @property
     def headline(self) -> Column:
@@ -144,18 +169,45 @@ class Table:
         return [c for c in self.columns if c.kind == "accuracy"]
 
     def best(self) -> Row | None:
-        """The milestone with the highest headline average, the earlier of equals; None if none has one."""
+        """The milestone with the best headline average, the earlier of equals; None if none has one."""
         scored = [row for row in self.milestones if row.cells[0].value is not None]
-        return max(scored, key=lambda row: row.cells[0].value, default=None)
+        sign = -1 if self.headline.kind == "bits_per_byte" else 1
+        return max(scored, key=lambda row: sign * row.cells[0].value, default=None)
+
+    def split(self) -> "tuple[Table, Table | None]":
+        """The table in two that fit a page, where it has many columns: the headline with the tasks, and the rest."""
+        if len(self.columns) <= _NARROW:
+            return self, None
+        kept = [i for i, c in enumerate(self.columns) if i == 0 or c.kind in ("accuracy", "bits_per_byte")]
+        rest = [i for i in range(len(self.columns)) if i not in kept]
+        others = self.only(rest)
+        shown = tuple(row for row in others.rows if any(cell.value is not None for cell in row.cells))
+        return self.only(kept), replace(others, rows=shown)
+
+    def only(self, columns: Sequence[int]) -> "Table":
+        """Some of the columns, by their numbers."""
+        rows = tuple(replace(row, cells=tuple(row.cells[i] for i in columns)) for row in self.rows)
+        return replace(self, columns=tuple(self.columns[i] for i in columns), rows=rows)
 
     def footer(self) -> list[tuple[str, list[str]]]:
-        """What belongs to a column as a whole: chance, items and the detectable change of its last scored milestone."""
-        cells = [[row.cells[i] for row in self.milestones] for i in range(len(self.columns))]
-        mde = [next((c.mde for c in reversed(column) if c.mde is not None), None) for column in cells]
+        """What belongs to a column as a whole; what is detectable is that of its last scored milestone."""
+
+        def number(value: float | None) -> str:
+            return "–" if value is None else f"{value:.3f}"
+
+        cells = [[row.cells[i] for row in reversed(self.milestones)] for i in range(len(self.columns))]
+        paired = [next((c.change.mde for c in of if c.change and c.change.mde is not None), None) for of in cells]
+        alone = [next((c.mde for c in of if c.mde is not None), None) for of in cells]
+        common = [
+            c.majority if None not in (c.majority, c.chance) and c.majority > c.chance else None for c in self.columns
+        ]
         rows = [
-            ("chance", ["–" if c.chance is None else f"{c.chance:.3f}" for c in self.columns]),
+            ("rule", [c.rule or "–" for c in self.columns]),
+            ("chance", [number(c.chance) for c in self.columns]),
+            ("majority", [number(value) for value in common]),
             ("items", ["–" if c.num_items is None else str(c.num_items) for c in self.columns]),
-            ("detectable", ["–" if m is None else f"{m:.3f}" for m in mde]),
+            ("detectable change", [number(p) for p in paired]),
+            ("detectable", [number(m if p is None else None) for p, m in zip(paired, alone)]),
         ]
         return [(name, values) for name, values in rows if any(v != "–" for v in values)]
 
@@ -174,6 +226,7 @@ class Table:
 
     def to_arrow(self) -> pa.Table:
         """The tidy form, one row per cell: the content of the CSV and of the Parquet file."""
+        averages = {column.key for column in self.columns if column.kind != "accuracy"}
         records = [
             {
                 "run": self.run,
@@ -192,12 +245,18 @@ class Table:
                 "value": cell.value,
                 "ci95_low": cell.low,
                 "ci95_high": cell.high,
-                "accuracy_micro": cell.micro,
                 "mde": cell.mde,
                 **_change(cell.change),
+                "rule": column.rule,
+                "majority": column.majority,
+                "num_clusters": column.num_clusters,
+                **{name: getattr(cell.score, name, None) for name in _OTHER_ACCURACIES},
             }
-            for row in self.rows
-            for column, cell in zip(self.columns, row.cells)
+            for table in (self, self.likelihoods)
+            if table
+            for row in table.rows
+            for column, cell in zip(table.columns, row.cells)
+            if table is self or column.key not in averages
         ]
         return pa.Table.from_pylist(records, schema=_SCHEMA)
 
@@ -223,9 +282,11 @@ def _change(change: Difference | None) -> dict[str, float | bool | None]:
         "change_ci95_high": change.ci_high,
         "change_p_holm": change.p_holm,
         "change_significant": change.significant,
+        "mde_paired": change.mde,
     }
 
 
+_OTHER_ACCURACIES = ("accuracy_micro", "accuracy_sum", "accuracy_norm", "accuracy_exact")
 _SCHEMA = pa.schema(
     [
         ("run", pa.string()),
@@ -251,8 +312,20 @@ _SCHEMA = pa.schema(
         ("change_ci95_high", pa.float64()),
         ("change_p_holm", pa.float64()),
         ("change_significant", pa.bool_()),
+        ("rule", pa.string()),
+        ("accuracy_sum", pa.float64()),  # acc of lm-evaluation-harness
+        ("accuracy_norm", pa.float64()),  # its acc_norm
+        ("accuracy_exact", pa.float64()),
+        ("majority", pa.float64()),
+        ("num_clusters", pa.int64()),
+        ("mde_paired", pa.float64()),
     ]
 )
+
+
+def signed(value: float, decimals: int = 3) -> str:
+    """`+0.031`, with a true minus sign."""
+    return f"{value:+.{decimals}f}".replace("-", "−")
 
 
 def escape_markdown(text: str) -> str:

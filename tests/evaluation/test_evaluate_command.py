@@ -180,7 +180,7 @@ def test_a_number_is_shown_only_for_what_it_was_measured_on(exported, tmp_path):
         return html.unescape((pipeline.home / "reports/tiny/v1/report.md").read_text())
 
     def row(page: str, name: str) -> list[str]:
-        (line,) = (line for line in page.splitlines() if line.startswith(f"| {name} |"))
+        line, *_ = (line for line in page.splitlines() if line.startswith(f"| {name} |"))
         return [cell.strip() for cell in line.strip("|").split("|")[1:]]
 
     first, second = str(tmp_path / "first"), str(tmp_path / "second")

@@ -29,16 +29,23 @@ def _task(name: str, accuracy: float | None, half: float = 0.05, chance: float =
         chance=chance,
         centred=(accuracy - chance) / (1 - chance),
         mde=0.098,
+        accuracy_sum=accuracy - 0.01 if chance else None,
+        accuracy_norm=accuracy + 0.01 if chance else None,
+        majority=0.2625 if chance else None,
+        bits_per_byte=2 - accuracy,
+        bits_low=1.9 - accuracy,
+        bits_high=2.1 - accuracy,
         status="scored",
         task_file_sha256=name[0] * 64,
         **fields,
     )
 
 
-def _difference(measure: str, against: str, delta: float, p_holm: float) -> Difference:
+def _difference(measure: str, against: str, delta: float, p_holm: float, kind: str = "accuracy") -> Difference:
     return Difference(
         measure=measure,
         against=against,
+        kind=kind,
         delta=delta,
         ci_low=delta - 0.04,
         ci_high=delta + 0.04,
@@ -51,10 +58,13 @@ def _difference(measure: str, against: str, delta: float, p_holm: float) -> Diff
 
 def _average(name: str, kind: str, tasks: tuple[TaskScore, ...]) -> Average:
     common = {"name": name, "kind": kind, "tasks": tuple(t.name for t in tasks)}
-    common["random_baselines"] = None if kind == "accuracy" else "v1"
+    common["random_baselines"] = "v1" if kind == "centred" else None
     if missing := tuple(t.name for t in tasks if t.status != "scored"):
         status = "failed" if any(t.status == "failed" for t in tasks) else "not run"
         return Average(**common, status=status, missing=missing)
+    if kind == "bits_per_byte":
+        value = sum(t.bits_per_byte for t in tasks) / len(tasks)
+        return Average(**common, value=value, ci_low=value - 0.05, ci_high=value + 0.05, status="scored")
     value = sum(t.accuracy if kind == "accuracy" else t.centred for t in tasks) / len(tasks)
     chance = sum(t.chance for t in tasks) / len(tasks) if kind == "accuracy" else 0.0
     ends = {"ci_low": value - 0.03, "ci_high": value + 0.03, "standard_error": 0.0153, "mde": 0.06}
@@ -77,7 +87,11 @@ def _card(milestone: str | None, tokens: int | None, tasks: tuple[TaskScore, ...
         random_baselines="v1",
         harness_version="1",
         tasks=tasks,
-        averages=(_average("all_tasks", "accuracy", tasks), _average("all_tasks_centred", "centred", tasks)),
+        averages=(
+            _average("all_tasks", "accuracy", tasks),
+            _average("all_tasks_centred", "centred", tasks),
+            _average("all_tasks_bits_per_byte", "bits_per_byte", tasks),
+        ),
         status="incomplete" if missing else "complete",
         missing=missing,
         **settings,
@@ -104,6 +118,14 @@ def experiment() -> Experiment:
 
 
 @pytest.fixture(scope="session")
+def of_tasks() -> Callable[..., Scorecard]:
+    """A scorecard of accuracies by task, as `of_tasks(accuracies, milestone, tokens, run=...)`."""
+    return lambda accuracies, milestone, tokens, **fields: _card(
+        milestone, tokens, tuple(_task(name, value) for name, value in accuracies.items()), loss=2.2, **fields
+    )
+
+
+@pytest.fixture(scope="session")
 def first_card() -> Scorecard:
     tasks = (_task("choice", 0.31), _task("cloze", 0.12, chance=0.0), _task("harder", 0.30))
     return _card("t0250K", 253952, tasks, loss=5.75)
@@ -116,14 +138,23 @@ def failed_card() -> Scorecard:
         _task("cloze", 0.14, chance=0.0),
         _task("harder", None, status="failed", problem="row 7 has no answer"),
     )
-    changes = (_difference("choice/0-shot", "t0250K", 0.09, 0.01), _difference("cloze/0-shot", "t0250K", 0.02, 0.4))
+    changes = (
+        _difference("choice/0-shot", "t0250K", 0.09, 0.01),
+        _difference("cloze/0-shot", "t0250K", 0.02, 0.4),
+        _difference("cloze/0-shot", "t0250K", -0.02, 0.001, "bits_per_byte"),
+    )
     return _card("t0500K", 507904, tasks, loss=5.25, changes=changes)
 
 
 @pytest.fixture(scope="session")
 def last_card() -> Scorecard:
     tasks = (_task("choice", 0.45), _task("cloze", 0.06, chance=0.0), _task("harder", 0.36))
-    changes = (_difference("choice/0-shot", "t0500K", 0.05, 0.2), _difference("cloze/0-shot", "t0500K", -0.08, 0.003))
+    changes = (
+        _difference("choice/0-shot", "t0500K", 0.05, 0.2),
+        _difference("cloze/0-shot", "t0500K", -0.08, 0.003),
+        _difference("choice/0-shot", "t0500K", 0.04, 0.02, "bits_per_byte"),
+        _difference("cloze/0-shot", "t0500K", 0.08, 0.002, "bits_per_byte"),
+    )
     against = (_difference("all_tasks", "t0250K", 0.047, 0.004), _difference("all_tasks", "tiny_lm", -0.02, 0.4))
     return _card("t0001M", 1007616, tasks, loss=4.5, changes=changes, against=against)
 

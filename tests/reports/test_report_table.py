@@ -50,8 +50,41 @@ def test_marks_stand_only_at_significant_changes(table):
     marks = {(row.label, c.key): cell.mark for row in table.rows for c, cell in zip(table.columns, row.cells)}
     assert {k: m for k, m in marks.items() if m} == {
         ("t0500K", "choice/0-shot"): "▲",
+        ("t0500K", "cloze/0-shot"): "△",  # its accuracy may be noise, its likelihood isn't
+        ("t0001M", "choice/0-shot"): "▽",
         ("t0001M", "cloze/0-shot"): "▼",
     }
+    likelihoods = [(row.label, c.key, row.cells[i].mark) for row in table.likelihoods.rows for i, c in bits(table)]
+    assert [found for found in likelihoods if found[2]] == [
+        ("t0500K", "cloze/0-shot", "▲"),  # fewer bits are better
+        ("t0001M", "choice/0-shot", "▼"),
+        ("t0001M", "cloze/0-shot", "▼"),
+    ]
+
+
+def bits(table):
+    return list(enumerate(table.likelihoods.columns))
+
+
+def test_likelihoods_stand_beside_accuracies_in_every_form(table):
+    assert [c.title for c in table.columns[:3]] == ["average", "bits per byte", "choice"]
+    assert [c.title for c in table.likelihoods.columns] == ["average", "choice", "cloze", "harder"]
+    assert [row.label for row in table.likelihoods.rows] == ["t0250K", "t0500K", "t0001M", "tiny_lm"]
+    assert table.likelihoods.best().label == "t0001M"  # the lowest
+    tidy = {(r["model"], r["measure"], r["measure_kind"]): r for r in table.to_arrow().to_pylist()}
+    assert len(tidy) == table.to_arrow().num_rows
+    assert tidy["t0250K", "choice/0-shot", "bits_per_byte"]["value"] == 1.69
+    known = tidy["t0500K", "choice/0-shot", "accuracy"]
+    others = ("rule", "accuracy_sum", "accuracy_norm", "majority", "mde_paired")
+    assert [known[name] for name in others] == ["mean", 0.39, pytest.approx(0.41), 0.2625, 0.06]
+
+
+def test_the_footer_names_rules_and_says_which_change_could_be_seen(table):
+    footer = {name: dict(zip((c.key for c in table.columns), values)) for name, values in table.footer()}
+    assert footer["rule"]["choice/0-shot"] == "mean" and footer["rule"]["average/all_tasks"] == "–"
+    assert footer["majority"]["choice/0-shot"] == "0.263" and footer["majority"]["cloze/0-shot"] == "–"
+    assert footer["detectable change"]["choice/0-shot"] == "0.060"  # tested item by item
+    assert footer["detectable"]["choice/0-shot"] == "–" and footer["detectable"]["harder/0-shot"] == "0.098"
 
 
 def test_a_change_against_another_milestone_than_the_one_above_is_not_marked(first_card, last_card, experiment):
@@ -67,7 +100,7 @@ def test_a_task_with_categories_is_one_cell_with_its_micro_accuracy_beside(first
     whole = first_card.tasks[0].model_copy(update={"num_categories": 2, "accuracy_micro": 0.32})
     card = first_card.model_copy(update={"tasks": (whole, *first_card.tasks[1:])})
     table = milestones_table("demo", "v1", [card])
-    (row,) = (r for r in table.to_arrow().to_pylist() if r["measure"] == "choice/0-shot")
+    (row, _) = (r for r in table.to_arrow().to_pylist() if r["measure"] == "choice/0-shot")
     assert (row["value"], row["accuracy_micro"]) == (0.31, 0.32)
 
 
