@@ -9,7 +9,7 @@ from gloo_workers import forked_trainers
 from journey import prepare, session
 
 
-@pytest.mark.parametrize("layout", ["huggingface"])
+@pytest.mark.parametrize("layout", ["huggingface", "llama"])
 def test_a_users_session(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     variables = prepare(tmp_path)
     for name, value in variables.items():

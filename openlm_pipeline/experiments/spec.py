@@ -28,6 +28,8 @@ from openlm_pipeline.units import Tokens, format_tokens, milestone_label
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_]*$")]
 """Lower-case letters, digits and underscores: a name is used in paths, asset keys and job names."""
+Version = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+"""A folder's name, too."""
 
 
 _AVERAGE = re.compile(r"(ema|poly)_(\d*\.?\d+)(?:_(\d+))?")
@@ -83,7 +85,7 @@ class Source(Strict):
     """Raw text files that become one dataset of shards, or shards that are there already: `files` or `shards`."""
 
     name: Name
-    version: str = "v1"
+    version: Version = "v1"
     files: tuple[str, ...] = ()
     """Paths, globs and folders, here (relative ones start at `OPENLM_HOME`) or at any fsspec URL; `@PATH` is a file
     that lists such, one per line."""
@@ -365,7 +367,7 @@ class Parent(Strict):
     order of the samples."""
 
     run: Name
-    version: str = "v1"
+    version: Version = "v1"
     milestone: Annotated[Tokens, Field(ge=1)]
     optimizer: Literal["keep", "reset"] = "keep"
     """`keep` the optimizer's state, or begin with a new one."""
@@ -434,7 +436,7 @@ class Experiment(Strict):
     """One experiment. Its runs, scorecards and reports are filed under `name/version`."""
 
     name: Name
-    version: str = "v1"
+    version: Version = "v1"
     description: str = ""
     tokenizer: TokenizerSpec
     seq_len: int = Field(ge=8)

@@ -7,7 +7,7 @@ on a GPU `attention.json`, the order of attention's kernels by kind of GPU.
 import json
 import os
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,9 @@ from openlm_pipeline.storage.files import atomic_writer, folder_lock, read_json,
 
 WANDB_URL = "wandb_url.txt"
 """File of the run folder with the address of its page, once wandb gave it one; there is none offline."""
+
+_MOST_RECORDS = 40_000
+"""Twice as many losses are in memory at the most, 2.7 kB each."""
 
 
 @dataclass(frozen=True)
@@ -186,22 +189,33 @@ class RunFolder:
             f.seek(offset)
             lines = f.read()
         whole = lines[: lines.rfind(b"\n") + 1]
-        return list(_json_records(whole)), offset + len(whole)
+        return list(_json_records(whole.splitlines())), offset + len(whole)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Records of losses by step, those of training and of validation.
 
-        A resumed run repeats steps; the last record of a step and kind stands.
+        A resumed run repeats steps; the last record of a step and kind stands. Of very many, the last of each few
+        neighbouring steps stands.
         """
-        records: dict[tuple[int, bool], dict[str, Any]] = {}
-        for record in self.new_metrics(0)[0]:
-            if is_measurement(record):
-                records[record["step"], "validation_loss" in record] = record
-        return [records[key] for key in sorted(records)]
+        kinds: list[dict[int, dict[str, Any]]] = [{}, {}]
+        widths = [1, 1]
+        for record in filter(is_measurement, self._records()):
+            kind = "validation_loss" in record
+            kinds[kind][record["step"] // widths[kind]] = record
+            if len(kinds[kind]) > 2 * _MOST_RECORDS:
+                widths[kind] *= 2
+                kinds[kind] = {place // 2: r for place, r in sorted(kinds[kind].items())}
+        return sorted((r for steps in kinds for r in steps.values()), key=lambda r: (r["step"], "validation_loss" in r))
+
+    def _records(self) -> Iterator[dict[str, Any]]:
+        """All of `metrics.jsonl`, one at a time."""
+        if self.metrics_file.exists():
+            with self.metrics_file.open("rb") as f:
+                yield from _json_records(f)
 
     def skipped_steps(self) -> list[dict[str, Any]]:
         """A record of each time that a step was left out, in the order written."""
-        return [r for r in self.new_metrics(0)[0] if "skipped" in r]
+        return [r for r in self._records() if "skipped" in r]
 
     def write_outcome(
         self, status: Literal["completed", "preempted", "failed"], step: int, tokens: int, **why: str
@@ -225,9 +239,9 @@ def is_measurement(record: dict[str, Any]) -> bool:
     return "loss" in record or "validation_loss" in record
 
 
-def _json_records(lines: bytes) -> Iterator[dict[str, Any]]:
+def _json_records(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
     """Records of a file whose writer may have been killed inside a line."""
-    for line in lines.splitlines():
+    for line in lines:
         try:
             yield json.loads(line)
         except json.JSONDecodeError:

@@ -1,11 +1,14 @@
 """The run folder's records: metrics of resumed and killed runs, and the claim on it."""
 
+import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
 from small_run import SmallRun
 
 from openlm_pipeline.errors import BusyError, IdentityError
+from openlm_pipeline.runs import folder
 from openlm_pipeline.runs.folder import RunFolder
 
 
@@ -22,6 +25,25 @@ def test_a_resumed_runs_metrics_hold_each_step_once_the_last_record_standing(run
     records = run.read_metrics()
     assert [(r["step"], r["loss"]) for r in records if "loss" in r] == [(1, 5.0), (2, 4.5), (3, 3.5)]
     assert [r["validation_loss"] for r in records if "validation_loss" in r] == [3.7]
+
+
+def test_very_many_records_are_read_in_little_memory(run: RunFolder, monkeypatch: pytest.MonkeyPatch):
+    """Thinned evenly, down to the newest; what tells of something else than losses is all there."""
+    monkeypatch.setattr(folder, "_MOST_RECORDS", 100)
+    losses = [{"step": step, "tokens": 256 * step, "loss": 1 / step, "lr": 1e-3} for step in range(1, 20_001)]
+    lines = [*losses, {"step": 20_000, "validation_loss": 0.5}, {"step": 7, "skipped": "it is a spike"}]
+    run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tracemalloc.start()
+    try:
+        records = run.read_metrics()
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+    steps = [r["step"] for r in records if "loss" in r]
+    assert 100 <= len(steps) <= 200 and steps[-1] == 20_000
+    assert len({b - a for a, b in zip(steps, steps[1:])}) <= 2
+    assert records[-1] == {"step": 20_000, "validation_loss": 0.5}
+    assert [r["step"] for r in run.skipped_steps()] == [7]
 
 
 def test_a_line_cut_short_by_a_kill_is_passed_over_and_hides_nothing_after_it(run: RunFolder):

@@ -65,6 +65,8 @@ def test_a_flag_that_makes_no_sense_is_refused(tmp_path: Path, flags: str, messa
             "longer than the schedule",
         ),
         (["milestones=[1024.5]"], "1024.5 is not a number of tokens"),
+        (["version=../../x"], "version: String should match pattern"),
+        (["name=twig", 'parent={run: small, version: "..", milestone: 1024}'], "parent.version: String should match"),
         (["launcher.max_restarts=-1"], "launcher.max_restarts: Input should be greater"),
     ],
 )
@@ -204,6 +206,8 @@ def test_damage_in_a_run_folder_is_named(copy: SmallRun, damage: Callable[[Path]
     damage(copy.run.path / place)
     with pytest.raises(OpenLMError, match=message):
         copy.train(TO_10, *(["name=other"] if "other" in place else []))
+    if place == "metrics.jsonl":
+        assert copy.run.read_outcome()["status"] == "failed"
 
 
 @pytest.mark.parametrize("place", ["metrics.jsonl", "outcome.json"])

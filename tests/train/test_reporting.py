@@ -122,6 +122,15 @@ def test_wandb_has_the_records_and_a_restart_goes_on_with_the_same_run(small: Sm
     assert {f"train/{name}" for name in OPENLM_TRAIN | OURS_TRAIN} <= set(second[0])
 
 
+def test_one_recipe_in_two_homes_is_two_wandb_runs(tmp_path: Path, offline: None):
+    ids = []
+    for home in ("a", "b"):
+        small = SmallRun(tmp_path / home, (4,))
+        small.train("execution.report_to=[wandb]")
+        ids += [wandb_id for wandb_id, _ in wandb_histories(small.run.path)]
+    assert len(set(ids)) == len(ids) == 2
+
+
 def test_other_settings_are_another_wandb_run(small: SmallRun, offline: None):
     small.train("execution.report_to=[wandb]", "milestones=[1024]")
     small.train("execution.report_to=[wandb]", "milestones=[1024]", "training.lr=0.02", allow={"supersede"})
