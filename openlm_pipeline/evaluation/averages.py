@@ -14,6 +14,8 @@ from openlm_pipeline.registry import RULES
 
 SMALL_TASK = 300
 """With fewer items the 95% interval at 50% is wider than ±5.6 points, more than most gains between milestones."""
+HELD_OUT_TEXT = "held_out_text"
+"""Name of the mean over texts that are neither right nor wrong."""
 AverageKind = Literal["accuracy", "centred", "category", "bits_per_byte"]
 
 
@@ -52,7 +54,7 @@ def suite_averages(suite: Suite, num_items: Mapping[str, int]) -> list[AverageDe
         ConfigError: a category has the name of an average.
     """
     texts = tuple(task_name(t.label, k) for t, k in suite.runs() if not RULES[t.rule].judges)
-    of_texts = [AverageDefinition("held_out_text", "bits_per_byte", _equal(texts))] if texts else []
+    of_texts = [AverageDefinition(HELD_OUT_TEXT, "bits_per_byte", _equal(texts))] if texts else []
     if len(texts) == len(list(suite.runs())):
         return of_texts
     plain = dict(suite.averages) or {"all_tasks": suite.headline}

@@ -177,7 +177,9 @@ def _adjusted(family: Sequence[Difference], p_values: Sequence[float]) -> list[D
 def corrected_over_page(
     cards: "Sequence[Scorecard]", claims: Sequence[float] = ()
 ) -> "tuple[list[Scorecard], list[float]]":
-    """Scorecards whose changes, together with other claims of the page that shows them, are one family of tests.
+    """Scorecards whose changes, with what else the page that shows them says, are wrong one time in twenty.
+
+    Changes are one family of tests and claims another, each at half the level.
 
     Args:
         claims: p-values of what else the page says.
@@ -187,7 +189,8 @@ def corrected_over_page(
     """
     families = [card.changes for card in cards]
     tests = [d.p_value for family in families for d in family if d.p_value is not None]
-    adjusted = statistics.holm([*tests, *claims])
+    share = 2 if tests and claims else 1
+    adjusted = [min(1.0, share * p) for p in (*statistics.holm(tests), *statistics.holm(claims))]
     done, at = [], 0
     for card, family in zip(cards, families):
         size = sum(d.p_value is not None for d in family)

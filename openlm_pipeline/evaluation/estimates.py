@@ -116,12 +116,13 @@ def combined_difference(parts: Sequence[tuple[float, Tested]]) -> Tested:
     """The sum of differences, each times its weight, with a normal interval and test."""
     if len(parts) == 1 and parts[0][0] == 1:
         return parts[0][1]
+    alone = parts[0][1].p_value if len(parts) == 1 else None
     found = combined([(w, t.estimate) for w, t in parts])
     half = statistics.half_width(found.error)
     estimate = Estimate(
         found.value, found.value - half, found.value + half, found.error, found.codes, found.influence, found.clusters
     )
-    return Tested(estimate, statistics.normal_p_value(found.value, found.error))
+    return Tested(estimate, statistics.normal_p_value(found.value, found.error) if alone is None else alone)
 
 
 def _mean_like(value: float, influence: Array, codes: Array) -> Estimate:

@@ -94,8 +94,9 @@ class Scorecard(Provenance):
         return self.headline.value
 
     def difference(self, measure: str, against: str) -> Difference | None:
-        """A paired difference of accuracy to another milestone or baseline, if one was made."""
-        every = (d for d in (*self.changes, *self.against) if d.kind == "accuracy")
+        """A paired difference of a task's accuracy, or of an average, to another milestone or baseline, if made."""
+        of_bits = any((a.name, a.kind) == (measure, "bits_per_byte") for a in self.averages)
+        every = (d for d in (*self.changes, *self.against) if (d.kind == "bits_per_byte") == of_bits)
         made = (d for d in every if (d.measure, d.against) == (measure, against))
         return next((d for d in made if d.delta is not None), None)
 

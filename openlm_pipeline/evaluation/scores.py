@@ -107,6 +107,11 @@ class Average(Strict):
     missing: tuple[str, ...] = ()
     """Its tasks without scores."""
 
+    @property
+    def goodness(self) -> float | None:
+        """Its value, larger where it is better."""
+        return -self.value if self.kind == "bits_per_byte" and self.value is not None else self.value
+
 
 @dataclass(frozen=True)
 class Measured:

@@ -15,7 +15,7 @@ def claims(cards: Sequence[Scorecard], baselines: Sequence[Scorecard]) -> dict[s
     The best of k guesses is above chance, and above a baseline, k times as easily as one is; a lead over the second is
     no larger than between any two.
     """
-    scored = sorted((c for c in cards if c.average is not None), key=lambda c: -c.average)
+    scored = sorted((c for c in cards if c.average is not None), key=lambda c: -c.headline.goodness)
     if not scored:
         return {}
     best, found = scored[0], {}
@@ -26,7 +26,7 @@ def claims(cards: Sequence[Scorecard], baselines: Sequence[Scorecard]) -> dict[s
         side = best.average - best.headline.ci_low if over > 0 else best.headline.ci_high - best.average
         found[CHANCE] = statistics.normal_p_value(over, side / statistics.half_width(1.0))
     others = [c for c in baselines if c.average is not None]
-    if others and (gap := paired(best, max(others, key=lambda c: c.average))):
+    if others and (gap := paired(best, max(others, key=lambda c: c.headline.goodness))):
         found[BASELINE] = gap.p_value
     picked = {LEAD: 1, CHANCE: len(scored), BASELINE: len(scored) * len(others)}
     return {name: min(1.0, p * picked[name]) for name, p in found.items()}

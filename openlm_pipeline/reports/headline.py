@@ -84,9 +84,10 @@ def headline(table: Table, cards: Sequence[Scorecard] = (), seeds: SeedNoise | N
         main = f"{best.title} tokens is the only scored milestone"
     else:
         main = f"{best.title} tokens is the best of {len(scored)} scored milestones"
-    figures = [Figure("Average accuracy", f"{cell.number} {cell.half_width}".rstrip(), _tasks(table, by_label, best))]
+    title = "Average accuracy" if table.better > 0 else table.headline.title.capitalize()
+    figures = [Figure(title, f"{cell.number} {cell.half_width}".rstrip(), _tasks(table, by_label, best))]
     if len(scored) > 1:
-        second = max((row for row in scored if row is not best), key=lambda row: row.cells[0].value)
+        second = max((row for row in scored if row is not best), key=lambda row: table.better * row.cells[0].value)
         gap = _gap(table, by_label, best, second, LEAD)
         figures.append(Figure(f"Lead over {second.title}", signed(gap.delta), gap.detail, gap.sign))
         main += (
@@ -126,7 +127,7 @@ def _against_baselines(table: Table, cards: dict[str, Scorecard], best: Row) -> 
         rows = [r for r in table.baselines if r.kind == kind and r.cells[0].value is not None]
         if not rows:
             continue
-        other = max(rows, key=lambda row: row.cells[0].value)
+        other = max(rows, key=lambda row: table.better * row.cells[0].value)
         if kind == "re-run":
             gap = _gap(table, cards, best, other, BASELINE)
             figures.append(
@@ -165,9 +166,10 @@ def _shifted(cell: Cell, by: float) -> tuple[float | None, float | None]:
 
 
 def _gap(table: Table, cards: dict[str, Scorecard], row: Row, other: Row, claim: str) -> _Gap:
-    """Paired where one of the two scorecards has the comparison; else the errors count as independent."""
+    """How much better one is: paired where one of the two scorecards has the comparison; else the errors count as
+    independent."""
     measure = table.headline.key.removeprefix("average/")
-    for mine, theirs, sign in ((row, other, 1), (other, row, -1)):
+    for mine, theirs, sign in ((row, other, table.better), (other, row, -table.better)):
         card = cards.get(mine.label)
         found = card.difference(measure, theirs.label) if card else None
         if found is not None and found.ci_low is not None:
@@ -175,7 +177,7 @@ def _gap(table: Table, cards: dict[str, Scorecard], row: Row, other: Row, claim:
             p_value = table.claims.get(claim, found.p_value)
             return _Gap(sign * found.delta, low, high, p_value, "paired over the same items")
     ours, theirs = row.cells[0], other.cells[0]
-    delta = ours.value - theirs.value
+    delta = table.better * (ours.value - theirs.value)
     if None in (ours.low, ours.high, theirs.low, theirs.high):
         return _Gap(delta, None, None, None, "no intervals")
     half = math.hypot(ours.high - ours.low, theirs.high - theirs.low) / 2

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from openlm_pipeline.errors import DataError
+from openlm_pipeline.evaluation.averages import HELD_OUT_TEXT
 from openlm_pipeline.evaluation.baselines import QuotedBaseline
 from openlm_pipeline.evaluation.comparison import corrected_over_page
 from openlm_pipeline.evaluation.scorecard import Average, Scorecard, TaskScore
@@ -56,7 +57,10 @@ def milestones_table(
     every = [*cards.values(), *([parent] if parent else []), *baselines]
     for card in every:
         check_comparable(card, every[-1])
-    columns = (*(shown := _columns(every)), *_likelihood_columns(shown, every))
+    judged = {t.name for card in every for t in card.tasks if t.accuracy is not None or t.status != "scored"}
+    every_column = _columns(every)
+    shown = [c for c in every_column if c.kind != "accuracy" or c.key in judged]
+    columns = (*shown, *_likelihood_columns(every_column, every))
     rows: list[Row] = []
     before = None
     if parent is not None:
@@ -151,7 +155,9 @@ def _columns(cards: Sequence[Scorecard]) -> tuple[Column, ...]:
 
 def _likelihood_columns(columns: Sequence[Column], cards: Sequence[Scorecard]) -> tuple[Column, ...]:
     """The average bits per byte, and those of each task that has them; none without an average."""
-    average = tuple(replace(c, title="average") for c in columns if c.kind == "bits_per_byte")
+    average = tuple(
+        replace(c, title=c.title.replace("bits per byte", "average")) for c in columns if c.kind == "bits_per_byte"
+    )
     known = {t.name for card in cards for t in card.tasks if t.bits_per_byte is not None}
     tasks = (replace(c, kind="bits_per_byte", chance=None, rule=None, majority=None) for c in columns if c.key in known)
     return (*average, *tasks) if average else ()
@@ -161,7 +167,7 @@ def _average_column(average: Average) -> Column:
     titles = {"all_tasks": "average", "without_small": "average without *"}
     title = titles.get(average.name, f"average {average.name}")
     if average.kind == "bits_per_byte":
-        title = "bits per byte"
+        title = "held-out text" if average.name == HELD_OUT_TEXT else "bits per byte"
     elif average.kind != "accuracy":
         title = "centred average" if average.kind == "centred" else average.name
         title = f"{title} (random {average.random_baselines})"

@@ -86,14 +86,18 @@ def notes(table: Table, cards: Sequence[Scorecard]) -> Facts:
 
 
 def categories(table: Table, cards: Sequence[Scorecard]) -> list[tuple[str, list[str], list[tuple[str, list[str]]]]]:
-    """Each task with categories: its name, the models that it is scored for, and their accuracies by category."""
+    """Each task with categories: its name, the models that it is scored for, and their scores by category."""
     titles = {row.label: row.heading for row in table.rows}
     found: dict[str, dict[str, dict[str, str]]] = {}
     for card in cards:
         for part in card.categories:
             task = found.setdefault(task_name(part.task, part.num_fewshot), {})
-            half = max(part.ci_high - part.accuracy, part.accuracy - part.ci_low)
-            task.setdefault(part.category, {})[titles[card.label]] = f"{part.accuracy:.2f} ±{half:.2f}"
+            measured = (part.accuracy, part.ci_low, part.ci_high)
+            value, low, high = (
+                measured if part.accuracy is not None else (part.bits_per_byte, part.bits_low, part.bits_high)
+            )
+            half = "" if low is None or high is None else f" ±{max(high - value, value - low):.2f}"
+            task.setdefault(part.category, {})[titles[card.label]] = f"{value:.2f}{half}"
     return [
         (name, models, [(category, [scores.get(m, "not run") for m in models]) for category, scores in parts.items()])
         for name, parts in found.items()

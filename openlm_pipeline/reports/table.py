@@ -168,11 +168,15 @@ class Table:
     def task_columns(self) -> list[Column]:
         return [c for c in self.columns if c.kind == "accuracy"]
 
+    @property
+    def better(self) -> int:
+        """1 where a larger headline average is better, -1 where a smaller one is."""
+        return -1 if self.headline.kind == "bits_per_byte" else 1
+
     def best(self) -> Row | None:
         """The milestone with the best headline average, the earlier of equals; None if none has one."""
         scored = [row for row in self.milestones if row.cells[0].value is not None]
-        sign = -1 if self.headline.kind == "bits_per_byte" else 1
-        return max(scored, key=lambda row: sign * row.cells[0].value, default=None)
+        return max(scored, key=lambda row: self.better * row.cells[0].value, default=None)
 
     def split(self) -> "tuple[Table, Table | None]":
         """The table in two that fit a page, where it has many columns: the headline with the tasks, and the rest."""

@@ -126,6 +126,12 @@ def test_likelihoods_of_equal_models_give_no_false_alarms(n: int):
     assert alarms(p_values) <= MOST and alarms(averages) <= MOST
 
 
+def test_a_scaled_difference_has_the_test_of_the_difference():
+    """The centred average of a single task says no more than the task."""
+    tested = es.accuracy_difference(bits(1, 1, 1, 1, 1, 1, 0), bits(0, 0, 0, 0, 0, 1, 1), alone(7))
+    assert es.combined_difference([(2.0, tested)]).p_value == tested.p_value
+
+
 def test_likelihood_tells_what_accuracy_cannot():
     """A model that gives each right answer a little more, on 60 rows."""
     rng = np.random.default_rng(6)

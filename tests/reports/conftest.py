@@ -152,7 +152,7 @@ def last_card() -> Scorecard:
     changes = (
         _difference("choice/0-shot", "t0500K", 0.05, 0.2),
         _difference("cloze/0-shot", "t0500K", -0.08, 0.003),
-        _difference("choice/0-shot", "t0500K", 0.04, 0.02, "bits_per_byte"),
+        _difference("choice/0-shot", "t0500K", 0.04, 0.004, "bits_per_byte"),
         _difference("cloze/0-shot", "t0500K", 0.08, 0.002, "bits_per_byte"),
     )
     against = (_difference("all_tasks", "t0250K", 0.047, 0.004), _difference("all_tasks", "tiny_lm", -0.02, 0.4))

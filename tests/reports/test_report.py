@@ -172,7 +172,7 @@ def _figures(found) -> dict[str, tuple[str, str, str]]:
 def test_headline_says_best_by_how_much_and_whether_it_is_noise(first_card, last_card):
     found = _headline(_with_average(first_card, 0.24), _with_average(last_card, 0.287))
     assert found.main == "1M tokens is the best of 2 scored milestones, 0.047 ahead of 250K, which is more than noise."
-    lead = "more than noise, 95% +0.007 to +0.087, p = 0.006 after correction (paired over the same items)"
+    lead = "more than noise, 95% +0.007 to +0.087, p = 0.004 after correction (paired over the same items)"
     figures = _figures(found)
     assert figures["Average accuracy"] == ("0.287 ±0.020", "3 tasks, 1,200 items", "")
     assert figures["Lead over 250K"] == ("+0.047", lead, "up")
@@ -186,7 +186,7 @@ def test_a_lead_of_the_earlier_milestone_turns_the_paired_difference_around(firs
     cards = (_with_average(first_card, 0.30), _with_average(last_card, 0.25, against=(worse,)))
     assert _figures(_headline(*cards))["Lead over 1M"][:2] == (
         "+0.050",
-        "more than noise, 95% +0.010 to +0.090, p = 0.006 after correction (paired over the same items)",
+        "more than noise, 95% +0.010 to +0.090, p = 0.004 after correction (paired over the same items)",
     )
 
 
