@@ -31,7 +31,7 @@ seq_len: 64
 sources:
   - {{name: web, files: [raw/web], weight: 3}}
   - {{name: code, files: [raw/code]}}
-model: {{vocab_size: 304, hidden_dim: 64, n_layers: 2, n_heads: 4, ffn_hidden_dim: 96, n_kv_heads: 2, weight_tying: yes}}
+model: {{vocab_size: 304, hidden_dim: 64, n_layers: 2, n_heads: 4, ffn_hidden_dim: 96, n_kv_heads: 2}}
 training: {{global_batch: 512, warmup: 2K, decay: 4K, averages: [{AVERAGE}], precision: fp32, document_mask: false}}
 milestones: [16K, 20K]
 evaluation: null

@@ -148,7 +148,7 @@ class Validation(Strict):
     source: Source | None = None
     sources: tuple[Source, ...] = ()
     """Each has its own loss; the first one's is the loss of scorecards and reports."""
-    every: Tokens | None = None
+    every: Annotated[Tokens, Field(ge=1)] | None = None
     """Tokens between validations; by default only milestones are validated."""
     intervals: bool = False
     """Also give a 95% bootstrap interval over samples."""
@@ -455,7 +455,7 @@ class Experiment(Strict):
     training: Training
     milestones: tuple[Tokens, ...] = Field(min_length=1)
     """Token counts at which a checkpoint is kept for ever and scored."""
-    init_from: str | None = None
+    init_from: str | None = Field(default=None, min_length=1)
     """Weights that the run begins with, in place of drawn ones: a checkpoint of OpenLM, a Hugging Face folder of an
     OpenLM model, Llama or Qwen3, or a run's milestone as `RUN@250B`, or `RUN/VERSION@250B` where that is not v1. Tokens
     and samples begin at 0."""

@@ -60,6 +60,8 @@ def _digest(path: Path) -> str:
     hashes = FileHashes()
     if path.is_file():
         return hashes.sha256(path)
+    if not path.is_dir():
+        raise MissingInputError(f"{path} is neither a file nor a folder of weights")
     if (path / INFO).is_file():
         return read_checkpoint(path).digest
     return fingerprint({p.name: hashes.sha256(p) for p in sorted(path.iterdir()) if p.is_file()})

@@ -136,7 +136,8 @@ def test_the_plan_draws_the_learning_rate(small: SmallRun):
         "model.vocab_size=99999999999999", "execution.micro_batch=0", "execution.log_every=0", "execution.replicas=0",
         "execution.loss_chunk=0", "launcher.processes=0", "training.warmup=inf", "training.skip_steps=[0]",
         "training.z_loss=inf", "training.spike_factor=inf", "sources.0.weight=inf", "training.schedule=cosin",
-        "training.warmup=1T", "validation.max_samples=0", "execution.hang_seconds=inf",
+        "training.warmup=1T", "validation.max_samples=0", "validation.every=0", "init_from=''",
+        "execution.hang_seconds=inf",
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused_in_a_line(small: SmallRun, override: str):
