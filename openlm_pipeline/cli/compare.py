@@ -37,7 +37,7 @@ def compare(
     left, right = side(a, home), side(b, home)
     found = compare_sides(left, right)
     if format == "text":
-        console = Console(highlight=False)
+        console = Console(highlight=False, width=max(160, Console().width))  # a line too long wraps, whole
         console.print(f"A: {found.a}\nB: {found.b}\n{found.headline}", markup=False, soft_wrap=True)
         table = Table(box=None, pad_edge=False)
         for i, name in enumerate(HEADER):
