@@ -74,7 +74,12 @@ class Comparison:
             return f"{self.a} and {self.b} {why}."
         ahead, behind = (self.a, self.b) if found.delta > 0 else (self.b, self.a)
         verdict = "within noise" if found.better is None else "more than noise"
-        return f"{ahead} is {abs(found.delta):.3f} ahead of {behind}, which is {verdict} (p = {found.p_holm:.2g})."
+        said = f"{ahead} is {abs(found.delta):.3f} ahead of {behind}, which is {verdict} (p = {found.p_holm:.2g})."
+        bits = next((n.difference for n in self.lines if n.difference.kind != "accuracy" and n.difference.delta), None)
+        if found.kind != "accuracy" or found.better is not None or bits is None or bits.better is None:
+            return said
+        by = f"{self.a if bits.better else self.b}: {abs(bits.delta):.3f} bits per byte, beyond noise."
+        return f"{said} The right answers are likelier under {by}"
 
     @property
     def rows(self) -> list[list[str]]:
