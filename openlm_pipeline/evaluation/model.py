@@ -48,6 +48,11 @@ class ScoringModel(Protocol):
         ...
 
     @property
+    def vocab_size(self) -> int:
+        """Logits of a position."""
+        ...
+
+    @property
     def max_branched_len(self) -> int:
         """Longest row for which `logits` follows `segments_BS` and `positions_BS`; 0 if it cannot at all."""
         ...
@@ -139,6 +144,10 @@ class _NativeModel:
     @cached_property
     def model(self) -> Transformer:
         return self._load().to(self.device).eval()
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.config.vocab_size
 
     @torch.no_grad()
     def logits(

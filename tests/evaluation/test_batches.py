@@ -6,6 +6,7 @@ import random
 import pytest
 
 from openlm_pipeline.evaluation.batches import PackedRow, make_batches
+from openlm_pipeline.evaluation.scorer import GPU_BATCH_TOKENS, fitting_batch_tokens
 
 MAX_TOKENS, MAX_SCORED, COST = 64, 12, 4
 
@@ -43,3 +44,12 @@ def test_no_other_cut_of_the_rows_by_length_costs_less(seed):
             if all(map(fits, batches)):
                 possible.append(cost(batches))
     assert cost(found) == min(possible)
+
+
+def test_batches_on_a_gpu_leave_half_of_its_memory_whatever_the_vocabulary():
+    gib, logit_bytes = 1 << 30, 12
+    assert fitting_batch_tokens(80 * gib, 50_432) == GPU_BATCH_TOKENS
+    for free, vocab_size in ((2 * gib, 50_432), (8 * gib, 262_144)):
+        tokens = fitting_batch_tokens(free, vocab_size)
+        assert 0.95 * free / 2 < tokens / 4 * vocab_size * logit_bytes <= free / 2
+    assert fitting_batch_tokens(0, 50_432) == 1
