@@ -75,6 +75,10 @@ class _HuggingFaceModel:
     def model(self) -> nn.Module:
         return _load(self.name, self.revision).to(self.device)
 
+    @property
+    def vocab_size(self) -> int:
+        return self.model.config.get_text_config().vocab_size
+
     @cached_property
     def cache_name(self) -> str:
         """transformers 5 renames `past_key_values`, and warns at the old name."""

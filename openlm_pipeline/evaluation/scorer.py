@@ -45,6 +45,10 @@ CPU_GENERATION_TOKENS = 4096
 """A step reads all weights, whatever the number of texts: 16 at once take half the time of batches of one."""
 GPU_BATCH_TOKENS = 16384
 _MIN_SCORED = 1024
+_SCORED_SHARE = 1 / 4
+"""Of the positions of a batch, those whose logits it may need."""
+_LOGIT_BYTES = 12
+"""Of one logit: in bf16, in fp32 and as its log-probability, rounded up."""
 _PROGRESS_SECONDS = 5.0
 _END_OF_TEXT = "<|endoftext|>"
 
@@ -54,11 +58,21 @@ ScoringProgress = Callable[[int, int], None]
 """Called after each batch with questions done and questions in all."""
 
 
-def default_batch_tokens(device: torch.device, *, generation: bool = False) -> int:
+def default_batch_tokens(model: ScoringModel, *, generation: bool = False) -> int:
     """Tokens of a batch, padding included; in generation those of its prompts and of all that may be written."""
+    device = model.device
     if device.type == "cpu":
         return CPU_GENERATION_TOKENS if generation else CPU_BATCH_TOKENS
-    return GPU_BATCH_TOKENS
+    if device.type != "cuda":
+        return GPU_BATCH_TOKENS
+    vocab_size = model.vocab_size  # loads the model, whose memory is no longer free then
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return fitting_batch_tokens(torch.cuda.mem_get_info(device)[0] + unused, vocab_size)
+
+
+def fitting_batch_tokens(free_bytes: int, vocab_size: int) -> int:
+    """At most `GPU_BATCH_TOKENS`, of which the logits of `_SCORED_SHARE` fit into half of the free memory."""
+    return max(1, min(GPU_BATCH_TOKENS, int(free_bytes / 2 / (vocab_size * _LOGIT_BYTES * _SCORED_SHARE))))
 
 
 def _in_turn(
@@ -106,7 +120,7 @@ def score_questions(
         DataError: the model gives NaN or an infinity.
     """
     processes = processes or Processes(0, 1)
-    batch_tokens = batch_tokens or default_batch_tokens(model.device)
+    batch_tokens = batch_tokens or processes.from_first(lambda: default_batch_tokens(model))
     max_branched_len = processes.from_first(lambda: model.max_branched_len)
     flat = [request for question in questions for request in question]
     rows, number = [], 0
@@ -133,7 +147,7 @@ def score_questions(
         parts = zip(sizes, logprobs.cpu().double().split(sizes), hits.cpu().split(sizes))
         return [RequestScore(float(lp.sum()), n, bool(hit.all())) for n, lp, hit in parts]
 
-    max_scored = max(_MIN_SCORED, batch_tokens // 4)
+    max_scored = max(_MIN_SCORED, int(batch_tokens * _SCORED_SHARE))
     batches = list(make_batches(rows, batch_tokens, max_scored))
     scores: dict[int, RequestScore] = {}
     done = _in_turn(batches, score, _num_requests, processes, progress)
@@ -162,7 +176,8 @@ def generate_texts(
     """
     processes = processes or Processes(0, 1)
     end_ids = processes.from_first(lambda: model.end_ids) or (tokenizer.token_to_id(_END_OF_TEXT) or 0,)
-    batches = list(generation_batches(requests, batch_tokens or default_batch_tokens(model.device, generation=True)))
+    batch_tokens = batch_tokens or processes.from_first(lambda: default_batch_tokens(model, generation=True))
+    batches = list(generation_batches(requests, batch_tokens))
 
     def write(batch: Sequence[int]) -> list[Generated]:
         return generate(model, [requests[i] for i in batch], tokenizer, end_ids)

@@ -14,8 +14,6 @@ from tokenizers import Tokenizer
 from openlm_pipeline.checkpoints.folders import INFO, Checkpoint, read_checkpoint
 from openlm_pipeline.checkpoints.llama import LLAMAS, llama_differences
 from openlm_pipeline.checkpoints.loading import find_model_config, load_checkpoint
-from openlm_pipeline.checkpoints.model_export import EOT, export_huggingface
-from openlm_pipeline.checkpoints.reading import load_model
 from openlm_pipeline.checkpoints.weight_files import weight_parts
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
 from openlm_pipeline.evaluation.huggingface import huggingface_model
@@ -24,6 +22,7 @@ from openlm_pipeline.fingerprint import fingerprint, settings_tree
 from openlm_pipeline.models.config import ModelConfig
 from openlm_pipeline.models.transformer import Transformer
 from openlm_pipeline.result import Say
+from openlm_pipeline.shards.openlm_formats import EOT
 from openlm_pipeline.storage.files import read_json, sha256_file
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.strict import read_mapping
@@ -84,6 +83,8 @@ def _native(
     _check_tokenizer(tokenizer, config.vocab_size, name)
 
     def folder(out: Path) -> Path:
+        from openlm_pipeline.checkpoints.model_export import export_huggingface
+
         out.mkdir(parents=True, exist_ok=True)
         tokenizer.save(str(out / "tokenizer-source.json"))
         return export_huggingface(load(), out, out / "tokenizer-source.json", eot=eot)
@@ -130,6 +131,8 @@ def milestone_subject(
     config = ModelConfig(**read_json(checkpoint.path / "model_config.json"))
 
     def load() -> Transformer:
+        from openlm_pipeline.checkpoints.reading import load_model  # imports much of torch
+
         return load_model(checkpoint, average=average)
 
     return _native(name, load, config, tokenizer, digest, device, precision, eot)

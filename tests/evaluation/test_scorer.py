@@ -1,5 +1,6 @@
 """Scores are those of one plain forward pass a request, however they are batched; finished tasks are not redone."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from torch import nn
 
 from openlm_pipeline.errors import DataError, MissingInputError
 from openlm_pipeline.evaluation.items import read_items
-from openlm_pipeline.evaluation.model import native_model
+from openlm_pipeline.evaluation.model import computing, native_model
 from openlm_pipeline.evaluation.results import Generated, RequestScore, generation_row, item_row
 from openlm_pipeline.evaluation.scorer import score_questions, score_suite
 from openlm_pipeline.evaluation.suite import IclTask, load_suite
@@ -366,3 +367,15 @@ def test_a_wrong_context_is_found_first(evaluate, model):
     with pytest.raises(ValueError, match="context"):
         evaluate(model=recording, context={"run": "demo"})
     assert recording.batches == []
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_while_scoring_are_of_fp32(bias):
+    layer = nn.Linear(512, 300, bias=bias)
+    x = torch.randn(2, 9, 512)[:, 3:]  # neither contiguous nor a matrix
+    with torch.no_grad():
+        expected = copy.deepcopy(layer).double()(x.double())
+        with computing(torch.device("cpu"), "fp32"):
+            found = layer(x)
+    assert (found.dtype, found.shape) == (torch.float32, expected.shape)
+    assert (found - expected).abs().max() < 1e-5  # of bf16 or TF32 more than 1e-4
