@@ -103,5 +103,5 @@ def test_quoted_tasks_are_those_of_the_suite_openlm():
 def test_random_baselines_are_versioned():
     assert random_baseline("v1", "boolq", 0.3) == 0.5
     assert random_baseline("v1", "a_task_of_mine", 0.3) == 0.3
-    with pytest.raises(ConfigError, match="no random baselines 'v9'; known: v1"):
+    with pytest.raises(ConfigError, match="no random baselines 'v9'; known: dclm_v1, dclm_v2, v1"):
         random_baseline("v9", "boolq", 0.5)

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from conftest import sentence
 from tokenizers import Tokenizer
 
 from openlm_pipeline.evaluation.model import native_model
@@ -16,6 +15,11 @@ from openlm_pipeline.storage.home import Home
 
 CONTEXT = {"run": "r", "run_version": None, "milestone": None, "step": None, "tokens": None}
 ROOM = 24
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "ran", "to", "see", "what", "dog", "red", "ball"]
+
+
+def sentence(i: int, length: int = 6) -> str:
+    return " ".join(WORDS[(7 * i + 3 * j) % len(WORDS)] for j in range(length))
 
 
 def task(label: str = "prose", **settings) -> IclTask:
