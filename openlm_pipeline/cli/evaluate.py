@@ -7,7 +7,6 @@ import typer
 from rich.console import Console
 
 from openlm_pipeline.errors import ConfigError
-from openlm_pipeline.units import format_tokens
 
 _MODEL_OPTIONS = "Options for one model"
 _FLAGS = "Options for one OpenLM model whose files do not say what it is"
@@ -171,21 +170,19 @@ def _evaluate_recipe(
     from openlm_pipeline.experiments import load_experiment
     from openlm_pipeline.pipeline import evaluation as scoring
     from openlm_pipeline.pipeline import training as stages
+    from openlm_pipeline.pipeline.items import milestone_named
     from openlm_pipeline.runs.launch import milestone_checkpoints
     from openlm_pipeline.storage.home import Home
 
     experiment, home = load_experiment(recipe, overrides), Home.from_env()
-    names = {
-        name: label for label, tokens in experiment.labelled_milestones() for name in (label, format_tokens(tokens))
-    }
-    if unknown := [m for m in milestone or [] if m not in names]:
-        raise ConfigError(f"recipe {experiment.name} has no milestone {unknown[0]}; it has {', '.join(names)}")
+    labels = [milestone_named(experiment, m) for m in milestone or []]
     known = [b.name for b in experiment.evaluation.baselines] if experiment.evaluation else []
     if unknown := [b for b in baseline or [] if b not in known]:
         raise ConfigError(f"recipe {experiment.name} has no baseline {unknown[0]}; it has {', '.join(known) or 'none'}")
-    labels = [names[m] for m in milestone or []]
     if not labels and not baseline:
-        labels = list(milestone_checkpoints(experiment, stages.open_run(experiment, home))) or [next(iter(names))]
+        labels = list(milestone_checkpoints(experiment, stages.open_run(experiment, home))) or [
+            next(experiment.labelled_milestones())[0]
+        ]
     for wanted in baseline or ([] if milestone else known):
         say(f"scorecard: {scoring.score_baseline(experiment, home, wanted, say, **how).path}")
     for label in labels:

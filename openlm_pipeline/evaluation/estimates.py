@@ -8,7 +8,7 @@ Zou and Donner (2008, Statistics in Medicine 27:1693), which of a single leaf is
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -119,9 +119,7 @@ def combined_difference(parts: Sequence[tuple[float, Tested]]) -> Tested:
     alone = parts[0][1].p_value if len(parts) == 1 else None
     found = combined([(w, t.estimate) for w, t in parts])
     half = statistics.half_width(found.error)
-    estimate = Estimate(
-        found.value, found.value - half, found.value + half, found.error, found.codes, found.influence, found.clusters
-    )
+    estimate = replace(found, low=found.value - half, high=found.value + half)
     return Tested(estimate, statistics.normal_p_value(found.value, found.error) if alone is None else alone)
 
 

@@ -30,7 +30,7 @@ def milestone_named(experiment: Experiment, name: str) -> str:
     """
     names = {n: label for label, tokens in experiment.labelled_milestones() for n in (label, format_tokens(tokens))}
     if name not in names:
-        raise ConfigError(f"recipe {experiment.name} has no milestone {name!r}; it has {', '.join(names)}")
+        raise ConfigError(f"recipe {experiment.name} has no milestone {name}; it has {', '.join(names)}")
     return names[name]
 
 

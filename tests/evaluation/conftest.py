@@ -9,6 +9,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from openlm_pipeline.evaluation.model import native_model
+from openlm_pipeline.evaluation.results import SuiteResult
+from openlm_pipeline.evaluation.scorecard import Provenance, Scorecard, make_scorecard
+from openlm_pipeline.evaluation.scorer import score_suite
+from openlm_pipeline.evaluation.suite import Suite
 from openlm_pipeline.models.config import ModelConfig
 from openlm_pipeline.models.transformer import Transformer
 from openlm_pipeline.storage.home import Home
@@ -58,6 +63,29 @@ def write_rows(home: Home) -> Callable[[str, list[dict[str, Any]]], Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def scored(home: Home, tokenizer: Tokenizer) -> Callable[..., tuple[Scorecard, SuiteResult]]:
+    """Score a suite with a model; its scorecard and its items."""
+
+    def score(
+        suite: Suite, model: Transformer, max_seq_len: int, by: Tokenizer = tokenizer
+    ) -> tuple[Scorecard, SuiteResult]:
+        context = {"run": "r", "run_version": None, "milestone": None, "step": None, "tokens": None}
+        how = {"checkpoint_digest": "x", "max_seq_len": max_seq_len}
+        result = score_suite(native_model(lambda: model), by, suite, home, home.root / "out", context, **how)
+        card = make_scorecard(
+            result.items,
+            None,
+            suite=suite,
+            provenance=Provenance(run="r", checkpoint_digest="x", tokenizer="t"),
+            task_files=result.task_files,
+            warnings=result.warnings,
+        )
+        return card, result
+
+    return score
 
 
 def sentence(i: int, length: int = 6) -> str:

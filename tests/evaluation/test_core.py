@@ -6,13 +6,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tokenizers import Tokenizer
 
 from openlm_pipeline.evaluation.averages import suite_averages
 from openlm_pipeline.evaluation.estimates import Estimate
-from openlm_pipeline.evaluation.model import native_model
 from openlm_pipeline.evaluation.scorecard import Provenance, make_scorecard
-from openlm_pipeline.evaluation.scorer import score_suite
 from openlm_pipeline.evaluation.scores import Measured, TaskScore, score_average
 from openlm_pipeline.evaluation.suite import Suite, load_suite
 from openlm_pipeline.evaluation.suite_files import suite_path
@@ -103,21 +100,8 @@ def core_files(home: Home, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     return document["icl_tasks"]
 
 
-def test_core_of_rows_from_prompt_to_headline(
-    core_files: list[dict], home: Home, tokenizer: Tokenizer, model: Transformer
-):
-    suite = core()
-    context = {"run": "r", "run_version": None, "milestone": None, "step": None, "tokens": None}
-    how = {"checkpoint_digest": "x", "max_seq_len": 128}
-    result = score_suite(native_model(lambda: model), tokenizer, suite, home, home.root / "out", context, **how)
-    card = make_scorecard(
-        result.items,
-        None,
-        suite=suite,
-        provenance=Provenance(run="r", checkpoint_digest="x", tokenizer="t"),
-        task_files=result.task_files,
-        warnings=result.warnings,
-    )
+def test_core_of_rows_from_prompt_to_headline(core_files: list[dict], scored, model: Transformer):
+    card, result = scored(core(), model, 128)
     accuracies: dict[str, list[float]] = {}
     for row in result.items.to_pylist():
         accuracies.setdefault((row["task"], row["category"]), []).append(row["correct"])
@@ -125,7 +109,6 @@ def test_core_of_rows_from_prompt_to_headline(
     for (task, _), right in accuracies.items():
         means.setdefault(task, []).append(sum(right) / len(right))
     of_tasks = {task: sum(parts) / len(parts) for task, parts in means.items()}
-    (home.root / "icl.json").write_text(json.dumps({"eval_metrics": {"icl": of_tasks}, "core": card.average}))
     assert card.headline.name == "core" and card.headline.random_baselines == "dclm_v2"
     assert card.average == pytest.approx(centred_mean(of_tasks, V2_PERCENT), abs=1e-9)
     assert card.headline.ci_low < card.average < card.headline.ci_high

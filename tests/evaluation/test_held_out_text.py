@@ -6,14 +6,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from openlm_pipeline.evaluation.model import native_model
-from openlm_pipeline.evaluation.scorecard import Provenance, Scorecard, make_scorecard
-from openlm_pipeline.evaluation.scorer import score_suite
+from openlm_pipeline.evaluation.scorecard import Scorecard
 from openlm_pipeline.evaluation.suite import IclTask, Suite
 from openlm_pipeline.models.transformer import Transformer
-from openlm_pipeline.storage.home import Home
 
-CONTEXT = {"run": "r", "run_version": None, "milestone": None, "step": None, "tokens": None}
 ROOM = 24
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "ran", "to", "see", "what", "dog", "red", "ball"]
 
@@ -58,23 +54,11 @@ def bits(model: Transformer, tokenizer: Tokenizer, text: str, room: int) -> floa
     return nats / math.log(2) / len(text.encode())
 
 
-def card_of(suite: Suite, home: Home, tokenizer: Tokenizer, model: Transformer) -> tuple[Scorecard, list[dict]]:
-    how = {"checkpoint_digest": "x", "max_seq_len": ROOM}
-    result = score_suite(native_model(lambda: model), tokenizer, suite, home, home.root / "out", CONTEXT, **how)
-    card = make_scorecard(
-        result.items,
-        None,
-        suite=suite,
-        provenance=Provenance(run="r", checkpoint_digest="x", tokenizer="t"),
-        task_files=result.task_files,
-    )
-    return card, result.items.to_pylist()
-
-
-def test_each_text_has_the_bits_of_its_windows(home: Home, write_rows, ending: Tokenizer, wide: Transformer):
+def test_each_text_has_the_bits_of_its_windows(scored, write_rows, ending: Tokenizer, wide: Transformer):
     texts = [sentence(i, 3 + 9 * i) for i in range(8)] + [" spaces kept  \n", "naïve 日本"]
     write_rows("prose.jsonl", [{"text": t} for t in texts])
-    card, rows = card_of(Suite(name="s", icl_tasks=(task(),)), home, ending, wide)
+    card, result = scored(Suite(name="s", icl_tasks=(task(),)), wide, ROOM, ending)
+    rows = result.items.to_pylist()
     expected = [bits(wide, ending, text, ROOM) for text in texts]
     assert [r["value"] for r in rows] == pytest.approx(expected, rel=1e-4)
     assert {r["value_kind"] for r in rows} == {"bits_per_byte"} and {r["correct"] for r in rows} == {None}
@@ -87,12 +71,12 @@ def test_each_text_has_the_bits_of_its_windows(home: Home, write_rows, ending: T
     assert card.average == score.bits_per_byte
 
 
-def test_domains_stand_beside_accuracies(home: Home, write_rows, task_rows, ending: Tokenizer, wide: Transformer):
+def test_domains_stand_beside_accuracies(scored, write_rows, task_rows, ending: Tokenizer, wide: Transformer):
     write_rows("prose.jsonl", [{"text": sentence(i), "category": "ab"[i % 2]} for i in range(10)])
     write_rows("last.jsonl", task_rows["last_word"])
     lm = task("last", icl_task_type="language_modeling")
     suite = Suite(name="s", icl_tasks=(lm, task(has_categories=True)))
-    card, _ = card_of(suite, home, ending, wide)
+    card, _ = scored(suite, wide, ROOM, ending)
     assert card.headline.name == "all_tasks" and card.headline.tasks == ("last/0-shot",)
     parts = [c.bits_per_byte for c in card.categories]
     assert [c.category for c in card.categories] == ["a", "b"]

@@ -11,11 +11,8 @@ from tokenizers import Tokenizer, processors
 
 from openlm_pipeline.errors import DataError
 from openlm_pipeline.evaluation.clusters import clusters
-from openlm_pipeline.evaluation.model import native_model
 from openlm_pipeline.evaluation.prepare import prepare_suite
 from openlm_pipeline.evaluation.results import Generated, generation_row
-from openlm_pipeline.evaluation.scorecard import Provenance, make_scorecard
-from openlm_pipeline.evaluation.scorer import score_suite
 from openlm_pipeline.evaluation.suite import IclTask, Suite
 from openlm_pipeline.evaluation.task_files import read_task_file
 from openlm_pipeline.evaluation.tasks import Item, build_items
@@ -73,22 +70,9 @@ def test_fewer_rows_than_shots_and_cut_contexts_are_said(home: Home, items, toke
     assert "t/10-shot: 3 of 3 items have 2 solved rows before them, not 10" in said
 
 
-def test_what_is_said_stands_in_table_and_scorecard(home: Home, items, tokenizer: Tokenizer, model: Transformer):
+def test_what_is_said_stands_in_table_and_scorecard(items, scored, model: Transformer):
     items([{"query": "what did the dog see", **CHOICES}] + [{"query": "the cat", **CHOICES}] * 2, task())
-    suite = Suite(name="s", icl_tasks=(task(shots=10),))
-    context = {"run": "r", "run_version": None, "milestone": None, "step": None, "tokens": None}
-    result = score_suite(
-        native_model(lambda: model), tokenizer, suite, home, home.root / "out", context,
-        checkpoint_digest="x", max_seq_len=20,
-    )  # fmt: skip
-    card = make_scorecard(
-        result.items,
-        None,
-        suite=suite,
-        provenance=Provenance(run="r", checkpoint_digest="x", tokenizer="t"),
-        task_files=result.task_files,
-        warnings=result.warnings,
-    )
+    card, result = scored(Suite(name="s", icl_tasks=(task(shots=10),)), model, 20)
     (score,) = card.tasks
     assert score.fewer_shots == 3 and score.num_clusters == 2
     assert score.cut_items == sum(n > 0 for n in result.items["cut_tokens"].to_pylist())
