@@ -279,6 +279,11 @@ class Part:
         averages = {f"{len(of_these)}_of_{len(list(suite.runs()))}_tasks": of_these}
         return suite.model_copy(update={"icl_tasks": kept, "averages": averages, "categories": {}})
 
+    def options(self, device: str | None) -> list[str]:
+        """This part, and a device, as `openlm evaluate` takes them."""
+        given = {"--tasks": ",".join(self.tasks), "--limit": self.limit, "--device": device}
+        return [word for option, value in given.items() if value for word in (option, str(value))]
+
     def folder(self, whole: Path) -> Path:
         """Where its scores are, beside those of the whole suite."""
         if not self.tasks and self.limit is None:

@@ -174,7 +174,7 @@ def score(
     if made_with not in (None, info.sha256):  # OpenLM's shards don't say
         raise DataError(f"tokenizer {info.name} is not the one this run's shards were made with; tokenize again")
     if evaluation.processes > 1 and "RANK" not in os.environ:
-        what = ["--milestone", label, *_options(part, device)]
+        what = ["--milestone", label, *part.options(device)]
         _score_by_processes(experiment, home, what, report)  # what follows finds all tasks scored
     suite = part.of(load_suite(evaluation.suite))
     out = part.folder(home.scorecard(experiment.name, experiment.version, label))
@@ -301,12 +301,6 @@ def evaluation_of(experiment: Experiment) -> Evaluation:
     return experiment.evaluation
 
 
-def _options(part: "Part", device: str | None) -> list[str]:
-    """A part and a device as `openlm evaluate` takes them."""
-    given = {"--tasks": ",".join(part.tasks), "--limit": part.limit, "--device": device}
-    return [word for option, value in given.items() if value for word in (option, str(value))]
-
-
 def _score_by_processes(experiment: Experiment, home: Home, what: list[str], report: Say) -> None:
     """Have torchrun start the processes that score; they put each task's items where this process finds them."""
     with tempfile.TemporaryDirectory(prefix="openlm-score-") as folder:
@@ -358,7 +352,7 @@ def score_baseline(
         raise ConfigError(f"recipe {experiment.name} has no baseline {name}")
     (baseline,) = found
     if evaluation.processes > 1 and "RANK" not in os.environ:
-        _score_by_processes(experiment, home, ["--baseline", name, *_options(part, device)], report)
+        _score_by_processes(experiment, home, ["--baseline", name, *part.options(device)], report)
     return score_model(
         baseline.model,
         evaluation.suite,

@@ -40,9 +40,11 @@ class ScoresBeside(Hook):
             self.trainer.console.print(f"not scored while training: {', '.join(left)}; `openlm evaluate` scores them")
 
     def _work(self) -> None:
+        from openlm_pipeline.evaluation.suite import Part  # only where something is scored
+
         trainer, part = self.trainer, self.part
         command = ["nice", "-n", "10", sys.executable, "-m", "openlm_pipeline", "evaluate"]
-        options = [f"--limit={part.limit}", *([f"--tasks={','.join(part.tasks)}"] if part.tasks else [])]
+        options = Part(part.tasks, part.limit).options(part.device)
         of_torchrun = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         environment = {k: v for k, v in os.environ.items() if k not in of_torchrun} | trainer.home.variables
         environment["OMP_NUM_THREADS"] = str(part.threads)
@@ -54,7 +56,6 @@ class ScoresBeside(Hook):
                         *command,
                         str(trainer.run.experiment_file),
                         f"--milestone={label}",
-                        f"--device={part.device}",
                         *options,
                     ],
                     env=environment,
