@@ -7,6 +7,7 @@ import dagster as dg
 from assets.common import PREFLIGHT_KEY, allowed, checkpoint_key, planned, shards_key, tokenizer_key, user_errors
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.pipeline.plan import look
+from openlm_pipeline.pipeline.preflight import whole
 from openlm_pipeline.result import CONSENTS, refuse
 from openlm_pipeline.storage.home import Home
 
@@ -34,6 +35,10 @@ def preflight_asset(experiments: Sequence[Experiment]) -> dg.AssetsDefinition:
                 found += findings
                 for artefact in to_make:
                     context.log.info("\n".join(artefact.lines()))
+                if context.job_name not in (experiment.name, f"{experiment.name}_checkpoints"):
+                    found += whole(experiment, to_be_made)
+            for finding in dict.fromkeys(found):
+                context.log.info(finding.line())
             refuse(dict.fromkeys(found), allow)
         return dg.MaterializeResult(metadata={"allowed": sorted(allow)}, data_version=dg.DataVersion("1"))
 

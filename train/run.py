@@ -8,10 +8,10 @@ from openlm_pipeline.fingerprint import short
 from openlm_pipeline.result import refuse
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.identity import run_identity
+from openlm_pipeline.runs.machine import without_gpu
 from openlm_pipeline.runs.parent import parent_identity, weights_identity
 from openlm_pipeline.runs.rates import rate_findings
 from openlm_pipeline.runs.repeats import content_of, overlaps, repeated
-from openlm_pipeline.runs.spending import without_gpu
 from openlm_pipeline.shards.opening import open_dataset
 from openlm_pipeline.storage.home import Home
 from train.distributed import World, raise_file_limit, start

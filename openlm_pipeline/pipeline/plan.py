@@ -13,15 +13,16 @@ from openlm_pipeline.corpus.discovery import discover
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError, OpenLMError
 from openlm_pipeline.experiments import Dataset, Experiment
 from openlm_pipeline.fingerprint import differences, settings_tree
+from openlm_pipeline.pipeline.preflight import Need, Stage, look_ahead, stages
 from openlm_pipeline.result import Finding, refusal
 from openlm_pipeline.runs.dry_run import describe
+from openlm_pipeline.runs.estimates import peak_flops
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.identity import run_identity
 from openlm_pipeline.runs.launch import milestone_checkpoints
 from openlm_pipeline.runs.parent import parent_identity
 from openlm_pipeline.runs.rates import rate_line
 from openlm_pipeline.runs.repeats import Content, content_of, overlaps, read_by_parent
-from openlm_pipeline.runs.spending import spending
 from openlm_pipeline.runs.traffic import BETWEEN
 from openlm_pipeline.shards.manifest import DOCUMENTS, MANIFEST, read_dataset
 from openlm_pipeline.shards.opening import open_dataset, published_url
@@ -89,7 +90,11 @@ class RecipePlan:
     artefacts: tuple[Artefact, ...]
     cost: Cost
     findings: tuple[Finding, ...] = ()
-    """What running it needs a consent for, or would be refused for."""
+    """What running it needs, and whether it is there."""
+    stages: tuple[Stage, ...] = ()
+    """What each leg takes that is still to be done."""
+    price: float | None = None
+    """Of a GPU-hour."""
 
     @property
     def todo(self) -> tuple[Artefact, ...]:
@@ -103,6 +108,7 @@ class RecipePlan:
         if not self.todo:
             yield "nothing to do"
         yield from (finding.line() for finding in self.findings)
+        yield from self._stage_lines()
         if not cost.tokens:
             return
         yield (
@@ -117,6 +123,28 @@ class RecipePlan:
         yield cost.learning_rate
         if cost.communication:
             yield cost.communication
+
+    def _stage_lines(self) -> Iterator[str]:
+        """A row for each leg, and their sum; a dash where it is not known."""
+        if not self.stages:
+            return
+        yield f"{'stage':9}{'tokens':>9}{'time':>17}{'GPU-hours':>12}{'disk':>10}{'money':>14}"
+        known = [s for s in self.stages if s.seconds is not None]
+        total = Stage(
+            "all" if len(known) == len(self.stages) else "what is known",
+            0,
+            sum(s.seconds for s in known),
+            sum(s.gpu_hours for s in known),
+            sum(s.disk_bytes for s in self.stages),
+        )
+        for stage in (*self.stages, total):
+            is_known = stage.seconds is not None
+            tokens = format_tokens(stage.tokens, 3) if stage.tokens else ""
+            time = format_seconds(stage.seconds) if is_known else "-"
+            hours = f"{stage.gpu_hours:,.4g}" if is_known else "-"
+            money = f"{stage.gpu_hours * self.price:,.2f}" if is_known and self.price is not None else "-"
+            disk = format_bytes(stage.disk_bytes) if stage.disk_bytes else "-"
+            yield f"{stage.name:9}{tokens:>9}{time:>17}{hours:>12}{disk:>10}{money:>14}"
 
 
 def plan(
@@ -143,8 +171,10 @@ def plan(
     checkpoints = [a for a in artefacts if a.kind == "checkpoint"]
     training = {f"shards/{d.name}" for d in experiment.training_datasets()}
     same_run = all(a.state == "fresh" for a in artefacts if a.name in training)
-    findings = tuple(_findings(experiment, home, artefacts, contents))
+    refused = _findings(experiment, home, artefacts, contents)
     artefacts += _scorecards(experiment, home, {a.name: a for a in checkpoints})
+    need = _need(experiment, home, artefacts, device)
+    findings = (*refused, *look_ahead(need))
     stale = [a.name for a in artefacts if a.name.startswith(("scorecard/", "checkpoint/")) and a.state != "fresh"]
     there = (home.report(experiment.name, experiment.version) / "report.html").exists()
     state: State = "missing" if not there else "stale" if stale else "fresh"
@@ -152,7 +182,9 @@ def plan(
     artefacts.append(Artefact(f"report/{experiment.name}", state, why))
     missing = sum(a.state != "fresh" for a in checkpoints)
     cost = _cost(experiment, home, start, missing, same_run, device, mfu, price, bandwidth)
-    return RecipePlan(experiment.name, tuple(artefacts), cost, findings)
+    peak = device and peak_flops(device, experiment.training.precision)
+    legs = stages(need, cost.seconds, cost.tokens, peak * mfu if peak else None)
+    return RecipePlan(experiment.name, tuple(artefacts), cost, findings, tuple(legs), price)
 
 
 def look(experiment: Experiment, home: Home, only: Collection[str]) -> tuple[list[Artefact], list[Finding]]:
@@ -163,7 +195,16 @@ def look(experiment: Experiment, home: Home, only: Collection[str]) -> tuple[lis
     """
     artefacts, _, contents = _made(experiment, home)
     wanted = [a for a in artefacts if a.name.replace("raw_files/", "shards/") in only]
-    return [a for a in wanted if a.state != "fresh"], list(_findings(experiment, home, wanted, contents))
+    scored = [f"scorecard/{experiment.name}/{label}" for label, _ in experiment.labelled_milestones()]
+    wanted += [Artefact(name, "missing") for name in scored if name in only]
+    findings = [*_findings(experiment, home, wanted, contents), *look_ahead(_need(experiment, home, wanted))]
+    return [a for a in wanted if a.state != "fresh" and a.kind != "scorecard"], findings
+
+
+def _need(experiment: Experiment, home: Home, artefacts: list[Artefact], device: str | None = None) -> Need:
+    makes = frozenset(a.name for a in artefacts if a.state != "fresh")
+    untrained = [t for label, t in experiment.labelled_milestones() if f"checkpoint/{experiment.name}/{label}" in makes]
+    return Need(experiment, home, makes, (untrained or experiment.milestones)[-1], device)
 
 
 def _made(experiment: Experiment, home: Home) -> tuple[list[Artefact], int, dict[str, Content]]:
@@ -182,13 +223,14 @@ def _made(experiment: Experiment, home: Home) -> tuple[list[Artefact], int, dict
 
 def _findings(
     experiment: Experiment, home: Home, artefacts: list[Artefact], contents: dict[str, Content]
-) -> Iterator[Finding]:
-    """A refusal for each artefact that would be set aside, the milestones of a run as one, and for what is spent.
+) -> list[Finding]:
+    """A refusal for each artefact that would be set aside, the milestones of a run as one; what is read twice.
 
     Args:
         contents: of each dataset.
     """
     told: set[tuple[str, ...]] = set()
+    found: list[Finding] = []
     for artefact in artefacts:
         kind, name = artefact.kind, artefact.name.partition("/")[2]
         if artefact.consent is None or (kind, *artefact.why) in told:
@@ -197,20 +239,17 @@ def _findings(
         what = f"the run {name.rpartition('/')[0]}" if kind == "checkpoint" else artefact.name
         if artefact.consent in (REFUSED, "extend"):  # whose text names the ways on
             consent = None if artefact.consent == REFUSED else artefact.consent
-            yield Finding("refusal", "\n  ".join(artefact.why), consent=consent)
+            found.append(Finding("refusal", "\n  ".join(artefact.why), consent=consent))
             continue
         if artefact.consent == "supersede":
             keep = f"To keep it, give {_OWNERS[kind]} another `version` or name"
             what = "\n  ".join([f"{what} was made from something else:", *artefact.why])
         else:
             keep, what = KEEP_DAMAGED, f"{artefact.name} is damaged: {artefact.why[0]}"
-        yield refusal(artefact.consent, what, keep)
-    untrained = {a.name for a in artefacts if a.kind == "checkpoint" and a.state != "fresh"}
-    until = [t for label, t in experiment.labelled_milestones() if f"checkpoint/{experiment.name}/{label}" in untrained]
-    if until:
-        yield from overlaps(experiment, contents)
-        yield from read_by_parent(experiment, home, contents)
-        yield from spending(experiment, home, until[-1])
+        found.append(refusal(artefact.consent, what, keep))
+    if any(a.kind == "checkpoint" and a.state != "fresh" for a in artefacts):
+        found += [*overlaps(experiment, contents), *read_by_parent(experiment, home, contents)]
+    return found
 
 
 def _tokenizer(experiment: Experiment, home: Home) -> tuple[TokenizerInfo | None, Artefact]:

@@ -25,10 +25,12 @@ from openlm_pipeline.pipeline.evaluation import (
     staleness,
 )
 from openlm_pipeline.pipeline.items import MOST_MILESTONES, look_at_items
+from openlm_pipeline.pipeline.preflight import preflight
 from openlm_pipeline.pipeline.training import open_run
 from openlm_pipeline.result import Say, StageResult
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.identity import settled
+from openlm_pipeline.runs.launch import milestone_checkpoints
 from openlm_pipeline.runs.parent import parent_folder
 from openlm_pipeline.storage.files import sha256_file, write_text
 from openlm_pipeline.storage.home import Home
@@ -147,6 +149,10 @@ def make_report(experiment: Experiment, home: Home, report: Say) -> StageResult:
     folders = {c.label: home.scorecard(experiment.name, experiment.version, c.label) for c in found.milestones}
     shown = [label for label, folder in folders.items() if items_of(folder) is not None][-MOST_MILESTONES:]
     items = look_at_items(experiment, home, shown) if shown else []
+    reached = milestone_checkpoints(experiment, run)
+    ahead = {f"checkpoint/{experiment.name}/{label}" for label, _ in experiment.labelled_milestones()}
+    ahead -= {f"checkpoint/{experiment.name}/{label}" for label in reached}
+    needs = preflight(experiment, home, ahead) if ahead else []
     with home.artefact(out):
         paths = write_report(
             out,
@@ -160,6 +166,7 @@ def make_report(experiment: Experiment, home: Home, report: Say) -> StageResult:
             without=found.without,
             seeds=of_other_seeds(home, run, found.milestones),
             items=items,
+            ahead=[f"Before the next milestone: {need.line()}" for need in needs if need.level != "ok"],
         )
     page = paths["report.html"]
     report(f"report: {page}")

@@ -11,6 +11,7 @@ from openlm_pipeline.errors import BusyError, DataError, IdentityError
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.fingerprint import Tree
 from openlm_pipeline.pipeline.data import dataset_versions
+from openlm_pipeline.pipeline.preflight import preflight
 from openlm_pipeline.result import Finding, Say, StageResult, refusal, refuse
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.identity import run_identity
@@ -24,7 +25,6 @@ from openlm_pipeline.runs.launch import (
     train_run,
 )
 from openlm_pipeline.runs.parent import parent_folder, parent_identity
-from openlm_pipeline.runs.spending import spending
 from openlm_pipeline.runs.upload import push_run
 from openlm_pipeline.storage.files import set_aside
 from openlm_pipeline.storage.home import Home
@@ -100,8 +100,12 @@ def train(
     there, damaged = _milestones(experiment, run, identity, wanted, hashes="remake" in allow)
     is_done = not wanted - set(there) and run.belongs_to(identity) and is_there(experiment, run, until)
     if not is_done:  # looked at before anything is set aside
-        found = [run.superseded_by(experiment, identity, allow), *damaged.values(), *spending(experiment, home, until)]
-        refuse(filter(None, found), allow)
+        makes = [f"checkpoint/{experiment.name}/{label}" for label in wanted - set(there) or {"until"}]
+        needs = [] if training else preflight(experiment, home, makes, until)
+        refuse(filter(None, [run.superseded_by(experiment, identity, allow), *damaged.values(), *needs]), allow)
+        for finding in needs:
+            if finding.level == "warning":
+                report(finding.line())
     changed: list[str] = []
     if not training:
         with run.lock():  # so that the folder of a run that is training is not set aside under it

@@ -53,6 +53,7 @@ def write_report(
     without: Mapping[str, str] = {},
     seeds: Mapping[str, Sequence[float]] = {},
     items: Sequence[ItemsOfTask] = (),
+    ahead: Sequence[str] = (),
 ) -> dict[str, Path]:
     """Write `report.md`, `report.html`, `table.csv` and `table.parquet` into `out_dir`; return them by those names.
 
@@ -66,6 +67,7 @@ def write_report(
         without: milestone or baseline -> why it has no scorecard that can be shown.
         seeds: milestone -> headline of this run and of those that differ from it in their seed alone.
         items: what `items.html` shows, which there is only with some.
+        ahead: what stands in the way of the milestones that are still to be trained.
 
     Raises:
         DataError: the scorecards are of another run or cannot be compared with each other.
@@ -88,7 +90,7 @@ def write_report(
         "headline": headline(table, cards, seed_noise(seeds)),
         "origin": origin(table, cards),
         "table": table,
-        "problems": [*problems(table, cards), *(f"{name}: {why}" for name, why in without.items())],
+        "problems": [*problems(table, cards), *(f"{name}: {why}" for name, why in without.items()), *ahead],
         "notes": notes(table, cards),
         "made_from": made_from(experiment),
         "facts": facts,

@@ -62,30 +62,32 @@ class Device:
     """TFLOP/s; None where there is no such arithmetic."""
     tf32: float | None
     fp32: float
+    memory_gb: float
+    """Of the smallest edition of that name."""
 
 
 DEVICES = (
     # Sources: the data sheets of NVIDIA and AMD; for GeForce cards the Ada and Ampere GA102 white papers.
-    Device("B200", r"b200", 2250, 1125, 75),
-    Device("GB200", r"gb200", 2500, 1250, 80),
-    Device("H200 SXM", r"h200( sxm5?)?", 989.4, 494.7, 66.9),
-    Device("H200 NVL", r"h200 nvl", 835.5, 417.5, 60),
-    Device("GH200", r"gh200( \d+gb)?", 989.4, 494.7, 66.9),
-    Device("H100 SXM", r"h100([ -]sxm5?)?([ -]80gb)?( hbm3)?", 989.4, 494.7, 66.9),
-    Device("H100 PCIe", r"h100([ -]80gb)?[ -]pcie", 756.5, 378, 51.2),
-    Device("H100 NVL", r"h100 nvl", 835.5, 417.5, 60),
-    Device("A100", r"a100([ -](sxm4?|pcie))?([ -][48]0gb)?( pcie)?", 312, 156, 19.5),
-    Device("A10G", r"a10g", 70, 35, 31.5),
-    Device("A10", r"a10", 125, 62.5, 31.2),
-    Device("L4", r"l4", 121, 60, 30.3),
-    Device("L40", r"l40", 181, 90.5, 90.5),
-    Device("L40S", r"l40s", 362, 183, 91.6),
-    Device("RTX 4090", r"(geforce )?rtx 4090", 165.2, 82.6, 82.6),
-    Device("RTX 3090", r"(geforce )?rtx 3090", 71, 35.6, 35.6),
-    Device("V100 SXM2", r"v100([ -]sxm[23])?([ -](16|32)gb)?", None, None, 15.7),
-    Device("V100 PCIe", r"v100[ -]pcie([ -](16|32)gb)?", None, None, 14),
-    Device("T4", r"t4", None, None, 8.1),
-    Device("MI300X", r"mi300x( oam| vf)?", 1307.4, 653.7, 163.4),
+    Device("B200", r"b200", 2250, 1125, 75, 180),
+    Device("GB200", r"gb200", 2500, 1250, 80, 186),
+    Device("H200 SXM", r"h200( sxm5?)?", 989.4, 494.7, 66.9, 141),
+    Device("H200 NVL", r"h200 nvl", 835.5, 417.5, 60, 141),
+    Device("GH200", r"gh200( \d+gb)?", 989.4, 494.7, 66.9, 96),
+    Device("H100 SXM", r"h100([ -]sxm5?)?([ -]80gb)?( hbm3)?", 989.4, 494.7, 66.9, 80),
+    Device("H100 PCIe", r"h100([ -]80gb)?[ -]pcie", 756.5, 378, 51.2, 80),
+    Device("H100 NVL", r"h100 nvl", 835.5, 417.5, 60, 94),
+    Device("A100", r"a100([ -](sxm4?|pcie))?([ -][48]0gb)?( pcie)?", 312, 156, 19.5, 40),
+    Device("A10G", r"a10g", 70, 35, 31.5, 24),
+    Device("A10", r"a10", 125, 62.5, 31.2, 24),
+    Device("L4", r"l4", 121, 60, 30.3, 24),
+    Device("L40", r"l40", 181, 90.5, 90.5, 48),
+    Device("L40S", r"l40s", 362, 183, 91.6, 48),
+    Device("RTX 4090", r"(geforce )?rtx 4090", 165.2, 82.6, 82.6, 24),
+    Device("RTX 3090", r"(geforce )?rtx 3090", 71, 35.6, 35.6, 24),
+    Device("V100 SXM2", r"v100([ -]sxm[23])?([ -](16|32)gb)?", None, None, 15.7, 16),
+    Device("V100 PCIe", r"v100[ -]pcie([ -](16|32)gb)?", None, None, 14, 16),
+    Device("T4", r"t4", None, None, 8.1, 16),
+    Device("MI300X", r"mi300x( oam| vf)?", 1307.4, 653.7, 163.4, 192),
 )
 
 
@@ -103,6 +105,12 @@ def peak_flops(name: str, arithmetic: Arithmetic) -> float | None:
     device = find_device(name)
     teraflops = getattr(device, arithmetic) if device else None
     return teraflops * 1e12 if teraflops else None
+
+
+def device_memory(name: str) -> int | None:
+    """Bytes of the device called `name`, of the smallest edition where the name does not say; None if not known."""
+    device, said = find_device(name), re.search(r"(\d+) ?gb", name.lower())
+    return int(said[1] if said else device.memory_gb) * 10**9 if device else None
 
 
 BYTES = {"fp32": 4, "bf16": 2}

@@ -3,12 +3,15 @@
 A tokenizer folder holds `tokenizer.json` and, written last, `tokenizer_info.json` with its identity.
 """
 
+import contextlib
 import os
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import orjson
 
@@ -27,6 +30,7 @@ TRAINING_VERSION = 1
 
 _INFO = "tokenizer_info.json"
 _FILE = "tokenizer.json"
+_LOOK_SECONDS = 5
 
 
 @dataclass(frozen=True)
@@ -109,33 +113,70 @@ def _train(spec: TokenizerSpec, files: list[RawFile], text_key: str, path: Path)
         f.write(tokenizer.to_str().encode())
 
 
-def fetch_tokenizer_json(source: str) -> bytes:
-    """The bytes of `tokenizer.json` from a file, a folder or the Hugging Face hub.
+def _local_file(source: str) -> Path | None:
+    """The file that a path names; None for a name on the hub.
 
     Raises:
-        MissingInputError: it is not there, or the hub cannot be reached.
+        MissingInputError: it can be no name on the hub, and there is no such file.
     """
     path = Path(source)
     if path.is_dir():
         path = path / _FILE
     if path.is_file():
-        return path.read_bytes()
+        return path
     if path.is_absolute() or source.startswith((".", "~")) or source.endswith(".json") or source.count("/") != 1:
         raise MissingInputError(
             f"there is no tokenizer at {source}: give a tokenizer.json, a folder that holds one, or a Hugging Face hub "
             "name such as EleutherAI/gpt-neox-20b, as `tokenizer.source` or in OPENLM_TOKENIZER"
         )
-    from huggingface_hub import hf_hub_download
+    return None
+
+
+@contextlib.contextmanager
+def _hub(source: str) -> Iterator[None]:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(hf_hub_download(source, _FILE)).read_bytes()
+        yield
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as e:
         reason = str(e).strip().splitlines()[0]
         raise MissingInputError(
             f"the tokenizer {source} could not be fetched from the Hugging Face hub ({reason}). Without internet, set "
             "OPENLM_TOKENIZER (or `tokenizer.source`) to the path of a tokenizer.json"
         ) from e
+
+
+def fetch_tokenizer_json(source: str) -> bytes:
+    """The bytes of `tokenizer.json` from a file, a folder or the Hugging Face hub.
+
+    Raises:
+        MissingInputError: it is not there, or the hub cannot be reached.
+    """
+    if path := _local_file(source):
+        return path.read_bytes()
+    from huggingface_hub import hf_hub_download
+
+    with _hub(source):
+        return Path(hf_hub_download(source, _FILE)).read_bytes()
+
+
+def check_reachable(source: str) -> None:
+    """Look whether `fetch_tokenizer_json` would find it, without fetching it: one request, not tried again.
+
+    Raises:
+        MissingInputError: as that does.
+    """
+    if _local_file(source):
+        return
+    from huggingface_hub import hf_hub_url, try_to_load_from_cache
+
+    if not isinstance(try_to_load_from_cache(source, _FILE), str):
+        with _hub(source):
+            try:
+                urlopen(Request(hf_hub_url(source, _FILE), method="HEAD"), timeout=_LOOK_SECONDS).close()
+            except HTTPError as e:
+                if e.code not in (401, 403):  # where a token is asked for, the hub's own library has it
+                    raise
 
 
 def make_tokenizer(

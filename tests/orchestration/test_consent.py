@@ -8,9 +8,10 @@ from assets.common import user_errors
 from openlm_pipeline.errors import ConfigError, ConsentError
 from openlm_pipeline.experiments import load_experiment
 from openlm_pipeline.pipeline.plan import plan
+from openlm_pipeline.pipeline.preflight import preflight
 from openlm_pipeline.pipeline.training import train
 from openlm_pipeline.result import ALLOW_TAG, CONSENTS, parse_allow
-from openlm_pipeline.runs import spending
+from openlm_pipeline.runs import machine
 from openlm_pipeline.storage.home import Home
 
 
@@ -114,7 +115,7 @@ def home(finished, tmp_path, monkeypatch) -> Home:
 
 
 def findings(home: Home, *overrides: str) -> dict[str | None, str]:
-    return {f.consent: f.what for f in plan(load_experiment("tiny", overrides), home).findings}
+    return {f.consent: f.what for f in plan(load_experiment("tiny", overrides), home).findings if f.level != "ok"}
 
 
 def test_plan_says_what_needs_a_consent(home):
@@ -132,13 +133,13 @@ def test_repeating_text_many_times_is_asked_for(home):
 
 
 def test_days_on_a_cpu_are_asked_for(home, monkeypatch):
-    monkeypatch.setattr(spending, "CPU_FLOPS", 1e9)
-    monkeypatch.setattr(spending, "has_gpu", lambda: False)
+    monkeypatch.setattr(machine, "CPU_FLOPS", 1e9)
+    monkeypatch.setattr(machine, "has_gpu", lambda: False)
     experiment = load_experiment("tiny", ["milestones=[10K,40K,50K]"])
     with pytest.raises(ConsentError, match=r"this machine has no GPU.*\n.*--allow cpu"):
         list(train(experiment, home, 50_000, lambda _: None))
-    monkeypatch.setattr(spending, "has_gpu", lambda: True)
-    assert list(spending.spending(experiment, home, 50_000)) == []
+    monkeypatch.setattr(machine, "has_gpu", lambda: True)
+    assert {f.level for f in preflight(experiment, home, ["checkpoint/tiny/t0050K"])} == {"ok"}
 
 
 def test_nothing_is_set_aside_for_what_is_then_refused(home):

@@ -24,7 +24,7 @@ from openlm_pipeline.errors import (
     TrainingError,
 )
 from openlm_pipeline.models import init
-from openlm_pipeline.runs import spending
+from openlm_pipeline.runs import machine
 from train.distributed import leave_process_group, start, stay_near_gpu
 from train.optimizers import make_optimizer
 from train.parallel import build_model
@@ -343,7 +343,7 @@ def test_days_on_a_cpu_are_refused_by_the_trainer_itself(small: SmallRun, monkey
     assert re.search(r"error: small takes .* operations for 10T tokens.*\n.*--allow cpu", capsys.readouterr().err)
     assert not small.run.path.exists()
 
-    monkeypatch.setattr(spending, "CPU_FLOPS", 1e6)
+    monkeypatch.setattr(machine, "CPU_FLOPS", 1e6)
     with pytest.raises(ConsentError, match="--allow cpu"):
         small.train()
     small.train(allow={"cpu"})

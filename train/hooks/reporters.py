@@ -4,8 +4,6 @@ Names are OpenLM's where it has one, so that old and new runs lie on one chart; 
 Both writers work beside training: nothing here waits for a network, and what fails is said once and then left alone.
 """
 
-import importlib.util
-import os
 import queue
 import secrets
 import threading
@@ -16,6 +14,7 @@ from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.fingerprint import fingerprint, short
 from openlm_pipeline.runs.folder import WANDB_URL, RunFolder
+from openlm_pipeline.runs.machine import missing_for_reports
 from openlm_pipeline.storage.files import write_text
 from train.hooks import HOOKS, Hook
 
@@ -90,17 +89,8 @@ def check_report_to(experiment: Experiment) -> None:
     Raises:
         ConfigError: a package, or the key of the service, is not there. Said before anything is trained.
     """
-    for name in experiment.execution.report_to:
-        if importlib.util.find_spec(name) is None:
-            raise ConfigError(
-                f"execution.report_to has {name}, which is not installed: pip install 'openlm-pipeline[{name}]'"
-            )
-    online = os.environ.get("WANDB_MODE", "online") in ("online", "shared")
-    if "wandb" in experiment.execution.report_to and online and not os.environ.get("WANDB_API_KEY"):
-        raise ConfigError(
-            "execution.report_to has wandb, but WANDB_API_KEY is not set. Set it (https://wandb.ai/authorize), or "
-            "WANDB_MODE=offline, whose files `wandb sync` sends later"
-        )
+    for missing in missing_for_reports(experiment):
+        raise ConfigError(missing)
 
 
 class TensorBoardWriter:
