@@ -90,7 +90,7 @@ def place(origins: Sequence[Origin], loc: Sequence[object], message: str = "") -
         loc: the keys to the value that is wrong.
         message: it may name a key below `loc`, or quote a value.
     """
-    words = [word.strip(".").split(".") for word in re.findall(r"[A-Za-z_][\w.-]*", message)]
+    words = [word.strip(".").split(".") for word in re.findall(r"[A-Za-z_][\w.-]*", message.partition(";")[0])]
     paths = [*([*loc, *word] for word in words), *(loc[:n] for n in range(len(loc), 0, -1))]
     nodes = [(name, yaml.compose(text, Loader=_LOADER)) for name, text in origins]
     found = [(name, line) for keys in paths for name, node in nodes if (line := _line(node, keys))]
