@@ -9,8 +9,8 @@ from typing import Any
 
 from openlm_pipeline.errors import ConfigError, OpenLMError
 from openlm_pipeline.evaluation.suite import load_suite
-from openlm_pipeline.experiments import Dataset, Experiment, load_experiment, recipe_names
-from openlm_pipeline.experiments.load import lost_files
+from openlm_pipeline.experiments import Dataset, Experiment, load_experiment, recipe_paths
+from openlm_pipeline.experiments.load import SHIPPED, lost_files
 
 DERIVE = "derive"
 """The job that saves a recipe."""
@@ -24,12 +24,13 @@ RESERVED = frozenset([DERIVE, SAVE, "preflight", *_DAGSTERS.split(), *keyword.kw
 def load_recipes(only: Sequence[str] = ()) -> tuple[list[Experiment], dict[str, str]]:
     """The recipes, the shipped ones first, and what is not loaded: its name, or its path where it has none -> why.
 
-    Of two that disagree only the later one is left out.
+    Of two that disagree the one is left out whose file was written later, and no shipped one.
 
     Args:
         only: patterns of names, such as `pretrain_*`, of which one must fit; by default all do.
     """
-    names, suites, known = recipe_names(), cache(load_suite), _Known()
+    paths, suites, known = recipe_paths(), cache(load_suite), _Known()
+    names = sorted(paths, key=lambda n: (paths[n].parent != SHIPPED and paths[n].lstat().st_mtime_ns, n))
     loaded, not_loaded = [], {str(path): why for path, why in lost_files().items()}
 
     def check(experiment: Experiment) -> None:
