@@ -117,8 +117,8 @@ def derive_job() -> dg.JobDefinition:
         with user_errors():
             made = derive(config.recipe, config.overrides, config.name)
         made.save()
-        context.log.info(f"Reload definitions; job {made.experiment.name}")
-        context.add_output_metadata({"job": made.experiment.name, "recipe": dg.MetadataValue.path(str(made.path))})
+        context.log.info(then := f"Reload definitions; job {made.experiment.name}")
+        context.add_output_metadata({"next": then, "recipe": dg.MetadataValue.path(str(made.path))})
 
     @dg.job(name=DERIVE, description="Saves a recipe with settings changed in OPENLM_HOME/recipes; reload definitions.")
     def job() -> None:

@@ -264,13 +264,19 @@ def models() -> None:
 
 
 @app.command()
-def recipes() -> None:
+def recipes(
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a recipe, for editors.")] = False,
+) -> None:
     """List the recipes: those that ship, those in the folders of OPENLM_RECIPES and those in OPENLM_HOME/recipes.
 
     A recipe that does not load is listed with its error.
     """
+    from openlm_pipeline.experiments.load import SCHEMA
     from openlm_pipeline.pipeline.recipes import load_recipes
 
+    if schema:
+        typer.echo(SCHEMA.read_text(), nl=False)
+        return
     loaded, not_loaded = load_recipes()
     table = Table("name", "milestones", "description", box=None)
     for experiment in loaded:

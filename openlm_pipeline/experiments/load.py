@@ -15,6 +15,7 @@ from openlm_pipeline.storage.home import Home
 from openlm_pipeline.strict import Origin, expand_variables, explain, place, read_mapping
 
 SHIPPED = Path(__file__).parent / "recipes"
+SCHEMA = Path(__file__).parent / "recipe.schema.json"
 
 
 def recipe_paths() -> dict[str, Path]:
