@@ -27,10 +27,13 @@ CHOICES = {
     ("Launcher", "kind"): LAUNCHERS,
 }
 EXTENDS = (
-    "Recipe to start from: a name, or a path of a YAML file from this one. What is given here changes it; `0:` and "
+    "Recipe to start from: a name, or a path of a YAML file from this one. What is given here changes it; `0:` and the "
+    "like change one item of a list."
 )
-EXTENDS += "the like change one item of a list."
-ORDER = "TokenizerSpec TrainedTokenizer Source Validation Training Parent Evaluation Baseline WhileTraining Execution Launcher"
+ORDER = (
+    *("TokenizerSpec", "TrainedTokenizer", "Source", "Validation", "Training", "Parent", "Evaluation", "Baseline"),
+    *("WhileTraining", "Execution", "Launcher"),
+)
 
 
 def documented(model: type[BaseModel]) -> dict[str, str]:
@@ -45,7 +48,7 @@ def documented(model: type[BaseModel]) -> dict[str, str]:
 
 def _models() -> dict[str, type[BaseModel]]:
     """All that a recipe is made of, by their names in the schema."""
-    named = {name: getattr(spec, name) for name in ORDER.split()}
+    named = {name: getattr(spec, name) for name in ORDER}
     settings = {f"launcher.{name}": entry.Settings for name, entry in LAUNCHERS if entry.Settings.model_fields}
     return {"Experiment": Experiment, "ModelConfig": ModelConfig, **named, **settings}
 
@@ -156,12 +159,19 @@ def page() -> str:
     lines = [
         "# Every key of a recipe",
         "",
-        "Made from the models that read recipes; a test holds it to them. Token counts are numbers such as `250B`, `1.5M`",
-        "or `2000000`. Any value may have environment variables, `${NAME}` or `${NAME:-default}`. Editors complete and",
-        "check keys with `openlm recipes --schema > recipe.schema.json` and a first line in the recipe:",
-        "`# yaml-language-server: $schema=recipe.schema.json`.",
+        *textwrap.wrap(
+            "Made from the models that read recipes; a test holds it to them. Token counts are numbers such as `250B`, "
+            "`1.5M` or `2000000`. Any value may have environment variables, `${NAME}` or `${NAME:-default}`.",
+            120,
+        ),
         "",
-        f"`extends`: {EXTENDS[0].lower()}{EXTENDS[1:]}",
+        *textwrap.wrap(
+            "Editors complete and check keys with `openlm recipes --schema > recipe.schema.json` and, as the first "
+            "line of a recipe, `# yaml-language-server: $schema=recipe.schema.json`.",
+            120,
+        ),
+        "",
+        *textwrap.wrap(f"`extends`: {EXTENDS[0].lower()}{EXTENDS[1:]}", 120),
     ]
     for name, node in described.items():
         title, doc = _title(name), inspect.getdoc(_models()[name]) or ""
