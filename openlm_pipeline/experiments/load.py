@@ -24,15 +24,14 @@ def recipe_paths() -> dict[str, Path]:
     Of two files of the user that share a name it is the first; `lost_files` names the other.
     """
     found = {path.stem: path for path in reversed(_user_files())}
-    return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml")) if path.stem not in found} | dict(
-        sorted(found.items())
-    )
+    shipped = {path.stem: path for path in SHIPPED.glob("*.yaml") if path.stem not in found}
+    return dict(sorted(shipped.items())) | dict(sorted(found.items()))
 
 
 def lost_files() -> dict[Path, str]:
     """What stands for no recipe, and why: folders of `OPENLM_RECIPES` that do not exist, files whose name is taken."""
     named, paths = _folders_of_variable(), recipe_paths()
-    lost = {f: f"OPENLM_RECIPES names {f}, which is not a folder" for f in named if not f.is_dir()}
+    lost = {f: f"OPENLM_RECIPES names {f}, which is not a folder to read" for f in named if not _readable(f)}
     taken = {p: f"two recipes are named {p.stem}: {paths[p.stem]}, which is used, and {p}" for p in _user_files()}
     return lost | {path: why for path, why in taken.items() if path not in paths.values()}
 
@@ -46,8 +45,12 @@ def user_folders() -> list[Path]:
     return [*_folders_of_variable(), Home.from_env().root / "recipes"]
 
 
+def _readable(folder: Path) -> bool:
+    return os.path.isdir(folder) and os.access(folder, os.R_OK | os.X_OK)  # unlike Path's, these raise nothing
+
+
 def _user_files() -> list[Path]:
-    folders = {folder.resolve(): folder for folder in user_folders()}
+    folders = {os.path.realpath(folder): folder for folder in user_folders() if _readable(folder)}
     return [path for folder in folders.values() for path in sorted(folder.glob("*.yaml"))]
 
 

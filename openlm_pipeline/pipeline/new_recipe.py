@@ -47,10 +47,8 @@ def derive(recipe: str, overrides: Sequence[str], name: str | None = None) -> Ne
     if recipe.endswith((".yaml", ".yml")):
         raise ConfigError(f"{recipe} is a file, and a recipe's name is needed: copy it to {folder}, which makes it one")
     load_experiment(recipe)
-    made = "_".join(
-        [recipe, *(item.partition("=")[0].rpartition(".")[2] + "_" + item.partition("=")[2] for item in overrides)]
-    )
-    made = re.sub(r"[^a-z0-9]+", "_", made.lower()).strip("_")
+    last_keys = [re.sub(r"^[^=]*\.", "", item) for item in overrides]
+    made = re.sub(r"[^a-z0-9]+", "_", "_".join([recipe, *last_keys]).lower()).strip("_")
     if len(made) > _LONGEST_NAME:
         made = f"{made[:_LONGEST_NAME]}_{hashlib.sha256(made.encode()).hexdigest()[:8]}"
     described = f"{recipe} with {', '.join(overrides)}" if overrides else recipe
@@ -68,10 +66,9 @@ def _new_recipe(document: dict[str, Any], overrides: Sequence[str], folder: Path
     there = recipe_paths().get(path.stem, path)
     if there.exists() and there.read_text() != text:
         raise ConfigError(f"there is a recipe {path.stem} already: {there}; give the new one another name")
-    made = NewRecipe(there, check_document(document, there, overrides), text)
-    if not there.exists():
-        check_beside(made.experiment)
-    return made
+    experiment = check_document(document, there, overrides)
+    check_beside(experiment)
+    return NewRecipe(there, experiment, text)
 
 
 def fork(

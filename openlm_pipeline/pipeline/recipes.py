@@ -1,6 +1,5 @@
 """All recipes together: those that load and agree with each other, and why the others do not count."""
 
-import difflib
 import keyword
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -19,6 +18,7 @@ SAVE = "new_recipe"
 _DAGSTERS = "arg_dict bool conf config context dict float input input_arg_dict int meta output output_arg_dict str type"
 RESERVED = frozenset([DERIVE, SAVE, "preflight", *_DAGSTERS.split(), *keyword.kwlist])
 """What no job of a recipe can be called."""
+_RESERVED: dict[str, tuple[Any, str]] = {f"job {name}": (None, "the graph") for name in RESERVED}
 
 
 def load_recipes(only: Sequence[str] = ()) -> tuple[list[Experiment], dict[str, str]]:
@@ -29,8 +29,9 @@ def load_recipes(only: Sequence[str] = ()) -> tuple[list[Experiment], dict[str, 
     Args:
         only: patterns of names, such as `pretrain_*`, of which one must fit; by default all do.
     """
-    paths, suites, known = recipe_paths(), cache(load_suite), _Known()
+    paths, suites, meanings = recipe_paths(), cache(load_suite), dict(_RESERVED)
     names = sorted(paths, key=lambda n: (paths[n].parent != SHIPPED and paths[n].lstat().st_mtime_ns, n))
+    chosen = [name for name in names if not only or any(fnmatchcase(name, pattern) for pattern in only)]
     loaded, not_loaded = [], {str(path): why for path, why in lost_files().items()}
 
     def check(experiment: Experiment) -> None:
@@ -39,21 +40,13 @@ def load_recipes(only: Sequence[str] = ()) -> tuple[list[Experiment], dict[str, 
         except ConfigError as e:
             raise ConfigError(f"evaluation.suite: {e}") from e
 
-    for pattern in only:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            near = difflib.get_close_matches(pattern, names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
-            not_loaded[pattern] = f"OPENLM_ONLY: there is no recipe {pattern!r}; {hint}"
-    for name in names:
-        if only and not any(fnmatchcase(name, pattern) for pattern in only):
-            continue
+    for name in [*chosen, *(pattern for pattern in only if not any(fnmatchcase(name, pattern) for name in names))]:
         try:
             experiment = load_experiment(name, check=check)
-            known.add(experiment)
+            _agree(experiment, meanings)
+            loaded.append(experiment)
         except Exception as e:  # noqa: BLE001 - whatever is in one file, the others load, and their jobs go on
             not_loaded[name] = str(e) if isinstance(e, OpenLMError) else f"{type(e).__name__}: {e}"
-        else:
-            loaded.append(experiment)
     return loaded, not_loaded
 
 
@@ -63,35 +56,28 @@ def check_beside(experiment: Experiment) -> None:
     Raises:
         ConfigError: it uses a name that means something else in another recipe.
     """
-    known = _Known()
-    for other in load_recipes()[0]:
-        known.add(other)
-    known.add(experiment)
+    meanings = dict(_RESERVED)
+    for other in [*(e for e in load_recipes()[0] if e.name != experiment.name), experiment]:
+        _agree(other, meanings)
 
 
-class _Known:
-    """What names mean, and the recipe that says so."""
+def _agree(experiment: Experiment, known: dict[str, tuple[Any, str]]) -> None:
+    """Add what an experiment means by names to what is known: the meaning, and who says so.
 
-    def __init__(self) -> None:
-        self.meanings: dict[str, tuple[Any, str]] = {f"job {name}": (None, "the graph") for name in RESERVED}
-
-    def add(self, experiment: Experiment) -> None:
-        """
-        Raises:
-            ConfigError: a name means something else already.
-        """
-        if "__" in experiment.name:
-            raise ConfigError(f"recipe {experiment.name}: steps of the graph have __ in their names, recipes do not")
-        meanings = list(_meanings(experiment))
-        other = {name: key for name, meaning, key in meanings if self.meanings.get(name, (meaning,))[0] != meaning}
-        if other:
-            owner, keys = self.meanings[next(iter(other))][1], dict.fromkeys(other.values())
-            raise ConfigError(
-                f"{owner} and recipe {experiment.name} mean different things by {', '.join(other)}; in "
-                f"{experiment.name} give other names: {' '.join(f'{key}=NAME' for key in keys)}"
-            )
-        for name, meaning, _ in meanings:
-            self.meanings.setdefault(name, (meaning, f"recipe {experiment.name}"))
+    Raises:
+        ConfigError: a name means something else already.
+    """
+    if "__" in experiment.name:
+        raise ConfigError(f"recipe {experiment.name}: steps of the graph have __ in their names, recipes do not")
+    meanings = list(_meanings(experiment))
+    other = {name: key for name, meaning, key in meanings if known.get(name, (meaning,))[0] != meaning}
+    if other:
+        owner, keys = known[next(iter(other))][1], dict.fromkeys(other.values())
+        raise ConfigError(
+            f"{owner} and recipe {experiment.name} mean different things by {', '.join(other)}; in "
+            f"{experiment.name} give other names: {' '.join(f'{key}=NAME' for key in keys)}"
+        )
+    known |= {name: known.get(name, (meaning, f"recipe {experiment.name}")) for name, meaning, _ in meanings}
 
 
 def _meanings(experiment: Experiment) -> Iterator[tuple[str, Any, str]]:

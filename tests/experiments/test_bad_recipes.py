@@ -168,12 +168,15 @@ def test_what_cannot_be_read(folder: Path, tmp_path: Path, monkeypatch: pytest.M
     (folder / "directory.yaml").mkdir()
     (folder / "dangling.yaml").symlink_to(tmp_path / "nowhere")
     put(folder, "closed", GOOD).chmod(0)
-    monkeypatch.setenv("OPENLM_RECIPES", f"{folder}:{tmp_path / 'none'}")
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    monkeypatch.setenv("OPENLM_RECIPES", f"{folder}:{tmp_path / 'none'}:{loop}")
     loaded, errors = load_recipes()
     assert "good" in [e.name for e in loaded]
     assert "directory.yaml can't be read: Is a directory" in errors["directory"]
     assert "there is no file" in errors["dangling"]
-    assert errors[str(tmp_path / "none")] == f"OPENLM_RECIPES names {tmp_path / 'none'}, which is not a folder"
+    for path in (tmp_path / "none", loop):
+        assert errors[str(path)] == f"OPENLM_RECIPES names {path}, which is not a folder to read"
     with pytest.raises(
         ConfigError, match="there is no recipe 'mine'.*OPENLM_RECIPES names .*none, which is not a fold"
     ):
@@ -229,7 +232,7 @@ def test_patterns_choose_recipes(folder: Path) -> None:
     assert {e.name for e in loaded} == {"demo", "pretrain_11m", "pretrain_160m", "pretrain_1b"} and not errors
     loaded, errors = load_recipes(["good", "dmo"])
     assert [e.name for e in loaded] == ["good"]
-    assert errors == {"dmo": "OPENLM_ONLY: there is no recipe 'dmo'; did you mean 'demo'?"}
+    assert errors == {"dmo": "there is no recipe 'dmo'; did you mean 'demo'?"}
 
 
 def test_aliases_and_indices_are_for_use(folder: Path) -> None:

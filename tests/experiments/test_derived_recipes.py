@@ -106,3 +106,11 @@ def test_a_file_is_no_recipe_until_it_is_copied(saved: Path, tmp_path: Path) -> 
 def test_a_dry_run_saves_nothing(saved: Path) -> None:
     shown = launch("demo", "training.lr=2e-3")
     assert shown.returncode == 0 and "/runs/demo_lr_2e_3/v1/" in shown.stdout and not saved.exists()
+
+
+def test_of_a_home_at_a_url_recipes_are_in_the_local_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENLM_HOME", "s3://bucket/home")
+    monkeypatch.setenv("OPENLM_HOME_CACHE", str(tmp_path))
+    derive("demo", ["seed=1"]).save()
+    assert (tmp_path / "bucket" / "home" / "recipes" / "demo_seed_1.yaml").exists()
+    assert load_experiment("demo_seed_1").seed == 1
