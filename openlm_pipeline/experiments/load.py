@@ -46,7 +46,7 @@ def user_folders() -> list[Path]:
 
 
 def _readable(folder: Path) -> bool:
-    return os.path.isdir(folder) and os.access(folder, os.R_OK | os.X_OK)  # unlike Path's, these raise nothing
+    return os.access(folder, os.R_OK | os.X_OK) and folder.is_dir()
 
 
 def _user_files() -> list[Path]:
