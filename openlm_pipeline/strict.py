@@ -38,8 +38,6 @@ class Strict(BaseModel):
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, ten times faster, where PyYAML has it
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
-
-
 _MOST_VALUES = 1_000_000
 
 
@@ -95,12 +93,8 @@ def place(origins: Sequence[Origin], loc: Sequence[object], message: str = "") -
     nodes = [(name, yaml.compose(text, Loader=_LOADER)) for name, text in origins]
     found = [(name, line) for keys in paths for name, node in nodes if (line := _line(node, keys))]
     for value in re.findall(r"'[^']+'|\$\{\w+", message):
-        found += [
-            (name, n)
-            for name, text in origins
-            for n, line in enumerate(text.splitlines(), 1)
-            if value.strip("'") in line
-        ]
+        lines = ((name, n, line) for name, text in origins for n, line in enumerate(text.splitlines(), 1))
+        found += [(name, n) for name, n, line in lines if value.strip("'") in line]
     return next((f" ({name}:{line})" if isinstance(name, Path) else f" ({name})" for name, line in found), "")
 
 
