@@ -35,7 +35,7 @@ _STARTED_BY = (
 """Tags of a run that nobody asked for by hand."""
 
 OWNERS = "OPENLM_OWNERS"
-_DEFAULT_OWNERS = "team:openlm_pipeline"
+DEFAULT_OWNERS = "team:openlm_pipeline"
 
 
 class DaskResource(dg.ConfigurableResource):
@@ -75,7 +75,7 @@ def owners() -> list[str]:
     Raises:
         ConfigError: one is neither.
     """
-    found = [owner.strip() for owner in (os.environ.get(OWNERS) or _DEFAULT_OWNERS).split(",")]
+    found = [owner.strip() for owner in (os.environ.get(OWNERS) or DEFAULT_OWNERS).split(",")]
     for owner in found:
         if not re.fullmatch(r"team:[\w.-]+|[\w.+-]+@[\w-]+(\.[\w-]+)+", owner):
             raise ConfigError(f"{OWNERS}: {owner!r} is neither team:NAME nor an e-mail address")

@@ -1,8 +1,10 @@
 """Typed settings, frozen, that refuse unknown keys; and the YAML files that people write them in."""
 
 import difflib
+import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +36,9 @@ class Strict(BaseModel):
         return data
 
 
-def explain(error: ValidationError, where: str) -> ConfigError:
-    """One line for each thing that is wrong, with its path in the document `where`."""
-    lines = []
-    for item in error.errors():
-        path = ".".join(str(part) for part in item["loc"])
-        message = item["msg"].removeprefix("Value error, ")
-        lines.append(f"  {path}: {message}" if path else f"  {message}")
-    return ConfigError(f"{where} is not valid:\n" + "\n".join(lines))
-
-
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, ten times faster, where PyYAML has it
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+_MOST_VALUES = 1_000_000
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -55,14 +48,79 @@ def read_mapping(path: Path) -> dict[str, Any]:
         ConfigError: there is no such file, or it is not a YAML mapping.
     """
     try:
-        document = yaml.load(path.read_text(), Loader=_LOADER)
+        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_LOADER)
     except FileNotFoundError:
         raise ConfigError(f"there is no file {path}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{path} is not valid YAML: {e}") from e
+    except OSError as e:
+        raise ConfigError(f"{path} can't be read: {e.strerror}") from e
+    except yaml.MarkedYAMLError as e:
+        line = f" ({path}:{e.problem_mark.line + 1})" if e.problem_mark else ""
+        raise ConfigError(f"{path} is not valid YAML: {e.problem}{line}") from e
+    except (yaml.YAMLError, ValueError, RecursionError) as e:  # ValueError: no UTF-8, or a date such as 2020-13-45
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from e
     if not isinstance(document, dict):
         raise ConfigError(f"{path} is not a YAML mapping")
+    if _num_values(document, {}) > _MOST_VALUES:
+        raise ConfigError(f"{path}: its aliases stand for more than {_MOST_VALUES:,} values")
     return document
+
+
+def _num_values(value: Any, known: dict[int, float]) -> float:
+    """Values in a document whose aliases are written out; infinite for one that contains itself."""
+    if not isinstance(value, (dict, list)):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = math.inf
+        parts = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_num_values(part, known) for part in parts)
+    return known[id(value)]
+
+
+Origin = tuple[Path | str, str]
+"""A file, or the words for what is none; and its YAML text."""
+
+
+def place(origins: Sequence[Origin], loc: Sequence[object], message: str = "") -> str:
+    """Where the key of an error stands, such as ` (mine.yaml:7)`; empty where no origin has it.
+
+    Args:
+        origins: the first that has the key is named.
+        loc: the keys to the value that is wrong.
+        message: it may name a key below `loc`, or quote a value.
+    """
+    words = [word.strip(".").split(".") for word in re.findall(r"[A-Za-z_][\w.-]*", message.partition(";")[0])]
+    paths = [*([*loc, *word] for word in words), *(loc[:n] for n in range(len(loc), 0, -1))]
+    nodes = [(name, yaml.compose(text, Loader=_LOADER)) for name, text in origins]
+    found = [(name, line) for keys in paths for name, node in nodes if (line := _line(node, keys))]
+    for value in re.findall(r"'[^']+'|\$\{\w+", message):
+        lines = ((name, n, line) for name, text in origins for n, line in enumerate(text.splitlines(), 1))
+        found += [(name, n) for name, n, line in lines if value.strip("'") in line]
+    return next((f" ({name}:{line})" if isinstance(name, Path) else f" ({name})" for name, line in found), "")
+
+
+def _line(node: yaml.Node, keys: Sequence[object]) -> int | None:
+    """The line on which the last of the keys stands, or None where one is missing."""
+    line = None
+    for key in map(str, keys):
+        if isinstance(node, yaml.MappingNode):
+            found = [(name.start_mark.line + 1, value) for name, value in node.value if name.value == key]
+        else:
+            items = node.value if isinstance(node, yaml.SequenceNode) else []
+            found = [(value.start_mark.line + 1, value) for i, value in enumerate(items) if str(i) == key]
+        if not found:
+            return None
+        line, node = found[-1]
+    return line
+
+
+def explain(error: ValidationError, where: str, origins: Sequence[Origin] = ()) -> ConfigError:
+    """One line for each thing that is wrong, with its path in the document `where`, and its place in `origins`."""
+    lines = []
+    for item in error.errors():
+        path = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        lines.append((f"{path}: {message}" if path else message) + place(origins, item["loc"], message))
+    return ConfigError(f"{where} is not valid:" + (f" {lines[0]}" if len(lines) == 1 else "\n  ".join(["", *lines])))
 
 
 def expand_variables(value: Any, path: Path) -> Any:
@@ -75,7 +133,7 @@ def expand_variables(value: Any, path: Path) -> Any:
     def replace(match: re.Match[str]) -> str:
         name, default = match[1], match[2]
         if (found := os.environ.get(name) or default) is None:
-            raise ConfigError(f"{path} needs the environment variable {name}, which is not set")
+            raise ConfigError(f"{path} needs the environment variable ${{{name}}}, which is not set")
         return found
 
     if isinstance(value, str):

@@ -1,6 +1,13 @@
-"""Jobs: per recipe from raw files to report, per run its scorecards, per dataset its shards. None is partitioned."""
+"""Jobs: per recipe from raw files to report, per run its scorecards, per dataset its shards. None is partitioned.
+
+Beside these `derive`, which saves a new recipe, and one that fails for each recipe that does not load.
+"""
+
+import re
+from collections.abc import Collection
 
 import dagster as dg
+from pydantic import Field
 
 from assets.common import (
     CORPUS_KEY,
@@ -11,8 +18,11 @@ from assets.common import (
     scorecard_key,
     shards_key,
     tokenizer_key,
+    user_errors,
 )
 from openlm_pipeline.experiments import Dataset, Experiment
+from openlm_pipeline.pipeline.new_recipe import derive
+from openlm_pipeline.pipeline.recipes import DERIVE, RESERVED, SAVE
 
 
 def _data_keys(datasets: list[Dataset]) -> list[dg.AssetKey]:
@@ -67,3 +77,51 @@ def evaluation_job(experiment: Experiment) -> dg.JobDefinition:
 def dataset_job(dataset: Dataset) -> dg.JobDefinition:
     """Tokenizer and shards of one dataset."""
     return dg.define_asset_job(f"tokenize_{dataset.name}", selection=dg.AssetSelection.assets(*_data_keys([dataset])))
+
+
+def failing_job(recipe: str, error: str, taken: Collection[str]) -> dg.JobDefinition:
+    """The job of a recipe that does not load: its description says why, and so does its failure.
+
+    Args:
+        recipe: its name, or the path of what has none.
+        taken: names of other jobs.
+    """
+    name = re.sub(r"\W", "_", recipe.rpartition("/")[2].removesuffix(".yaml"), flags=re.ASCII)
+    while name in taken or name in RESERVED:
+        name += "_"
+
+    @dg.op(name=f"{name}__not_loaded")
+    def fail() -> None:
+        raise dg.Failure(description=error, allow_retries=False)
+
+    @dg.graph(name=f"{name}__job")  # among steps and graphs a name is used once
+    def failing() -> None:
+        fail()
+
+    return failing.to_job(name, description=f"Not loaded: {error}")
+
+
+class NewRecipe(dg.Config):
+    """Settings of the job `derive`."""
+
+    recipe: str = Field(description="Name of the recipe to extend.")
+    overrides: list[str] = Field(default=[], description="KEY=VALUE each, such as training.lr=2e-3.")
+    name: str | None = Field(default=None, description="Name of the new recipe; by default RECIPE_KEY_VALUE.")
+
+
+def derive_job() -> dg.JobDefinition:
+    """`openlm launch RECIPE KEY=VALUE` without the launch."""
+
+    @dg.op(name=SAVE)
+    def save(context: dg.OpExecutionContext, config: NewRecipe) -> None:
+        with user_errors():
+            made = derive(config.recipe, config.overrides, config.name)
+        made.save()
+        context.log.info(then := f"Reload definitions; job {made.experiment.name}")
+        context.add_output_metadata({"next": then, "recipe": dg.MetadataValue.path(str(made.path))})
+
+    @dg.job(name=DERIVE, description="Saves a recipe with settings changed in OPENLM_HOME/recipes; reload definitions.")
+    def job() -> None:
+        save()
+
+    return job

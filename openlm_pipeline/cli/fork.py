@@ -20,7 +20,8 @@ def fork(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, such as training.lr=1e-4.")
     ] = None,
     recipes: Annotated[
-        Path | None, typer.Option(help="Folder for the recipe; default: the first one of OPENLM_RECIPES.")
+        Path | None,
+        typer.Option(help="Folder for the recipe; default: the first one of OPENLM_RECIPES, or OPENLM_HOME/recipes."),
     ] = None,
 ) -> None:
     """Write the recipe of a run that continues from a milestone of another: weights, optimizer, tokens, sample order.
@@ -37,9 +38,9 @@ def fork(
     openlm fork demo@400K demo_longer milestones=[1M] --recipes my_recipes
     """
     from openlm_pipeline.experiments import load_experiment
-    from openlm_pipeline.experiments.fork_recipe import write_fork
     from openlm_pipeline.experiments.load import user_folders
     from openlm_pipeline.fingerprint import differences
+    from openlm_pipeline.pipeline.new_recipe import fork as make_fork
     from openlm_pipeline.runs.identity import settings_identity
     from openlm_pipeline.runs.parent import pin_latest
     from openlm_pipeline.storage.home import Home
@@ -51,15 +52,12 @@ def fork(
         milestone = pin_latest(load_experiment(recipe), Home.from_env()) if tokens == "latest" else parse_tokens(tokens)
     except ValueError as e:
         raise ConfigError(f"the milestone in {origin!r}: {e}") from e
-    folder = recipes or next(iter(user_folders()), None)
-    if folder is None:
-        raise ConfigError(
-            "where shall the recipe go? Set OPENLM_RECIPES to a folder of yours, or give --recipes FOLDER"
-        )
+    folder = recipes or user_folders()[0]
     console = Console(highlight=False, soft_wrap=True)
-    path, made = write_fork(recipe, milestone, name, overrides or [], folder, pinned=tokens == "latest")
-    console.print(f"{path}: {made.description}", markup=False)
-    for line in differences(settings_identity(load_experiment(recipe)), settings_identity(made)):
+    made = make_fork(recipe, milestone, name, overrides or [], folder, pinned=tokens == "latest")
+    made.save()
+    console.print(f"{made.path}: {made.experiment.description}", markup=False)
+    for line in differences(settings_identity(load_experiment(recipe)), settings_identity(made.experiment)):
         console.print(f"  {line}", markup=False)
     if folder.absolute() not in [f.absolute() for f in user_folders()]:
         console.print(f"export OPENLM_RECIPES={folder}  # so that {name} is known by its name", markup=False)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from openlm_pipeline.cli.options import Allow, Gpu, Mfu, Price
+from openlm_pipeline.cli.options import Allow, Gpu, Mfu, Overrides, Price
 from openlm_pipeline.cli.ui import dagster_environment, definitions_option
 from openlm_pipeline.errors import ConfigError, OpenLMError
 from openlm_pipeline.result import ALLOW_TAG, parse_allow, refuse
@@ -46,6 +46,10 @@ def submission(experiment: "Experiment", home: "Home", allow: Collection[str] = 
 
 def launch(
     recipe: Annotated[str, typer.Argument(help="Name of a recipe (`openlm recipes`).")],
+    overrides: Overrides = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the recipe with these settings; default: RECIPE_KEY_VALUE.")
+    ] = None,
     budget: Annotated[
         float | None,
         typer.Option(help="GPU-hours over which --yes is needed.", min=0, envvar="OPENLM_BUDGET_GPU_HOURS"),
@@ -62,20 +66,30 @@ def launch(
 ) -> None:
     """Show the plan of a recipe, launch its job, and say its run id and link; the run outlives this command.
 
+    With settings to change it launches a new recipe, which extends RECIPE and is saved in OPENLM_HOME/recipes; the same
+    command again finds it there.
     With --budget a launch of more GPU-hours, or of unknown length, needs --yes. With --dry-run it starts nothing and
     prints what the recipe's launcher would start: the torchrun command, Slurm's batch script or Kubernetes' manifest;
     nothing where nothing is left to train.
 
-    Example: openlm launch pretrain_1b --gpu H100 --budget 500
+    Examples:
+
+    openlm launch pretrain_1b --gpu H100 --budget 500
+
+    openlm launch demo training.lr=2e-3 --name demo_faster
     """
-    from openlm_pipeline.experiments import load_experiment, recipe_names
+    from openlm_pipeline.experiments import load_experiment
+    from openlm_pipeline.pipeline.new_recipe import derive
     from openlm_pipeline.pipeline.plan import plan
+    from openlm_pipeline.pipeline.recipes import load_recipes
     from openlm_pipeline.storage.home import Home
 
-    if recipe not in recipe_names():
-        raise ConfigError(f"there is no recipe {recipe!r}; a file becomes one in a folder of OPENLM_RECIPES")
     console = Console(highlight=False, soft_wrap=True, stderr=dry_run)
-    experiment, home = load_experiment(recipe), Home.from_env()
+    new = derive(recipe, overrides or [], name) if overrides or name or recipe.endswith((".yaml", ".yml")) else None
+    if new is None and (error := load_recipes()[1].get(recipe)):
+        raise ConfigError(error)
+    experiment, home = new.experiment if new else load_experiment(recipe), Home.from_env()
+    recipe = experiment.name
     made = plan(experiment, home, device=gpu, mfu=mfu, price=price)
     for line in made.lines():
         console.print(line, markup=False)
@@ -89,8 +103,13 @@ def launch(
     if budget is not None and made.cost.tokens and not yes and (hours is None or hours > budget):
         known = "of a length that is not known" if hours is None else f"of {hours:,.4g} GPU-hours"
         raise ConfigError(f"training {known} is over the budget of {budget:g}; add --yes to launch it all the same")
+    if new:
+        new.save()
+        console.print(f"recipe {recipe}: {new.path}", markup=False)
     run_id, tags = str(uuid.uuid4()), json.dumps({ALLOW_TAG: ",".join(sorted(consents))} if consents else {})
     environment = dagster_environment()
+    if only := environment.get("OPENLM_ONLY"):
+        environment["OPENLM_ONLY"] = f"{only},{recipe}"
     log = Path(environment["DAGSTER_HOME"]) / f"launch-{run_id}.log"
     with log.open("wb") as out:  # a file: where it is a pipe, the command lasts as long as the run
         command = [sys.executable, "-m", "dagster", "job", "launch", *definitions_option()]

@@ -30,7 +30,7 @@ from openlm_pipeline.cli.report import baselines, report
 from openlm_pipeline.cli.shards import shards_app
 from openlm_pipeline.cli.ui import ui
 from openlm_pipeline.errors import ConfigError, OpenLMError
-from openlm_pipeline.experiments import Experiment, load_experiment, recipe_names
+from openlm_pipeline.experiments import Experiment, load_experiment
 from openlm_pipeline.result import parse_allow
 from openlm_pipeline.runs.programs import starting
 from openlm_pipeline.storage.home import Home
@@ -264,13 +264,27 @@ def models() -> None:
 
 
 @app.command()
-def recipes() -> None:
-    """List the recipes: those that ship, and those in the folders of OPENLM_RECIPES."""
+def recipes(
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a recipe, for editors.")] = False,
+) -> None:
+    """List the recipes: those that ship, those in the folders of OPENLM_RECIPES and those in OPENLM_HOME/recipes.
+
+    A recipe that does not load is listed with its error.
+    """
+    from openlm_pipeline.experiments.load import SCHEMA
+    from openlm_pipeline.pipeline.recipes import load_recipes
+
+    if schema:
+        typer.echo(SCHEMA.read_text(), nl=False)
+        return
+    loaded, not_loaded = load_recipes()
     table = Table("name", "milestones", "description", box=None)
-    for name in recipe_names():
-        experiment = load_experiment(name)
-        table.add_row(name, " ".join(format_tokens(t) for t in experiment.milestones), experiment.description)
+    for experiment in loaded:
+        milestones = " ".join(format_tokens(t) for t in experiment.milestones)
+        table.add_row(experiment.name, milestones, experiment.description)
     console.print(table)
+    for name, error in not_loaded.items():
+        say(f"not loaded: {name}: {error}")
 
 
 def with_repeated_options(arguments: list[str]) -> list[str]:

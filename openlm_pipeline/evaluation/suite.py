@@ -328,4 +328,4 @@ def load_suite(name_or_path: str | Path) -> Suite:
     try:
         return Suite(**{"name": path.stem, **document, "ignored": ignored})
     except ValidationError as e:
-        raise explain(e, f"suite {path}") from e
+        raise explain(e, f"suite {path}", [(path, path.read_text(encoding="utf-8"))]) from e

@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +11,47 @@ from pydantic import ValidationError
 
 from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.experiments.spec import Experiment
-from openlm_pipeline.strict import expand_variables, explain, read_mapping
+from openlm_pipeline.storage.home import Home
+from openlm_pipeline.strict import Origin, expand_variables, explain, place, read_mapping
 
 SHIPPED = Path(__file__).parent / "recipes"
+SCHEMA = Path(__file__).parent / "recipe.schema.json"
 
 
 def recipe_paths() -> dict[str, Path]:
     """Recipe name -> file: the shipped ones, then those of the user, which may take the place of a shipped one.
 
-    Raises:
-        ConfigError: a folder of `OPENLM_RECIPES` does not exist, or two files in them share a name.
+    Of two files of the user that share a name it is the first; `lost_files` names the other.
     """
-    found: dict[str, Path] = {}
-    for folder in user_folders():
-        if not folder.is_dir():
-            raise ConfigError(f"OPENLM_RECIPES names {folder}, which is not a folder")
-        for path in sorted(folder.glob("*.yaml")):
-            if path.stem in found:
-                raise ConfigError(f"two recipes are named {path.stem}: {found[path.stem]} and {path}")
-            found[path.stem] = path
-    return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))} | found
+    found = {path.stem: path for path in reversed(_user_files())}
+    shipped = {path.stem: path for path in SHIPPED.glob("*.yaml") if path.stem not in found}
+    return dict(sorted(shipped.items())) | dict(sorted(found.items()))
+
+
+def lost_files() -> dict[Path, str]:
+    """What stands for no recipe, and why: folders of `OPENLM_RECIPES` that do not exist, files whose name is taken."""
+    named, paths = _folders_of_variable(), recipe_paths()
+    lost = {f: f"OPENLM_RECIPES names {f}, which is not a folder to read" for f in named if not _readable(f)}
+    taken = {p: f"two recipes are named {p.stem}: {paths[p.stem]}, which is used, and {p}" for p in _user_files()}
+    return lost | {path: why for path, why in taken.items() if path not in paths.values()}
+
+
+def _folders_of_variable() -> list[Path]:
+    return [Path(p) for p in os.environ.get("OPENLM_RECIPES", "").split(":") if p]
 
 
 def user_folders() -> list[Path]:
-    """The folders of `OPENLM_RECIPES`, `:` between them."""
-    return [Path(p) for p in os.environ.get("OPENLM_RECIPES", "").split(":") if p]
+    """The folders of `OPENLM_RECIPES`, `:` between them, and `recipes` under `OPENLM_HOME`."""
+    return [*_folders_of_variable(), Home.from_env().root / "recipes"]
+
+
+def _readable(folder: Path) -> bool:
+    return os.access(folder, os.R_OK | os.X_OK) and folder.is_dir()
+
+
+def _user_files() -> list[Path]:
+    folders = {os.path.realpath(folder): folder for folder in user_folders() if _readable(folder)}
+    return [path for folder in folders.values() for path in sorted(folder.glob("*.yaml"))]
 
 
 def recipe_names() -> list[str]:
@@ -52,34 +68,52 @@ def _find(recipe: str) -> Path:
     if recipe not in known:
         near = difflib.get_close_matches(recipe, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-        raise ConfigError(f"there is no recipe {recipe!r}; {hint}")
+        raise ConfigError("; ".join([f"there is no recipe {recipe!r}; {hint}", *lost_files().values()]))
     return known[recipe]
 
 
 def _merge(base: Any, top: Any) -> Any:
+    if isinstance(base, list) and isinstance(top, dict) and {str(k) for k in top} <= {str(i) for i in range(len(base))}:
+        base = {str(i): value for i, value in enumerate(base)}
+        return list(_merge(base, {str(i): value for i, value in top.items()}).values())
     if isinstance(base, dict) and isinstance(top, dict):
         return {**base, **{k: _merge(base[k], v) if k in base else v for k, v in top.items()}}
     return top
 
 
-def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    if path in seen:
-        raise ConfigError(f"recipes extend each other in a circle: {' -> '.join(map(str, [*seen, path]))}")
+def _read(path: Path, files: list[Origin]) -> dict[str, Any]:
+    """The document of a file and of what it extends; `files` grows by those that were read."""
     document = read_mapping(path)
-    if base := document.pop("extends", None):
-        document = _merge(_read(_base(base, path), (*seen, path)), document)
-    return document
+    files.append((path, path.read_text(encoding="utf-8")))
+    return _extended(document, path, files)
+
+
+def _extended(document: dict[str, Any], path: Path, files: list[Origin]) -> dict[str, Any]:
+    base = document.get("extends")
+    document = {key: value for key, value in document.items() if key != "extends"}
+    if not base:
+        return document
+    try:
+        found = _base(str(base), path)
+        if found in (read := [path for path, _ in files]):
+            raise ConfigError(f"recipes extend each other in a circle: {' -> '.join(map(str, [*read, found]))}")
+    except ConfigError as e:
+        raise ConfigError(f"{path} extends {base!r}: {e}{place(files[-1:], ['extends'])}") from e
+    return _merge(_read(found, files), document)
 
 
 def _base(base: str, path: Path) -> Path:
     """The file that a recipe extends: a path from its own, or a recipe's name; of its own name the shipped one."""
     if base.endswith((".yaml", ".yml")):
-        return (path.parent / base).resolve()
+        found = (path.parent / base).resolve()
+        if not found.exists():
+            raise ConfigError(f"there is no file {found}")
+        return found
     return SHIPPED / f"{base}.yaml" if base == path.stem else _find(base)
 
 
 def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Set dotted keys: `training.lr=1e-3`, `milestones=[1M,2M]`; values are YAML.
+    """Set dotted keys: `training.lr=1e-3`, `milestones=[1M,2M]`, `sources.0.name=text`; values are YAML.
 
     Raises:
         ConfigError: not of the form key=value, or the value is not YAML.
@@ -90,8 +124,8 @@ def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> dict[
             raise ConfigError(f"{item!r} is not an override of the form key=value, such as training.lr=1e-3")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError as e:
-            raise ConfigError(f"the value of {key} is not valid YAML: {e}") from e
+        except (yaml.YAMLError, ValueError) as e:
+            raise ConfigError(f"the value of {key} is not valid YAML: {' '.join(str(e).split())}") from e
         nested: Any = value
         for part in reversed(key.split(".")):
             nested = {part: nested}
@@ -99,20 +133,44 @@ def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> dict[
     return document
 
 
-def load_experiment(recipe: str, overrides: Sequence[str] = ()) -> Experiment:
+Check = Callable[[Experiment], None]
+
+
+def load_experiment(recipe: str, overrides: Sequence[str] = (), check: Check = lambda experiment: None) -> Experiment:
     """The experiment of a recipe's name or YAML file, with overrides applied.
 
+    Args:
+        check: raises a `ConfigError` that begins with the key that is wrong, to which its place is added.
+
     Raises:
-        ConfigError: no such recipe, bad YAML, an unknown key, a bad value; each names the file and the field.
+        ConfigError: no such recipe, bad YAML, an unknown key, a bad value; each names the file, its line or the
+            override, and the field.
     """
     path = _find(recipe)
-    document = expand_variables(apply_overrides(_read(path), overrides), path)
-    try:
-        experiment = Experiment(**document)
-    except ValidationError as e:
-        raise explain(e, f"recipe {path}") from e
-    except ConfigError as e:
-        raise ConfigError(f"recipe {path}: {e}") from e
+    experiment = check_document(read_mapping(path), path, overrides, check)
     if experiment.name != path.stem and path in recipe_paths().values():
-        raise ConfigError(f"recipe {path} is named {experiment.name!r}; a recipe's name is its file's name")
+        where = place([(path, path.read_text(encoding="utf-8"))], ["name"])
+        raise ConfigError(f"recipe {path} is named {experiment.name!r}; a recipe's name is its file's name{where}")
     return experiment
+
+
+def check_document(
+    document: dict[str, Any], path: Path, overrides: Sequence[str] = (), check: Check = lambda experiment: None
+) -> Experiment:
+    """The experiment of a recipe that is, or is yet to be, the file `path`.
+
+    Raises:
+        ConfigError: as `load_experiment`.
+    """
+    files: list[Origin] = [(path, path.read_text(encoding="utf-8") if path.exists() else "")]
+    changes = [(f"override {item}", yaml.safe_dump(apply_overrides({}, [item]))) for item in reversed(overrides)]
+    whole = apply_overrides(_extended(document, path, files), overrides)
+    try:
+        check(experiment := Experiment.model_validate(expand_variables(whole, path)))
+        return experiment
+    except ValidationError as e:
+        raise explain(e, f"recipe {path}", [*changes, *files]) from e
+    except ConfigError as e:
+        text = str(e) if str(path) in str(e) else f"recipe {path}: {e}"
+        inside = str(e).partition(" ")[0].strip(":").split(".")  # `model is not valid: ...` and the like
+        raise ConfigError(text + place([*changes, *files], inside, str(e))) from e

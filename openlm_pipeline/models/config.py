@@ -172,7 +172,7 @@ def resolve_model(settings: dict[str, Any]) -> ModelConfig:
         ConfigError: unknown name or field, or a value out of range.
     """
     fields = dict(settings)
-    base = model_config(fields.pop("name")).model_dump() if "name" in fields else {}
+    base = model_config(str(fields.pop("name"))).model_dump() if "name" in fields else {}
     try:
         return ModelConfig(**{**base, **fields})
     except ValidationError as e:

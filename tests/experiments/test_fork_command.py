@@ -14,6 +14,7 @@ from openlm_pipeline.experiments.spec import Parent
 @pytest.fixture
 def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("OPENLM_RECIPES", str(tmp_path))
+    monkeypatch.setenv("OPENLM_HOME", str(tmp_path / "home"))
     return tmp_path
 
 
@@ -60,8 +61,10 @@ def test_what_is_wrong_is_named_and_no_file_is_left(recipes: Path, arguments: tu
     assert list(recipes.iterdir()) == []
 
 
-def test_without_a_folder_of_recipes_one_must_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OPENLM_RECIPES", raising=False)
-    assert "--recipes FOLDER" in str(fork("demo@400K", "x").exception)
-    made = fork("demo@400K", "x", "--recipes", str(tmp_path / "new"))
-    assert f"export OPENLM_RECIPES={tmp_path / 'new'}" in made.output
+def test_without_a_folder_of_recipes_it_is_in_the_home(recipes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENLM_RECIPES")
+    assert fork("demo@400K", "x").exit_code == 0
+    assert load_experiment("x").parent == Parent(run="demo", milestone=400_000)
+    assert (recipes / "home" / "recipes" / "x.yaml").exists()
+    made = fork("demo@400K", "y", "--recipes", str(recipes / "new"))
+    assert f"export OPENLM_RECIPES={recipes / 'new'}" in made.output

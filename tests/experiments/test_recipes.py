@@ -141,7 +141,7 @@ def test_variables(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(sources=[{"name": "text", "files": ["${DATA_FOLDER}/${PART:-00}.jsonl"]}])
     monkeypatch.delenv("DATA_FOLDER", raising=False)
     message = error_of(file)
-    assert str(file) in message and "DATA_FOLDER, which is not set" in message
+    assert str(file) in message and "${DATA_FOLDER}, which is not set" in message
     monkeypatch.setenv("DATA_FOLDER", "s3://bucket")
     assert load_experiment(str(file)).sources[0].files == ("s3://bucket/00.jsonl",)
     monkeypatch.setenv("PART", "07")
@@ -196,13 +196,6 @@ def test_folders_of_openlm_recipes(write: Write, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("OPENLM_RECIPES", f"{one.parent}:{two.parent}")
     assert recipe_paths()["mine"] == one and {"mine", "yours", "demo"} <= set(recipe_names())
     assert load_experiment("yours").name == "yours"
-
-    write("two/mine.yaml")
-    with pytest.raises(ConfigError, match=rf"two recipes are named mine: {one} and "):
-        recipe_paths()
-    monkeypatch.setenv("OPENLM_RECIPES", str(one.parent / "nowhere"))
-    with pytest.raises(ConfigError, match="OPENLM_RECIPES names .*nowhere, which is not a folder"):
-        recipe_names()
 
 
 def test_a_recipe_of_yours_takes_the_place_of_a_shipped_one_that_it_extends(

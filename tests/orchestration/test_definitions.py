@@ -11,8 +11,8 @@ import pytest
 from tiny_pipeline import LABELS, REPOSITORY, TinyPipeline, environment
 
 from assets.common import OWNERS
-from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.experiments import load_experiment, recipe_names
+from openlm_pipeline.pipeline.recipes import load_recipes
 from orchestration.definitions import build_definitions
 
 GOLDEN = Path(__file__).parent / "golden" / "definitions.txt"
@@ -20,11 +20,12 @@ SETTINGS = ("OPENLM_RECIPES", "OPENLM_RAW_DATA", "OPENLM_TOKENIZER", "OPENLM_SHA
 
 
 @pytest.fixture(scope="module")
-def shipped() -> dg.Definitions:
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> dg.Definitions:
     """The definitions of the shipped recipes, whatever the developer's own are."""
     with pytest.MonkeyPatch.context() as patch:
         for name in SETTINGS:
             patch.delenv(name, raising=False)
+        patch.setenv("OPENLM_HOME", str(tmp_path_factory.mktemp("home")))
         return build_definitions([load_experiment(name) for name in recipe_names()])
 
 
@@ -119,10 +120,12 @@ def test_owners_are_those_of_the_environment(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", ["pretraining", "team:", "team:a,,team:b", "me@example", "team:a b"])
-def test_owners_that_are_none_are_refused_by_name(wrong, monkeypatch):
+def test_owners_that_are_none_are_shown_by_name_and_stop_nothing(wrong, monkeypatch):
     monkeypatch.setenv(OWNERS, wrong)
-    with pytest.raises(ConfigError, match="OPENLM_OWNERS: .* is neither team:NAME nor an e-mail address"):
-        build_definitions([load_experiment("demo")])
+    definitions = build_definitions([load_experiment("demo")])
+    said = definitions.resolve_asset_graph().get(dg.AssetKey(["not_loaded", OWNERS])).description
+    assert said.startswith("OPENLM_OWNERS: ") and "is neither team:NAME nor an e-mail address" in said
+    assert definitions.resolve_job_def("demo")
 
 
 def test_each_asset_is_made_from_what_the_design_says(tmp_path):
@@ -164,10 +167,93 @@ def test_a_recipe_job_covers_all_of_its_recipe(shipped):
     assert "report/demo" in names
 
 
-def test_recipes_that_describe_one_dataset_differently_are_refused():
-    one, other = load_experiment("pretrain_1b"), load_experiment("pretrain_3b", ["seq_len=1024"])
-    with pytest.raises(ConfigError, match="pretrain_1b and pretrain_3b describe dataset pile differently"):
-        build_definitions([one, other])
+NOT_LOADED = {
+    "unknown": "extends: tiny\nname: unknown\ntraining:\n  lrr: 1\n",
+    "falling": "extends: tiny\nname: falling\nmilestones: [40K, 10K]\n",
+    "suiteless": "extends: tiny\nname: suiteless\nevaluation: {suite: nosuch.yaml}\n",
+    "broken": "a: [",
+    "disagreeing": "extends: tiny\nname: disagreeing\nseq_len: 16\n",
+    "evaluate_tiny": "extends: tiny\nname: evaluate_tiny\n",
+    "derive": "extends: tiny\nname: derive\n",
+    "input": "extends: tiny\nname: input\n",
+    "shards__pile": "extends: tiny\nname: shards__pile\n",
+    "Upper-Case": "extends: tiny\nname: Upper-Case\n",
+}
+
+
+def test_what_is_not_loaded_is_shown_and_the_rest_is_as_before(tmp_path):
+    """Each as an asset, and as a job that fails with its error; `_` makes a name where Dagster needs another."""
+    pipeline = TinyPipeline.create(tmp_path / "pipeline")
+    for name, text in NOT_LOADED.items():
+        (pipeline.root / "recipes" / f"{name}.yaml").write_text(text)
+    with pipeline.active() as before:
+        other = f"{pipeline.root}/recipes:{tmp_path}/nowhere/unknown"  # a folder, of which two share a name
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OPENLM_RECIPES", other)
+            loaded, errors = load_recipes(["tiny", *NOT_LOADED])
+        assert [e.name for e in loaded] == ["tiny"] and set(errors) == {f"{tmp_path}/nowhere/unknown", *NOT_LOADED}
+        definitions = build_definitions(loaded, errors)
+        dg.Definitions.validate_loadable(definitions)
+        renamed = {
+            "evaluate_tiny": "evaluate_tiny_",
+            "derive": "derive_",
+            "input": "input_",
+            "Upper-Case": "Upper_Case",
+        }
+        names = {renamed.get(name, name) for name in NOT_LOADED} | {"unknown_"}
+        jobs = {job.name: job for job in definitions.resolve_all_job_defs()}
+        assert set(jobs) == {job.name for job in before.resolve_all_job_defs()} | names
+        graph = definitions.resolve_asset_graph()
+        added = graph.get_all_asset_keys() - before.resolve_asset_graph().get_all_asset_keys()
+        assert added == {dg.AssetKey(["not_loaded", name]) for name in names}
+        assert graph.external_asset_keys >= added  # "Materialize all" leaves them alone
+        for name in names:
+            error = graph.get(dg.AssetKey(["not_loaded", name])).description
+            assert error in errors.values() and error in jobs[name].description
+            failed = jobs[name].execute_in_process(raise_on_error=False)
+            (event,) = [event for event in failed.all_events if event.is_step_failure]
+            assert event.step_failure_data.user_failure_data.description == error
+
+
+def test_the_graph_shows_what_openlm_only_names(tmp_path):
+    pipeline = TinyPipeline.create(tmp_path / "pipeline")
+    program = "from orchestration.definitions import defs; print(*(j.name for j in defs.resolve_all_job_defs()))"
+    shown = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        env=environment(pipeline, OPENLM_ONLY="ti*, pretrain_1b,nosuch"),
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    jobs = {name for name in shown.stdout.split() if not name.startswith("__")}
+    both = {
+        f"{before}{run}{after}"
+        for run in ("tiny", "pretrain_1b")
+        for before, after in (("", ""), ("", "_checkpoints"), ("evaluate_", ""))
+    }
+    assert jobs == both | {"tokenize_tiny_text", "tokenize_pile", "derive", "nosuch"}, shown.stderr
+
+
+def test_the_job_derive_saves_a_recipe_that_is_a_job_once_definitions_are_loaded_again(tmp_path):
+    pipeline = TinyPipeline.create(tmp_path / "pipeline")
+
+    def run(**settings):
+        with pipeline.active() as definitions:
+            config = {"ops": {"new_recipe": {"config": settings}}}
+            return definitions.resolve_job_def("derive").execute_in_process(config, raise_on_error=False)
+
+    made = run(recipe="tiny", overrides=["training.lr=2e-3"])
+    assert made.success
+    (output,) = [e for e in made.all_events if e.is_successful_output]
+    assert output.event_specific_data.metadata["next"].value == "Reload definitions; job tiny_lr_2e_3"
+    with pipeline.active():
+        again = build_definitions(*load_recipes(["tiny*"]))
+        keys = {key.to_user_string() for key in again.resolve_job_def("tiny_lr_2e_3").asset_layer.executable_asset_keys}
+    assert {f"checkpoint/tiny_lr_2e_3/{LABELS[0]}", "shards/tiny_text", "report/tiny_lr_2e_3"} < keys
+    refused = run(recipe="tiny", overrides=["training.lrr=1"], name="mine")
+    (event,) = [event for event in refused.all_events if event.is_step_failure]
+    assert "did you mean 'lr'? (override training.lrr=1)" in event.step_failure_data.user_failure_data.description
+    assert [path.name for path in (pipeline.home / "recipes").iterdir()] == ["tiny_lr_2e_3.yaml"]
 
 
 def test_loading_the_definitions_imports_no_heavy_library():

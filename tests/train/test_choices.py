@@ -83,7 +83,7 @@ def test_a_schedule_and_an_optimizer_are_one_new_file_each(add, small: SmallRun)
     assert recorded["horizon"] is None
     memory = [estimate_memory(small.experiment(*o), 1).optimizer for o in (choices, [])]
     assert 2 * memory[0] == memory[1]
-    with pytest.raises(ConfigError, match=r"schedule_settings of schedule 'stairs'.*\n.*did you mean 'tread'"):
+    with pytest.raises(ConfigError, match=r"schedule_settings of schedule 'stairs'.*did you mean 'tread'"):
         small.experiment(*choices, "training.schedule_settings={thread: 2}")
     with pytest.raises(ConfigError, match=r"small.yaml.*optimizer_settings"):
         small.experiment(*choices, "training.optimizer_settings={momentum: much}")
@@ -108,7 +108,7 @@ def test_a_class_that_no_name_is_registered_for_is_said(add, registry: Registry,
 
 
 def test_settings_of_a_choice_without_settings_are_refused(small: SmallRun):
-    with pytest.raises(ConfigError, match=r"schedule_settings of schedule 'constant'.*\n.*unknown key 'cycles'"):
+    with pytest.raises(ConfigError, match=r"schedule_settings of schedule 'constant'.*unknown key 'cycles'"):
         small.experiment("training.schedule_settings={cycles: 2}")
 
 

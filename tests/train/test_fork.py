@@ -14,10 +14,10 @@ from openlm_pipeline.checkpoints.reading import load_model
 from openlm_pipeline.cli.main import app
 from openlm_pipeline.errors import ConfigError, ConsentError, DataError, IdentityError, MissingInputError
 from openlm_pipeline.experiments import load_experiment
-from openlm_pipeline.experiments.fork_recipe import write_fork
 from openlm_pipeline.models import create_model
 from openlm_pipeline.models.config import ModelConfig
 from openlm_pipeline.ordering import order_of
+from openlm_pipeline.pipeline.new_recipe import fork as make_fork
 from openlm_pipeline.pipeline.plan import plan
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.parent import initial_weights, parent_identity
@@ -288,7 +288,7 @@ def test_a_written_cooldown_begins_at_its_parents_rate(tmp_path, monkeypatch):
     recipe = "extends: demo\nname: cos\ntraining: {schedule: cosine, horizon: 2M}"
     (tmp_path / "cos.yaml").write_text(recipe)
     cooled = ["training.schedule=wsd", "training.decay=100K", "milestones=[500K]"]
-    _, fork = write_fork("cos", 400_000, "cooled", cooled, tmp_path)
+    fork = make_fork("cos", 400_000, "cooled", cooled, tmp_path).experiment
     parent, begin = load_experiment("cos"), fork.steps(400_000)
     rates = fork.learning_rates(400_000)
     assert rates(begin) == pytest.approx(parent.learning_rates(0)(begin - 1), rel=0.02)
