@@ -10,10 +10,8 @@ from hypothesis import strategies as st
 from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.ordering import make_order
 from openlm_pipeline.ordering.permutation import mix, permute_array
-from openlm_pipeline.ordering.samplings.manifest import ManifestOrder
-from openlm_pipeline.ordering.samplings.permutation import DataOrder
-from openlm_pipeline.ordering.samplings.resampled import ResampledOrder
-from openlm_pipeline.ordering.samplings.windowed import WindowedOrder
+from openlm_pipeline.ordering.samplings.epochs import DataOrder, WindowedOrder
+from openlm_pipeline.ordering.samplings.openlm import ManifestOrder, ResampledOrder
 
 seeds = st.integers(0, 2**63)
 
