@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from openlm_pipeline.models import KVCache, Transformer, create_model
-from openlm_pipeline.models.attention import document_mask
+from openlm_pipeline.models import create_model
+from openlm_pipeline.models.attention import KVCache, document_mask
 from openlm_pipeline.models.config import ModelConfig
+from openlm_pipeline.models.transformer import Transformer
 
 SMALL = ModelConfig(hidden_dim=48, n_layers=2, n_heads=3, seq_len=32, vocab_size=61)
 IDS = torch.randint(0, 61, (2, 20), generator=torch.Generator().manual_seed(0))
