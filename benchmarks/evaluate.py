@@ -82,7 +82,7 @@ def prepared(suite: Path, model: Path) -> tuple[Any, Any]:
     from openlm_pipeline.storage.home import Home
 
     tokenizer = open_subject(str(model)).tokenizer
-    return prepare_suite(load_suite(suite), Home(suite.parent), tokenizer, LONG, False, print).tasks, tokenizer
+    return prepare_suite(load_suite(suite), Home(suite.parent), tokenizer, LONG, print), tokenizer
 
 
 def fitting_lengths(suite: Path, model: Path) -> dict[str, int]:

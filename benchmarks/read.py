@@ -49,7 +49,7 @@ def read_ours(shards: Path, batch: int, *, check: bool) -> Iterator[int]:
     """
     import numpy as np
 
-    from openlm_pipeline.ordering.samplings.permutation import DataOrder
+    from openlm_pipeline.ordering.samplings.epochs import DataOrder
     from openlm_pipeline.shards.dataset import ShardedDataset
 
     dataset = ShardedDataset(shards)

@@ -99,7 +99,8 @@ def test_launcher(add, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_raw_format(add, tmp_path: Path):
-    from openlm_pipeline.corpus.reader import RecordReader, cut
+    from openlm_pipeline.corpus.formats import format_of
+    from openlm_pipeline.corpus.reader import RecordReader
 
     (tmp_path / "a.txt").write_bytes(b"one\n\ntwo\n\xff\nthree")
     with pytest.raises(ConfigError, match="no suffix that can be read"):
@@ -109,7 +110,7 @@ def test_raw_format(add, tmp_path: Path):
     reader = RecordReader(str(tmp_path / "a.txt"), on_bad=bad.append, max_bad_fraction=1)
     assert [(r.number, r.text, r.offset) for r in reader] == [(0, "one", 0), (1, "two", 5), (3, "three", 11)]
     assert [(b.line, b.offset) for b in bad] == [(4, 9)]
-    assert len(cut(str(tmp_path / "a.txt"), 1 << 20, 4)) == 4
+    assert len(format_of(str(tmp_path / "a.txt")).cut(1 << 20, 4)) == 4
 
 
 def test_sampling(add, tmp_path: Path):

@@ -9,8 +9,8 @@ import torch
 from rich.console import Console
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-from openlm_pipeline.checkpoints import load_checkpoint
-from openlm_pipeline.checkpoints.folders import Checkpoint, verify
+from openlm_pipeline.checkpoints.folders import verify
+from openlm_pipeline.checkpoints.loading import load_checkpoint
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.models import ModelConfig
 from openlm_pipeline.models.init import initialize
@@ -42,6 +42,9 @@ class Beginning:
 
         Returns:
             Names of the states in `extra` that were loaded as well.
+
+        Raises:
+            DataError: a file of the parent is damaged.
         """
         given = self.initial_weights or self.world.from_rank0(lambda: initial_weights(self.experiment, self.home))
         if given:
@@ -51,35 +54,15 @@ class Beginning:
             return ()
         if self.experiment.parent:
             parent = self.world.from_rank0(lambda: parent_checkpoint(self.experiment, self.home))
-            loaded = _begin_from(parent, self.experiment, self.world, model, optimizer, extra)
+            self.world.from_rank0(lambda: verify(parent))
             console.print(f"begins at {parent.path} ({format_tokens(parent.tokens)} tokens)")
-            return loaded
+            if self.experiment.parent.optimizer == "reset":
+                checkpoints.load_weights(parent, model)
+                return ()
+            return checkpoints.load(parent, model, optimizer, extra, optional=extra.keys())
         config = self.experiment.model_config_resolved()
         initialize(model, config, self.experiment.seed, threads=max(1, (os.cpu_count() or 1) // self.world.per_node))
         return ()
-
-
-def _begin_from(
-    checkpoint: Checkpoint,
-    experiment: Experiment,
-    world: World,
-    model: Transformer,
-    optimizer: Optimizers,
-    extra: checkpoints.Extra,
-) -> Collection[str]:
-    """Load a parent's checkpoint: the model, the optimizer unless it is to begin anew, and what of `extra` it has.
-
-    Returns:
-        Names of the states in `extra` that the parent has and that were loaded.
-
-    Raises:
-        DataError: a file of the parent is damaged.
-    """
-    world.from_rank0(lambda: verify(checkpoint))
-    if experiment.parent.optimizer == "reset":
-        checkpoints.load_weights(checkpoint, model)
-        return ()
-    return checkpoints.load(checkpoint, model, optimizer, extra, optional=extra.keys())
 
 
 def _load_initial_weights(

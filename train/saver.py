@@ -172,35 +172,10 @@ class Saver:
         began = time.perf_counter()
         self.wait()
         state = _state(model, optimizer, extra)
-        config = model.config.model_dump()
+        config, tmp = model.config.model_dump(), unfinished(self.folder, step)
         parameters = [parameter_name(name) for name, _ in model.named_parameters()]
 
-        def write() -> None:
-            self._write(state, parameters, config, step, tokens, milestone, metrics, began, staged - began)
-
-        if self._pool is None:
-            staged = began
-            write()
-        else:
-            state = self._stager.stage(state)
-            staged = time.perf_counter()
-            self._in_flight = self._pool.submit(write)
-
-    def _write(
-        self,
-        state: dict[str, object],
-        parameters: list[str],
-        config: dict[str, object],
-        step: int,
-        tokens: int,
-        milestone: str | None,
-        metrics: dict[str, float],
-        began: float,
-        stall_seconds: float,
-    ) -> None:
-        tmp = unfinished(self.folder, step)
-
-        def finish() -> None:
+        def finish(found: list[_Described | Exception]) -> None:
             files: dict[str, dict[str, Any]] = {}
             for described in found:
                 if isinstance(described, Exception):
@@ -210,23 +185,31 @@ class Saver:
             write_json(tmp / MODEL_CONFIG, config)
             made = commit(tmp, self.run_fingerprint, step, tokens, milestone, metrics, files, digest)
             seconds = time.perf_counter() - began
-            stall = seconds if self._pool is None else stall_seconds
+            stall = seconds if self._pool is None else staged - began
             self.on_saved(Saved(made, stall, seconds - stall))
 
-        try:
-            self.world.from_rank0(lambda: clear_unfinished(self.folder))
-            planner = _Planner(self._plan_key)
-            dcp.save(state, checkpoint_id=tmp, process_group=self.world.cpu_group, planner=planner)
-            found = self._describe(tmp, {name: state["model"][name] for name in parameters})
-            self.world.from_rank0(finish)
-        except (CheckpointException, OSError, RuntimeError) as e:
-            if self.world.rank == 0:
-                shutil.rmtree(tmp, ignore_errors=True)  # so that a full disk has room again
-            raise TrainingError(
-                f"the checkpoint of step {step} could not be written to {tmp}: {_reason(e)}. The checkpoints before it "
-                "are untouched; make sure that there is room and that the folder can be written, and start the run "
-                "again"
-            ) from e
+        def write() -> None:
+            try:
+                self.world.from_rank0(lambda: clear_unfinished(self.folder))
+                planner = _Planner(self._plan_key)
+                dcp.save(state, checkpoint_id=tmp, process_group=self.world.cpu_group, planner=planner)
+                found = self._describe(tmp, {name: state["model"][name] for name in parameters})
+                self.world.from_rank0(lambda: finish(found))
+            except (CheckpointException, OSError, RuntimeError) as e:
+                if self.world.rank == 0:
+                    shutil.rmtree(tmp, ignore_errors=True)  # so that a full disk has room again
+                raise TrainingError(
+                    f"the checkpoint of step {step} could not be written to {tmp}: {_reason(e)}. The checkpoints "
+                    "before it are untouched; make sure that there is room and that the folder can be written, and "
+                    "start the run again"
+                ) from e
+
+        if self._pool is None:
+            write()
+        else:
+            state = self._stager.stage(state)
+            staged = time.perf_counter()
+            self._in_flight = self._pool.submit(write)
 
     def _describe(self, tmp: Path, parameters: dict[str, Tensor]) -> list[_Described | Exception]:
         """On rank 0 what every rank says of what it wrote, or why it cannot; elsewhere nothing."""

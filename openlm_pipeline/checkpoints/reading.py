@@ -102,6 +102,13 @@ class SafePlanner(DefaultLoadPlanner):
         super().load_bytes(read_item, value)
 
 
+def load_alone(state: dict[str, Any], reader: SafeReader) -> None:
+    """`dcp.load` in this process only."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is the intent
+        dcp.load(state, storage_reader=reader, planner=SafePlanner(), no_dist=True)
+
+
 def load_model(
     checkpoint: Checkpoint, device: torch.device | str = "cpu", *, average: str | None = None
 ) -> Transformer:
@@ -131,9 +138,7 @@ def load_model(
             if not isinstance(found, TensorStorageMetadata) or found.size != value.shape:
                 kind = "" if part == "model" else f" in the average {part}"
                 raise DataError(f"{checkpoint.path} has no tensor {name} of shape {list(value.shape)}{kind}")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is the intent
-        dcp.load(state, storage_reader=reader, planner=SafePlanner(), no_dist=True)
+    load_alone(state, reader)
     return model.eval()
 
 
@@ -179,9 +184,7 @@ def load_adam_state(checkpoint: Checkpoint, parameters: Sequence[str]) -> AdamSt
             wanted[key] = torch.empty(found.size, dtype=found.properties.dtype)
     settings = [k for k in described if k.startswith(_GROUPS) and k.rpartition(".")[2] in _SETTINGS]
     wanted |= dict.fromkeys(settings)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is the intent
-        dcp.load(wanted, storage_reader=reader, planner=SafePlanner(), no_dist=True)
+    load_alone(wanted, reader)
     groups = {name: [wanted[k] for k in settings if k.endswith(f".{name}")] for name in _SETTINGS}
     if missing := [name for name, values in groups.items() if not values]:
         raise DataError(f"{checkpoint.path} has no {', '.join(missing)} among its optimizer's settings")

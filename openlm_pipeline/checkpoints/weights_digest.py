@@ -11,19 +11,17 @@ sent as it is are tensors whose rows are split over processes: with FSDP those o
 
 import hashlib
 import math
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from openlm_pipeline.checkpoints.folders import MODEL_CONFIG, Checkpoint, verify
-from openlm_pipeline.checkpoints.reading import SafePlanner, SafeReader
+from openlm_pipeline.checkpoints.reading import SafeReader, load_alone
 from openlm_pipeline.errors import DataError
 from openlm_pipeline.fingerprint import fingerprint
 from openlm_pipeline.models.config import ModelConfig
@@ -137,8 +135,6 @@ def weights_digest(checkpoint: Checkpoint) -> str:
         if not isinstance(saved, TensorStorageMetadata) or saved.size != parameter.shape:
             raise DataError(f"{checkpoint.path} has no tensor {name} of shape {list(parameter.shape)}")
         state = {key: torch.empty(saved.size, dtype=saved.properties.dtype)}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is the intent
-            dcp.load(state, storage_reader=reader, planner=SafePlanner(), no_dist=True)
+        load_alone(state, reader)
         parts[name] = local_part(state[key])
     return digest_of_parts([parts])

@@ -5,7 +5,6 @@ bounded: a few bytes may stand for gigabytes.
 """
 
 import bz2
-import contextlib
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
@@ -14,7 +13,6 @@ from typing import BinaryIO, Protocol
 from backports import zstd
 
 from openlm_pipeline.errors import DataError
-from openlm_pipeline.storage.remote import open_remote
 
 BLOCK_BYTES = 1 << 17
 """Bytes of a raw file read at once; every cut between parts of a file is a multiple."""
@@ -28,19 +26,6 @@ _ZSTD_SKIPPABLE = b"\x2a\x4d\x18"
 COMPRESSIONS = {".zst": "zstd", ".zstd": "zstd", ".gz": "gzip", ".bz2": "bzip2", ".xz": "xz"}
 """Suffix -> compression."""
 _MAGIC = {b"\x28\xb5\x2f\xfd": "zstd", b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz"}
-
-
-@contextlib.contextmanager
-def open_raw(url: str) -> Iterator[BinaryIO]:
-    """Open a local path or fsspec URL for reading bytes; a remote file's end is never taken for earlier than it is.
-
-    Raises:
-        MissingInputError: there is no such file.
-        ConfigError: no installed library speaks the URL's protocol.
-        DataError: the file can't be read.
-    """
-    with open_remote(url, "raw file") as file:
-        yield file
 
 
 def empty(url: str) -> DataError:
@@ -88,12 +73,27 @@ class _Decompressor(Protocol):
     def decompress(self, data: bytes, max_length: int = -1, /) -> bytes: ...
 
 
+class _GzipMember:
+    """zlib's decompressor as a `_Decompressor`."""
+
+    def __init__(self) -> None:
+        self._member, self.needs_input = zlib.decompressobj(wbits=31), True
+
+    def decompress(self, data: bytes, max_length: int = -1) -> bytes:
+        found = self._member.decompress(self._member.unconsumed_tail + data, max_length)
+        self.eof, self.unused_data = self._member.eof, self._member.unused_data
+        # Output may wait inside zlib although its input is used up.
+        self.needs_input = not self._member.unconsumed_tail and len(found) < max_length
+        return found
+
+
 def _zstd_frame() -> _Decompressor:
     return zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: _MAX_ZSTD_WINDOW_LOG})
 
 
 _STREAMS: dict[str, tuple[str, Callable[[], _Decompressor], type[Exception]]] = {
     "zstd": ("zstd frame", _zstd_frame, zstd.ZstdError),
+    "gzip": ("gzip member", _GzipMember, zlib.error),
     "bzip2": ("bzip2 stream", bz2.BZ2Decompressor, OSError),
     "xz": ("xz stream", lambda: lzma.LZMADecompressor(memlimit=_MAX_XZ_BYTES), lzma.LZMAError),
 }
@@ -108,7 +108,7 @@ def _streams(raw: Iterator[ByteBlock], url: str, kind: str) -> Iterator[ByteBloc
         rest = block
         while True:
             if stream is None:
-                rest = rest.lstrip(b"\0") if kind == "xz" else rest  # padding between streams
+                rest = rest.lstrip(b"\0") if kind in ("xz", "gzip") else rest  # padding between streams
                 if not rest:
                     break
                 stream = make()
@@ -125,39 +125,6 @@ def _streams(raw: Iterator[ByteBlock], url: str, kind: str) -> Iterator[ByteBloc
                 break
     if stream is not None:
         raise _truncated(url, position + len(block), called)
-
-
-def _gzip(raw: Iterator[ByteBlock], url: str) -> Iterator[ByteBlock]:
-    member = None
-    for position, block in raw:
-        rest = block
-        while rest:
-            # Some writers pad with zeros between and after members.
-            if member is None and not (rest := rest.lstrip(b"\0")):
-                break
-            member = member or zlib.decompressobj(wbits=31)
-            try:
-                data = member.decompress(rest, _MAX_OUTPUT_BYTES)
-                if data:
-                    yield position, data
-                rest = member.unused_data if member.eof else member.unconsumed_tail
-                # Output may wait inside zlib although its input is used up.
-                while not member.eof and not rest and (data := member.decompress(b"", _MAX_OUTPUT_BYTES)):
-                    yield position, data
-                    rest = member.unconsumed_tail
-            except zlib.error as e:
-                raise _corrupt(url, position, e) from e
-            if member.eof:
-                rest = member.unused_data
-                member = None
-    if member is not None:
-        raise _truncated(url, position + len(block), "gzip member")
-
-
-def compression_of(url: str) -> str | None:
-    """The compression that a name says; None for a plain file."""
-    lower = url.lower()
-    return next((kind for suffix, kind in COMPRESSIONS.items() if lower.endswith(suffix)), None)
 
 
 def actual_compression(file: BinaryIO, url: str) -> str | None:
@@ -177,8 +144,9 @@ def actual_compression(file: BinaryIO, url: str) -> str | None:
             return kind
     if head[1:4] == _ZSTD_SKIPPABLE and head[0] >> 4 == 5:
         return "zstd"
-    is_json = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[")
-    return None if is_json else compression_of(url)
+    if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"["):
+        return None
+    return next((kind for suffix, kind in COMPRESSIONS.items() if url.lower().endswith(suffix)), None)
 
 
 def decompressed_blocks(
@@ -213,4 +181,4 @@ def decompressed_blocks(
     if compression is None:
         file.seek(begin)
         return raw()
-    return _gzip(raw(), url) if compression == "gzip" else _streams(raw(), url, compression)
+    return _streams(raw(), url, compression)

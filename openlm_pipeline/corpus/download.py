@@ -19,7 +19,7 @@ import tenacity
 
 from openlm_pipeline.corpus.checksums import Checksum, checksum_for, hash_file, parse_checksums
 from openlm_pipeline.corpus.discovery import LIST, expand_pattern
-from openlm_pipeline.corpus.download_folder import Downloaded, Ledger, Part, is_taken
+from openlm_pipeline.corpus.download_folder import Ledger, Part, is_taken
 from openlm_pipeline.corpus.download_sources import RemoteFile, TransferError, is_http, open_source, public_url
 from openlm_pipeline.errors import ConfigError, DataError, IdentityError, MissingInputError, OpenLMError
 from openlm_pipeline.result import Say
@@ -195,7 +195,7 @@ class _Download:
         if self.stop.is_set():
             raise _StoppedError("stopped; what was fetched is kept")
 
-    def run(self, target: Target) -> Downloaded:
+    def run(self, target: Target) -> RemoteFile:
         try:
             self.check_stop()
             return self._existing(target) or self._fetch(target)
@@ -207,8 +207,9 @@ class _Download:
                 "make room or repair the folder, and run the same command again."
             ) from e
 
-    def _existing(self, target: Target) -> Downloaded | None:
-        path, entry, checksum = self.folder / target.name, self.ledger.files.get(target.name), self._checksum(target)
+    def _existing(self, target: Target) -> RemoteFile | None:
+        path, entry = self.folder / target.name, self.ledger.files.get(target.name)
+        checksum = self.checksums.get(target.name)
         if not path.exists():
             return None
         if checksum is None and entry is None:
@@ -233,14 +234,11 @@ class _Download:
             self.report(f"{target.name}: damaged: {_mismatch(wanted, hashes)}; fetching it again")
             return None
         if entry is None or entry.sha256 != hashes["sha256"]:
-            entry = _entry(RemoteFile(source=target.source, size_bytes=size, etag=None), size, hashes)
+            entry = RemoteFile(source=target.source, size_bytes=size, sha256=hashes["sha256"])
             self.ledger.add(target.name, entry)
         return entry
 
-    def _checksum(self, target: Target) -> Checksum | None:
-        return self.checksums.get(target.name)
-
-    def _fetch(self, target: Target) -> Downloaded:
+    def _fetch(self, target: Target) -> RemoteFile:
         part = Part(self.folder, target.name)
         failures, furthest = 0, part.size()
 
@@ -304,9 +302,9 @@ class _Download:
             raise TransferError(f"{target.source}: got {size:,} of {remote.size_bytes:,} bytes")
         return remote
 
-    def _accept(self, target: Target, part: Part, remote: RemoteFile) -> Downloaded:
+    def _accept(self, target: Target, part: Part, remote: RemoteFile) -> RemoteFile:
         """Check a whole part, record it and give it its name."""
-        checksum = self._checksum(target)
+        checksum = self.checksums.get(target.name)
         if checksum is None and remote.sha256:
             checksum = Checksum(target.name, "sha256", remote.sha256)
         # Hashed from the disk, so that what is checked is what is kept.
@@ -316,21 +314,11 @@ class _Download:
             raise DataError(
                 f"{target.source}: {_mismatch(checksum, hashes)}. The copy is removed; run again, or try a mirror."
             )
-        entry = _entry(remote, part.size(), hashes)
+        entry = remote.model_copy(update={"size_bytes": part.size(), "sha256": hashes["sha256"]})
         self.ledger.add(target.name, entry)
         part.path.replace(self.folder / target.name)
         part.remove()
         return entry
-
-
-def _entry(remote: RemoteFile, size: int, hashes: dict[str, str]) -> Downloaded:
-    return Downloaded(
-        source=remote.source,
-        size_bytes=size,
-        sha256=hashes["sha256"],
-        etag=remote.etag,
-        last_modified=remote.last_modified,
-    )
 
 
 def _mismatch(wanted: Checksum, found: dict[str, str]) -> str:
@@ -373,7 +361,7 @@ def download_files(
     verify: bool = False,
     report: Say,
     progress: DownloadProgress = lambda name, done, total: None,
-) -> dict[str, Downloaded]:
+) -> dict[str, RemoteFile]:
     """Fetch the files of URL templates into `folder`; return the record of each by name.
 
     Files that are there whole, by size and record, are left alone without a request. A file is tried again after a
@@ -411,7 +399,7 @@ def download_files(
             progress=progress,
             stop=threading.Event(),
         )
-        done: dict[str, Downloaded] = {}
+        done: dict[str, RemoteFile] = {}
         failed: dict[str, OpenLMError] = {}
         with ThreadPoolExecutor(parallel) as pool:
             futures = {pool.submit(download.run, target): target.name for target in targets}

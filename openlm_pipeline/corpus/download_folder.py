@@ -35,19 +35,8 @@ def local_state(folder: Path, name: str) -> tuple[str, int]:
     return "missing", 0
 
 
-class Downloaded(Strict):
-    """One whole file, as `downloads.json` records it."""
-
-    source: str
-    """The URL without query."""
-    size_bytes: int
-    sha256: str
-    etag: str | None = None
-    last_modified: str | None = None
-
-
 class _Record(Strict):
-    files: dict[str, Downloaded] = {}
+    files: dict[str, RemoteFile] = {}
 
 
 class Ledger:
@@ -62,7 +51,7 @@ class Ledger:
         self._record_path = folder / RECORD_NAME
         self._sums_path = folder / SUMS_NAME
         self._lock = threading.Lock()
-        self.files: dict[str, Downloaded] = {}
+        self.files: dict[str, RemoteFile] = {}
         self._sums: list[str] = []
         try:
             if self._record_path.exists():
@@ -74,7 +63,7 @@ class Ledger:
         except UnicodeDecodeError as e:
             raise DataError(f"{self._sums_path} is not text: {e}") from e
 
-    def add(self, name: str, entry: Downloaded) -> None:
+    def add(self, name: str, entry: RemoteFile) -> None:
         """Record a whole file, on disk when this returns."""
         with self._lock:
             self.files[name] = entry

@@ -15,7 +15,7 @@ import requests
 import urllib3
 
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError, OpenLMError
-from openlm_pipeline.storage.remote import file_system, public
+from openlm_pipeline.storage.remote import file_system, storage_errors
 from openlm_pipeline.strict import Strict
 
 CONNECT_TIMEOUT_SECONDS = 10.0
@@ -36,15 +36,15 @@ class TransferError(OpenLMError):
 
 
 class RemoteFile(Strict):
-    """One version of a remote file, as its server describes it."""
+    """One version of a remote file, as its server describes it, or `downloads.json` once it is whole here."""
 
     source: str
     """The URL without query, which may hold a secret."""
     size_bytes: int | None
-    etag: str | None
-    last_modified: str | None = None
     sha256: str | None = None
-    """Where the store knows it."""
+    """Of a file that is whole here, and where the store knows it."""
+    etag: str | None = None
+    last_modified: str | None = None
 
     @property
     def validator(self) -> str | None:
@@ -190,19 +190,10 @@ def _open_http(url: str, known: RemoteFile | None, offset: int, timeout_seconds:
 @contextlib.contextmanager
 def _store_errors(url: str) -> Iterator[None]:
     try:
-        yield
-    except (OpenLMError, GeneratorExit):
-        raise
-    except FileNotFoundError:
-        raise MissingInputError(f"{url} does not exist. Check the address, and the range in its braces.") from None
-    except PermissionError as e:
-        raise MissingInputError(
-            f"{url} may not be read: {public(str(e))}. Check the credentials in the environment."
-        ) from e
-    except (ImportError, ValueError) as e:
-        raise ConfigError(f"{url} can't be opened: {public(str(e))}") from e
-    except Exception as e:  # each store's library has errors of its own
-        raise TransferError(f"{url}: {type(e).__name__}: {public(str(e))}") from e
+        with storage_errors(url, "can't be fetched"):
+            yield
+    except DataError as e:  # what has no other name may heal
+        raise TransferError(str(e)) from e
 
 
 def _store_version(fs: Any, path: str, url: str) -> RemoteFile:

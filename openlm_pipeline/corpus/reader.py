@@ -9,16 +9,17 @@ which it begins, and to no other, wherever the cuts are.
 
 import hashlib
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import orjson
 
-from openlm_pipeline.corpus.blocks import actual_compression, open_raw
-from openlm_pipeline.corpus.formats import WHOLE, Found, Part, format_of
+from openlm_pipeline.corpus.blocks import actual_compression
+from openlm_pipeline.corpus.formats import WHOLE, Found, Part, Reading, format_of
 from openlm_pipeline.errors import DataError
 from openlm_pipeline.storage.files import atomic_writer
+from openlm_pipeline.storage.remote import open_remote
 
 _BAD_BEFORE_EARLY_STOP = 1000
 _BYTES_PER_RECORD_SHARE = 10
@@ -47,12 +48,7 @@ class BadRecord:
     reason: str
 
 
-def cut(url: str, size_bytes: int, count: int, format: str | None = None) -> list[Part]:
-    """At most `count` parts of about the same size, in order; one where the format can't be read in parts."""
-    return format_of(url, format).cut(size_bytes, count)
-
-
-class RecordReader(Iterator[Record]):
+class RecordReader(Reading, Iterator[Record]):
     """The records of a local path or fsspec URL, or of a part of it, streamed in order; each bad one goes to `on_bad`.
 
     After the last one the attributes describe all that was read.
@@ -79,30 +75,18 @@ class RecordReader(Iterator[Record]):
             text_key: field or column of the text; dots lead into fields of fields.
             format: as for `format_of`.
         """
+        self._sha256 = hashlib.sha256()
+        super().__init__(url, text_key, part, digest=self._sha256.update)
         self._format = format_of(url, format)
-        self.url = url
         self.records = 0
         """Good records so far."""
         self.bad = 0
         """Bad records so far."""
         self.bad_bytes = 0
         """Bytes of the bad records so far, as `bytes` counts them."""
-        self.lines = 0
-        """Lines so far, blank ones too; in Parquet rows, in an array elements."""
-        self.bytes = 0
-        """Decompressed bytes of the part so far; in Parquet the bytes of the texts."""
-        self.raw_bytes = 0
-        """The file's own bytes read so far, those before the part left out."""
         self.first_bad: BadRecord | None = None
-        self.text_key = text_key
-        self.part = part
-        self.compression: str | None = None
-        self.at_end = False
-        """Whether all bytes of the part were read in order."""
         self._max_bad_fraction = max_bad_fraction
         self._on_bad = on_bad
-        self._sha256 = hashlib.sha256()
-        self.digest = self._sha256.update
         self._iterator = self._read()
 
     def __next__(self) -> Record:
@@ -119,7 +103,7 @@ class RecordReader(Iterator[Record]):
         return self._sha256.hexdigest() if all_read else None
 
     def _read(self) -> Generator[Record, None, None]:
-        with open_raw(self.url) as file:
+        with open_remote(self.url, "raw file") as file:
             if self._format.compressible:
                 self.compression = actual_compression(file, self.url)
             for found in self._format.records(file, self):
@@ -210,24 +194,11 @@ def texts_of(
     return found
 
 
-class QuarantineWriter:
-    """A JSON-lines file of bad records, for use in a `with` and as `on_bad`; it appears only when the `with` succeeds.
+@contextmanager
+def quarantine_writer(path: Path) -> Iterator[Callable[[BadRecord], None]]:
+    """Writes bad records, as an `on_bad`, to a JSON-lines file that appears only when the `with` succeeds.
 
     Lines are `{"file", "line", "offset", "reason"}`. With no bad records the file is there and empty.
     """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.count = 0
-        self._stack = ExitStack()
-
-    def __enter__(self) -> "QuarantineWriter":
-        self._file = self._stack.enter_context(atomic_writer(self.path, shared=True))
-        return self
-
-    def __call__(self, bad: BadRecord) -> None:
-        self._file.write(orjson.dumps(asdict(bad)) + b"\n")
-        self.count += 1
-
-    def __exit__(self, *exception: object) -> None:
-        self._stack.__exit__(*exception)
+    with atomic_writer(path, shared=True) as f:
+        yield lambda bad: f.write(orjson.dumps(asdict(bad)) + b"\n")

@@ -10,7 +10,6 @@ import functools
 from collections.abc import Sequence
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field, ValidationError
 
@@ -70,19 +69,10 @@ def load_quoted(path: Path) -> list[QuotedBaseline]:
         ConfigError: the file is malformed, or a row has other cells than tasks or another mean than it states.
     """
     try:
-        table = _Table.model_validate(_plain(read_mapping(path)))
+        table = _Table.model_validate(read_mapping(path))
     except ValidationError as e:
         raise explain(e, f"table of baselines {path}") from e
     return [_checked(path, table, name, row) for name, row in table.rows.items()]
-
-
-def _plain(value: Any) -> Any:
-    """Numbers as text: sums of Decimals round as on paper."""
-    if isinstance(value, dict):
-        return {key: _plain(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    return str(value) if isinstance(value, float) else value
 
 
 def _checked(path: Path, table: _Table, name: str, row: _QuotedModel) -> QuotedBaseline:
@@ -96,11 +86,8 @@ def _checked(path: Path, table: _Table, name: str, row: _QuotedModel) -> QuotedB
         )
     return QuotedBaseline(
         name=name,
-        family=row.family,
-        title=row.title,
-        tokens=row.tokens,
-        source=table.source,
-        harness=table.harness,
+        **row.model_dump(include={"family", "title", "tokens"}),
+        **table.model_dump(include={"source", "harness"}),
         scores={k: float(v) for k, v in [*zip(table.tasks, row.scores), *row.beside.items()]},
         average=float(row.average),
         average_tasks=table.tasks,

@@ -118,19 +118,11 @@ def _starts(lengths: Sequence[int], scored: Sequence[int], max_tokens: int, max_
     return starts[::-1]
 
 
-@dataclass(frozen=True)
-class BatchTensors:
-    """A batch for `ScoringModel.logits`, padded on the right; int64."""
+def batch_tensors(batch: Sequence[PackedRow], device: torch.device) -> dict[str, Tensor]:
+    """What `ScoringModel.logits` takes for a batch of `make_batches`, padded on the right; int64.
 
-    ids_BS: Tensor
-    rows_P: Tensor
-    columns_P: Tensor
-    segments_BS: Tensor | None
-    positions_BS: Tensor | None
-
-
-def batch_tensors(batch: Sequence[PackedRow], device: torch.device) -> BatchTensors:
-    """The tensors of a batch of `make_batches`; segments and positions only where its rows have branches."""
+    Segments and positions are there only where its rows have branches.
+    """
     length = max(len(row.ids) for row in batch)
 
     def padded(lists: Sequence[list[int]], filler: int) -> Tensor:
@@ -139,11 +131,12 @@ def batch_tensors(batch: Sequence[PackedRow], device: torch.device) -> BatchTens
     def flat(values: Iterator[int]) -> Tensor:
         return torch.tensor(list(values), dtype=torch.int64, device=device)
 
-    branched = batch[0].is_branched
-    return BatchTensors(
-        padded([row.ids for row in batch], 0),
-        flat(b for b, row in enumerate(batch) for _ in range(row.num_scored)),
-        flat(column for row in batch for columns in row.columns for column in columns),
-        padded([row.segments for row in batch], -1) if branched else None,
-        padded([row.positions for row in batch], 0) if branched else None,
-    )
+    found = {
+        "ids_BS": padded([row.ids for row in batch], 0),
+        "rows_P": flat(b for b, row in enumerate(batch) for _ in range(row.num_scored)),
+        "columns_P": flat(column for row in batch for columns in row.columns for column in columns),
+    }
+    if batch[0].is_branched:
+        found["segments_BS"] = padded([row.segments for row in batch], -1)
+        found["positions_BS"] = padded([row.positions for row in batch], 0)
+    return found

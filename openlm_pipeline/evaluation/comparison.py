@@ -7,7 +7,6 @@ likelihood apart. A page that shows several scorecards corrects over all of them
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import pyarrow as pa
@@ -65,14 +64,6 @@ class Difference(Strict):
         return (self.delta > 0) == (self.kind == "accuracy")
 
 
-@dataclass(frozen=True)
-class _Compared:
-    """A task's differences by kind; one that could not be made is a note."""
-
-    accuracy: Tested | str
-    bits_per_byte: Tested | str
-
-
 def compare(
     ours: Mapping[str, pa.Table],
     theirs: Mapping[str, pa.Table],
@@ -110,7 +101,7 @@ def compare(
 
     differences: list[Difference] = []
     for kind, named in (("accuracy", of_accuracy), ("bits_per_byte", of_bits)):
-        of_tasks = {name: getattr(task, kind) for name, task in tasks.items()}
+        of_tasks = {name: task[kind] for name, task in tasks.items()}
         means = [made(a.name, kind, _compare_average(a, of_tasks, chances)) for a in named]
         alone = [made(name, kind, found) for name, found in of_tasks.items() if found != _NO_SUCH]
         for family in (alone, means[:1], means[1:]):
@@ -118,18 +109,20 @@ def compare(
     return tuple(differences)
 
 
+_KINDS = ("accuracy", "bits_per_byte")
 _NO_SUCH = "none of its items has this"
 
 
-def _compare_task(ours: pa.Table, theirs: pa.Table | None, against: str, same_prompts: bool) -> _Compared:
+def _compare_task(ours: pa.Table, theirs: pa.Table | None, against: str, same_prompts: bool) -> dict[str, Tested | str]:
+    """A task's differences by kind; one that could not be made is a note."""
     if theirs is None or not theirs.num_rows:
-        return _Compared(*[f"not scored at {against}"] * 2)
+        return dict.fromkeys(_KINDS, f"not scored at {against}")
     keys = ["category", "item", "item_hash", "metric", *(["prompt_hash"] if same_prompts else [])]
     if not _same(ours, theirs, keys):
         order = [("category", "ascending"), ("item", "ascending")]
         ours, theirs = ours.sort_by(order), theirs.sort_by(order)
         if not _same(ours, theirs, keys):
-            return _Compared(*[f"other {'items or prompts' if same_prompts else 'items'} than at {against}"] * 2)
+            return dict.fromkeys(_KINDS, f"other {'items or prompts' if same_prompts else 'items'} than at {against}")
     category = ours["category"].combine_chunks().dictionary_encode(null_encoding="encode").indices.to_numpy()
     parts = [category == k for k in range(category.max() + 1)]
     codes = estimates.cluster_codes(ours)
@@ -144,7 +137,7 @@ def _compare_task(ours: pa.Table, theirs: pa.Table | None, against: str, same_pr
     bits: Tested | str = _NO_SUCH
     if not ours["nll"].null_count and not theirs["nll"].null_count and (sizes := gold_bytes(ours)) is not None:
         bits = differ(estimates.likelihood_difference, ours["nll"].to_numpy(), theirs["nll"].to_numpy(), sizes)
-    return _Compared(accuracy, bits)
+    return {"accuracy": accuracy, "bits_per_byte": bits}
 
 
 def _same(ours: pa.Table, theirs: pa.Table, keys: list[str]) -> bool:

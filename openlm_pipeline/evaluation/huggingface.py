@@ -16,20 +16,19 @@ from torch import Tensor, nn
 
 from openlm_pipeline.checkpoints.hf import register
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
-from openlm_pipeline.evaluation.model import Decoding, Precision, ScoringModel, branch_mask, computing, local_device
+from openlm_pipeline.evaluation.model import Decoding, Precision, ScoringModel, branch_mask, computing
 
 _PROBE_TOLERANCE = 1e-4
 """As a share of the largest logit: above fp32's rounding, below what a wrong mask or position does."""
 
 
-def _load(name_or_path: str, revision: str | None) -> nn.Module:
+def _load(name_or_path: str) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     register()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             name_or_path,
-            revision=revision,
             dtype=torch.float32,
             trust_remote_code=False,
             use_safetensors=True,
@@ -45,11 +44,11 @@ def _load(name_or_path: str, revision: str | None) -> nn.Module:
     if info["missing_keys"] or info["mismatched_keys"]:  # transformers would continue with random weights
         first = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))[0]
         raise DataError(f"{name_or_path} has no weight {first} of the shape that its config says")
-    return model.eval()
+    return model
 
 
 class _HuggingFaceDecoding:
-    def __init__(self, owner: "_HuggingFaceModel") -> None:
+    def __init__(self, owner: "HuggingFaceModel") -> None:
         self.owner, self.cache, self.name = owner, None, owner.cache_name
 
     @torch.no_grad()
@@ -67,13 +66,17 @@ class _HuggingFaceDecoding:
         self.cache.batch_select_indices(rows)
 
 
-class _HuggingFaceModel:
-    def __init__(self, name: str, revision: str | None, device: torch.device, precision: Precision) -> None:
-        self.name, self.revision, self.device, self.precision = name, revision, device, precision
+class HuggingFaceModel(ScoringModel):
+    """A causal model of a Hugging Face folder or hub name."""
 
-    @cached_property
-    def model(self) -> nn.Module:
-        return _load(self.name, self.revision).to(self.device)
+    def __init__(self, name: str, *, device: str = "cpu", precision: Precision = "fp32") -> None:
+        """What it raises on first use:
+        MissingInputError: there is no such model, or not as safetensors.
+        ConfigError: this transformers has no such architecture.
+        DataError: weights are missing or of another shape.
+        """
+        super().__init__(lambda: _load(name), device, precision)
+        self.name = name
 
     @property
     def vocab_size(self) -> int:
@@ -150,31 +153,10 @@ class _HuggingFaceModel:
         return self.model(input_ids=ids_BS, use_cache=False, **arguments)
 
     @torch.no_grad()
-    def logits(
-        self,
-        ids_BS: Tensor,
-        rows_P: Tensor,
-        columns_P: Tensor,
-        *,
-        segments_BS: Tensor | None = None,
-        positions_BS: Tensor | None = None,
-    ) -> Tensor:
+    def logits(self, ids_BS, rows_P, columns_P, *, segments_BS=None, positions_BS=None) -> Tensor:
         with computing(self.device, self.precision), self.head_at(rows_P, columns_P) as done:
             logits = self._forward(ids_BS, segments_BS, positions_BS).logits
         return (logits[0] if done else logits[rows_P, columns_P]).float()
 
     def decoding(self, batch_size: int, max_len: int) -> Decoding:
         return _HuggingFaceDecoding(self)
-
-
-def huggingface_model(
-    name_or_path: str, *, revision: str | None = None, device: str = "cpu", precision: Precision = "fp32"
-) -> ScoringModel:
-    """A causal model of a Hugging Face folder or hub name, loaded on first use.
-
-    What it raises then:
-        MissingInputError: there is no such model, or not as safetensors.
-        ConfigError: this transformers has no such architecture.
-        DataError: weights are missing or of another shape.
-    """
-    return _HuggingFaceModel(name_or_path, revision, local_device(device), precision)

@@ -7,6 +7,7 @@ Shape suffixes: B batch, S positions of this call, P positions whose logits are 
 
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
@@ -14,11 +15,10 @@ from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from openlm_pipeline.models.attention import KVCache
-from openlm_pipeline.models.transformer import Transformer
 
 Precision = Literal["fp32", "tf32", "bf16"]
 """What matrix products of fp32 weights are computed in. `tf32` is fp32 where the device has no TF32."""
@@ -36,27 +36,31 @@ class Decoding(Protocol):
         ...
 
 
-class ScoringModel(Protocol):
+class ScoringModel(ABC):
     """A causal language model: position i sees positions 0..i only."""
 
-    device: torch.device
-    precision: Precision
+    end_ids: tuple[int, ...] = ()
+    """Tokens that end a text; empty where the model does not say."""
+    max_branched_len: int = sys.maxsize
+    """Longest row for which `logits` follows `segments_BS` and `positions_BS`; 0 if it cannot at all."""
+
+    def __init__(self, load: Callable[[], nn.Module], device: str = "cpu", precision: Precision = "fp32") -> None:
+        """
+        Args:
+            load: gives the model with fp32 weights; called once, on first use.
+        """
+        self._load, self.device, self.precision = load, local_device(device), precision
+
+    @cached_property
+    def model(self) -> nn.Module:
+        return self._load().to(self.device).eval()
 
     @property
-    def end_ids(self) -> tuple[int, ...]:
-        """Tokens that end a text; empty where the model does not say."""
-        ...
-
-    @property
+    @abstractmethod
     def vocab_size(self) -> int:
         """Logits of a position."""
-        ...
 
-    @property
-    def max_branched_len(self) -> int:
-        """Longest row for which `logits` follows `segments_BS` and `positions_BS`; 0 if it cannot at all."""
-        ...
-
+    @abstractmethod
     def logits(
         self,
         ids_BS: Tensor,
@@ -74,11 +78,10 @@ class ScoringModel(Protocol):
                 it a row is one text.
             positions_BS: place of each token in its own text; given with `segments_BS`.
         """
-        ...
 
+    @abstractmethod
     def decoding(self, batch_size: int, max_len: int) -> Decoding:
         """Start `batch_size` texts of at most `max_len` tokens."""
-        ...
 
 
 def branch_mask(segments_BS: Tensor) -> Tensor:
@@ -119,10 +122,11 @@ def computing(device: torch.device, precision: Precision) -> Iterator[None]:
 
 
 class _NativeDecoding:
-    def __init__(self, owner: "_NativeModel", batch_size: int, max_len: int) -> None:
+    def __init__(self, owner: "NativeModel", batch_size: int, max_len: int) -> None:
         self.owner = owner
         dtype = torch.bfloat16 if owner.precision == "bf16" else torch.float32
         self.cache = KVCache(owner.model.config, batch_size, max_len, device=owner.device, dtype=dtype)
+        self.keep = self.cache.keep
 
     @torch.no_grad()
     def step(self, ids_BS: Tensor) -> Tensor:
@@ -130,35 +134,16 @@ class _NativeDecoding:
             hidden_BSD = self.owner.model.hidden(ids_BS, cache=self.cache)
             return self.owner.model.output(hidden_BSD[:, -1]).float()
 
-    def keep(self, rows: Tensor) -> None:
-        self.cache.keep(rows)
 
-
-class _NativeModel:
-    end_ids: tuple[int, ...] = ()
-    max_branched_len = sys.maxsize
-
-    def __init__(self, load: Callable[[], Transformer], device: torch.device, precision: Precision) -> None:
-        self._load, self.device, self.precision = load, device, precision
-
-    @cached_property
-    def model(self) -> Transformer:
-        return self._load().to(self.device).eval()
+class NativeModel(ScoringModel):
+    """An OpenLM model."""
 
     @property
     def vocab_size(self) -> int:
         return self.model.config.vocab_size
 
     @torch.no_grad()
-    def logits(
-        self,
-        ids_BS: Tensor,
-        rows_P: Tensor,
-        columns_P: Tensor,
-        *,
-        segments_BS: Tensor | None = None,
-        positions_BS: Tensor | None = None,
-    ) -> Tensor:
+    def logits(self, ids_BS, rows_P, columns_P, *, segments_BS=None, positions_BS=None) -> Tensor:
         mask = None if segments_BS is None else branch_mask(segments_BS)
         with computing(self.device, self.precision):
             hidden_BSD = self.model.hidden(ids_BS, positions_BS=positions_BS, mask=mask)
@@ -166,10 +151,3 @@ class _NativeModel:
 
     def decoding(self, batch_size: int, max_len: int) -> Decoding:
         return _NativeDecoding(self, batch_size, max_len)
-
-
-def native_model(
-    load: Callable[[], Transformer], *, device: str = "cpu", precision: Precision = "fp32"
-) -> ScoringModel:
-    """An OpenLM model; `load` gives it with fp32 weights, and is called once, on first use."""
-    return _NativeModel(load, local_device(device), precision)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
-from openlm_pipeline.errors import DataError, MissingInputError
 from openlm_pipeline.evaluation.rules.prefix import answers_that_say_nothing
 from openlm_pipeline.evaluation.suite import HARNESS_VERSION, WHOLE, IclTask, Part, Suite, task_name
 from openlm_pipeline.evaluation.task_files import TaskFile, read_task_file
@@ -35,35 +34,22 @@ class PreparedTask:
         return task_name(self.task.label, self.num_fewshot)
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """The tasks of a suite in its order, and those that cannot be scored."""
-
-    tasks: tuple[PreparedTask, ...]
-    not_run: dict[str, str]
-    """Task -> why, where its file is missing; only with `tolerant`."""
-    failed: dict[str, str]
-    """Task -> why, where its file is broken; only with `tolerant`."""
-
-
 def prepare_suite(
     suite: Suite,
     home: Home,
     tokenizer: Tokenizer,
     max_seq_len: int,
-    tolerant: bool,
     report: Say,
     *,
     as_foundry: bool = False,
     part: Part = WHOLE,
-) -> Prepared:
-    """Read every file of a suite and build every prompt.
+) -> list[PreparedTask]:
+    """Read every file of a suite and build every prompt; the tasks in their order.
 
     Args:
         as_foundry: see `build_items`.
         part: says which rows, where not all; its tasks are those of the suite.
         max_seq_len: longest sequence in tokens, where a task does not say.
-        tolerant: leave out a task whose file is missing or broken, and say so in the result, instead of raising.
 
     Raises:
         MissingInputError: a task's file is missing.
@@ -71,24 +57,11 @@ def prepare_suite(
     """
     tokenizer_digest = fingerprint({"tokenizer": tokenizer.to_str()})
     tasks: list[PreparedTask] = []
-    not_run: dict[str, str] = {}
-    failed: dict[str, str] = {}
     for task in suite.icl_tasks:
-        try:
-            file = read_task_file(task, home)
-            rows = part.rows([row.category for row in file.rows])
-            built = {
-                k: tuple(build_items(task, file, k, tokenizer, max_seq_len, as_foundry=as_foundry, rows=rows))
-                for k in task.num_fewshot
-            }
-        except (MissingInputError, DataError) as e:
-            if not tolerant:
-                raise
-            problems = not_run if isinstance(e, MissingInputError) else failed
-            problems.update({task_name(task.label, k): str(e) for k in task.num_fewshot})
-            report(str(e))
-            continue
-        for k, items in built.items():
+        file = read_task_file(task, home)
+        rows = part.rows([row.category for row in file.rows])
+        for k in task.num_fewshot:
+            items = tuple(build_items(task, file, k, tokenizer, max_seq_len, as_foundry=as_foundry, rows=rows))
             identity: Tree = {
                 "harness_version": HARNESS_VERSION,
                 "tokenizer": tokenizer_digest,
@@ -103,7 +76,7 @@ def prepare_suite(
             for warning in warnings:
                 report(f"{task_name(task.label, k)}: {warning}")
             tasks.append(PreparedTask(task, k, file, items, identity, warnings))
-    return Prepared(tuple(tasks), not_run, failed)
+    return tasks
 
 
 def _warnings(task: IclTask, k: int, file: TaskFile, items: Sequence[Item]) -> Iterator[str]:

@@ -17,7 +17,7 @@ import pyarrow as pa
 from openlm_pipeline.errors import DataError
 from openlm_pipeline.evaluation.items import concat_items, items_table, read_items, with_context, write_items
 from openlm_pipeline.evaluation.parallel import Processes
-from openlm_pipeline.evaluation.prepare import Prepared, PreparedTask
+from openlm_pipeline.evaluation.prepare import PreparedTask
 from openlm_pipeline.evaluation.suite import HARNESS_VERSION, IclTask, Suite
 from openlm_pipeline.evaluation.tasks import Item
 from openlm_pipeline.fingerprint import Tree, differences, fingerprint
@@ -58,10 +58,6 @@ class SuiteResult:
     scored: tuple[str, ...]
     reused: tuple[str, ...]
     """Tasks taken from an earlier evaluation of the same checkpoint with the same files and settings."""
-    not_run: dict[str, str]
-    """Task -> why, where its file is missing; only with `tolerant`."""
-    failed: dict[str, str]
-    """Task -> why, where its file is broken; only with `tolerant`."""
     num_rows: Mapping[str, int] = field(default_factory=dict)
     """Rows of the files of tasks of which only some were scored."""
     warnings: tuple[str, ...] = ()
@@ -142,7 +138,7 @@ def _read_task(path: Path, identity: Tree, task: PreparedTask, report: Say) -> p
 
 
 def collect_results(
-    prepared: Prepared,
+    prepared: Sequence[PreparedTask],
     suite: Suite,
     out_dir: Path,
     context: Mapping[str, Any],
@@ -168,27 +164,27 @@ def collect_results(
         return out_dir / "tasks" / f"{task.task.label}-{task.num_fewshot}shot.parquet"
 
     tables: dict[str, pa.Table | None] = processes.from_first(
-        lambda: {t.name: _read_task(stored_at(t), subject | t.identity, t, report) for t in prepared.tasks}
+        lambda: {t.name: _read_task(stored_at(t), subject | t.identity, t, report) for t in prepared}
     )
     for name, table in tables.items():
         if table is not None:
             report(f"{name}: {table.num_rows} items already scored")
-    missing = [t for t in prepared.tasks if tables[t.name] is None]
+    missing = [t for t in prepared if tables[t.name] is None]
     for task, rows in zip(missing, score(missing), strict=True):
         table = items_table([{**context, **row} for row in rows])
         processes.from_first(partial(write_items, stored_at(task), table, subject | task.identity))
         tables[task.name] = table
 
-    task_files = {t.name: t.file.sha256 for t in prepared.tasks}
+    task_files = {t.name: t.file.sha256 for t in prepared}
     recorded = subject | {
         "harness_version": HARNESS_VERSION,
         "context": context,
         "suite_digest": suite.digest,
         "task_files": task_files,
-        "not_run": prepared.not_run,
-        "failed": prepared.failed,
+        "not_run": {},  # as the first release wrote these two
+        "failed": {},
     }
-    items = concat_items([with_context(tables[t.name], context) for t in prepared.tasks])
+    items = concat_items([with_context(tables[t.name], context) for t in prepared])
     path = out_dir / "items.parquet"
 
     def write() -> None:
@@ -198,7 +194,7 @@ def collect_results(
 
     processes.from_first(write)
     scored = tuple(t.name for t in missing)
-    reused = tuple(t.name for t in prepared.tasks if t.name not in scored)
-    warnings = tuple(f"{t.name}: {warning}" for t in prepared.tasks for warning in t.warnings)
-    num_rows = {t.name: len(t.file.rows) for t in prepared.tasks if len(t.items) < len(t.file.rows)}
-    return SuiteResult(items, path, task_files, scored, reused, prepared.not_run, prepared.failed, num_rows, warnings)
+    reused = tuple(t.name for t in prepared if t.name not in scored)
+    warnings = tuple(f"{t.name}: {warning}" for t in prepared for warning in t.warnings)
+    num_rows = {t.name: len(t.file.rows) for t in prepared if len(t.items) < len(t.file.rows)}
+    return SuiteResult(items, path, task_files, scored, reused, num_rows, warnings)

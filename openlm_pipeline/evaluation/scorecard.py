@@ -139,8 +139,6 @@ def make_scorecard(
     suite: Suite,
     provenance: Provenance,
     task_files: Mapping[str, str],
-    not_run: Mapping[str, str] | None = None,
-    failed: Mapping[str, str] | None = None,
     against: Mapping[str, pa.Table] | None = None,
     warnings: tuple[str, ...] = (),
     num_rows: Mapping[str, int] = {},
@@ -151,7 +149,6 @@ def make_scorecard(
         items: table of `items.SCHEMA`, of this model and suite only.
         previous_items: the table of the milestone before, for the changes.
         task_files: `label/k-shot` -> sha256 of the task's file (`SuiteResult.task_files`).
-        not_run, failed: `label/k-shot` -> why there are no items.
         against: milestone label or baseline name -> its items, for differences to them. Between models of one run the
             prompts must be the same token ids, between others the questions.
         warnings, num_rows: of `SuiteResult`.
@@ -167,7 +164,7 @@ def make_scorecard(
     categories: list[TaskScore] = []
     for task, k in suite.runs():
         name, table = task_name(task.label, k), _select(items, task, k)
-        problem = (failed or {}).get(name)
+        problem = None
         found = sorted(c for c in pc.unique(table["category"]).to_pylist() if c is not None)
         if table.num_rows and (absent := [c for c in task.category_names if c not in found]):
             problem = f"no items of category {absent[0]}"
@@ -179,7 +176,7 @@ def make_scorecard(
                     metric=task.metric,
                     rule=task.rule,
                     status="failed" if problem else "not run",
-                    problem=problem or (not_run or {}).get(name),
+                    problem=problem,
                 )
             )
             continue

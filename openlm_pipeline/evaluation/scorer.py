@@ -129,16 +129,9 @@ def score_questions(
         number += len(question)
 
     def score(batch: Sequence[PackedRow]) -> list[RequestScore]:
-        tensors = batch_tensors(batch, model.device)
         members = [i for row in batch for i in row.requests]
         targets = torch.tensor([t for i in members for t in flat[i].continuation_ids], device=model.device)
-        logits_PV = model.logits(
-            tensors.ids_BS,
-            tensors.rows_P,
-            tensors.columns_P,
-            segments_BS=tensors.segments_BS,
-            positions_BS=tensors.positions_BS,
-        )
+        logits_PV = model.logits(**batch_tensors(batch, model.device))
         logprobs = -nn.functional.cross_entropy(logits_PV, targets, reduction="none")
         hits = logits_PV.argmax(dim=-1) == targets
         if not logprobs.isfinite().all():  # NaN compares as false, so that the first option would win
@@ -150,15 +143,10 @@ def score_questions(
     max_scored = max(_MIN_SCORED, int(batch_tokens * _SCORED_SHARE))
     batches = list(make_batches(rows, batch_tokens, max_scored))
     scores: dict[int, RequestScore] = {}
-    done = _in_turn(batches, score, _num_requests, processes, progress)
-    for batch, found in done:
+    for batch, found in _in_turn(batches, score, lambda b: sum(len(row.requests) for row in b), processes, progress):
         scores |= zip((i for row in batch for i in row.requests), found)
     numbers = iter(range(len(flat)))
     return [[scores[next(numbers)] for _ in question] for question in questions]
-
-
-def _num_requests(batch: Sequence[PackedRow]) -> int:
-    return sum(len(row.requests) for row in batch)
 
 
 def generate_texts(
@@ -220,7 +208,6 @@ def score_suite(
     max_seq_len: int,
     batch_tokens: int | None = None,
     report: Say = lambda line: None,
-    tolerant: bool = False,
     part: Part = WHOLE,
 ) -> SuiteResult:
     """Score every task of a suite into `out_dir/items.parquet`; see `results` for what is kept and taken again.
@@ -234,7 +221,6 @@ def score_suite(
         max_seq_len: longest sequence in tokens, where a task does not say.
         batch_tokens: tokens in one forward pass, padding included; by default what suits the device.
         part: which rows of each task, where not all.
-        tolerant: leave out a task whose file is missing or broken, and say so in the result, instead of raising.
 
     Raises:
         MissingInputError: a task's file is missing.
@@ -243,21 +229,15 @@ def score_suite(
     """
     processes = scoring_processes()
     if processes.rank:
-        report = _silent
-    mine = []
-    processes.gather(
-        lambda: mine.append(prepare_suite(suite, home, tokenizer, max_seq_len, tolerant, report, part=part))
-    )
+        report = lambda line: None  # noqa: E731 - only the first process speaks
+    mine: list[PreparedTask] = []
+    processes.gather(lambda: mine.extend(prepare_suite(suite, home, tokenizer, max_seq_len, report, part=part)))
 
     def score(tasks: Sequence[PreparedTask]) -> Iterator[Rows]:
         for t in tasks:
             generates = RULES[t.task.rule].generates
-            noun = "texts" if generates else "requests"
-            shared = {
-                "batch_tokens": batch_tokens,
-                "processes": processes,
-                "progress": _progress_of(t.name, noun, report),
-            }
+            progress = _progress_of(t.name, "texts" if generates else "requests", report)
+            shared = {"batch_tokens": batch_tokens, "processes": processes, "progress": progress}
             if generates:
                 asked = [item.generation for item in t.items if item.generation]
                 texts = generate_texts(model, asked, tokenizer, **shared)
@@ -267,8 +247,4 @@ def score_suite(
                 yield [item_row(t.task, t.num_fewshot, i, found) for i, found in zip(t.items, scores, strict=True)]
 
     subject = {"checkpoint": checkpoint_digest, "precision": model.precision}
-    return collect_results(mine[0], suite, out_dir, context, subject, score, processes, report)
-
-
-def _silent(line: str) -> None:
-    """A report nobody reads: only the first process speaks."""
+    return collect_results(mine, suite, out_dir, context, subject, score, processes, report)

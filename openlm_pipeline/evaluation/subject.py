@@ -16,8 +16,8 @@ from openlm_pipeline.checkpoints.llama import LLAMAS, llama_differences
 from openlm_pipeline.checkpoints.loading import find_model_config, load_checkpoint
 from openlm_pipeline.checkpoints.weight_files import weight_parts
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
-from openlm_pipeline.evaluation.huggingface import huggingface_model
-from openlm_pipeline.evaluation.model import Precision, ScoringModel, native_model
+from openlm_pipeline.evaluation.huggingface import HuggingFaceModel
+from openlm_pipeline.evaluation.model import NativeModel, Precision, ScoringModel
 from openlm_pipeline.fingerprint import fingerprint, settings_tree
 from openlm_pipeline.models.config import ModelConfig
 from openlm_pipeline.models.transformer import Transformer
@@ -89,7 +89,7 @@ def _native(
         tokenizer.save(str(out / "tokenizer-source.json"))
         return export_huggingface(load(), out, out / "tokenizer-source.json", eot=eot)
 
-    model = native_model(load, device=device, precision=precision)
+    model = NativeModel(load, device=device, precision=precision)
     return Subject(name, model, tokenizer, digest, config.seq_len, folder)
 
 
@@ -199,9 +199,9 @@ def _huggingface(folder: Path, name: str, tokenizer: str | None, device: str, pr
     _check_tokenizer(found, text["vocab_size"], name)
     lengths = [text[k] for k in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length") if text.get(k)]
     if config.get("model_type") in LLAMAS and not llama_differences(config):
-        model = native_model(lambda: load_checkpoint(folder), device=device, precision=precision)
+        model = NativeModel(lambda: load_checkpoint(folder), device=device, precision=precision)
     else:
-        model = huggingface_model(str(folder), device=device, precision=precision)
+        model = HuggingFaceModel(str(folder), device=device, precision=precision)
     return Subject(
         name, model, found, scored_digest(digest, precision), lengths[0] if lengths else 2048, lambda _: folder
     )

@@ -215,6 +215,9 @@ class Suite(Strict):
 
     @model_validator(mode="after")
     def _known_tasks(self) -> "Suite":
+        labels = [task.label for task in self.icl_tasks]
+        if repeated := sorted({label for label in labels if labels.count(label) > 1}):
+            raise ValueError(f"two tasks are labelled {repeated[0]!r}; list the shots of one task in num_fewshot")
         known = [task_name(task.label, k) for task, k in self.runs()]
         for kind in ("averages", "categories"):
             for name, members in getattr(self, kind).items():
@@ -232,13 +235,6 @@ class Suite(Strict):
         runs = list(self.runs())
         judged = [(task, k) for task, k in runs if RULES[task.rule].judges]
         return next(iter(self.averages.values()), tuple(task_name(task.label, k) for task, k in judged or runs))
-
-    @model_validator(mode="after")
-    def _unique_labels(self) -> "Suite":
-        labels = [task.label for task in self.icl_tasks]
-        if repeated := sorted({label for label in labels if labels.count(label) > 1}):
-            raise ValueError(f"two tasks are labelled {repeated[0]!r}; list the shots of one task in num_fewshot")
-        return self
 
     @property
     def digest(self) -> str:

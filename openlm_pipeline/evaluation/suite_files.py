@@ -142,13 +142,6 @@ def read_suite_file(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     return {**document, **({} if tasks is None else {"icl_tasks": tasks})}, ignored
 
 
-def _lookup(name: str, whole: dict[str, Any]) -> Any:
-    value: Any = whole
-    for part in name.split("."):
-        value = value.get(part, _MISSING) if isinstance(value, dict) else _MISSING
-    return value
-
-
 def _resolve(value: Any, whole: dict[str, Any], path: Path, within: tuple[str, ...] = ()) -> Any:
     if isinstance(value, dict):
         return {k: _resolve(v, whole, path, within) for k, v in value.items()}
@@ -161,7 +154,9 @@ def _resolve(value: Any, whole: dict[str, Any], path: Path, within: tuple[str, .
         name = match[1]
         if name in within:
             raise ConfigError(f"{path}: ${{{name}}} refers to itself")
-        target = _lookup(name, whole)
+        target: Any = whole
+        for part in name.split("."):
+            target = target.get(part, _MISSING) if isinstance(target, dict) else _MISSING
         if target is not _MISSING:
             return _resolve(target, whole, path, (*within, name))
         if "." in name:  # no environment variable has a dot

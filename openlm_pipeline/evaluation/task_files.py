@@ -6,6 +6,7 @@ Field names are LLM Foundry's. Nothing here needs a tokenizer.
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import orjson
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 
 from openlm_pipeline.corpus.blocks import actual_compression, decompressed_blocks
 from openlm_pipeline.errors import DataError, MissingInputError
+from openlm_pipeline.evaluation.clusters import clusters
 from openlm_pipeline.evaluation.suite import IclTask
 from openlm_pipeline.evaluation.task_types import Options
 from openlm_pipeline.fingerprint import fingerprint, settings_tree
@@ -57,6 +59,12 @@ class TaskFile:
     path: str
     sha256: str
     rows: tuple[TaskItem, ...]
+
+    @cached_property
+    def clusters(self) -> list[str | None]:
+        """Of each row: the same for those that go together; None where it is alone."""
+        found = clusters([row.question for row in self.rows])
+        return [cluster if row.cluster is None else row.cluster for row, cluster in zip(self.rows, found)]
 
 
 def _where_to_get(task: IclTask, home: Home) -> str:

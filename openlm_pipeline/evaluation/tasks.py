@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from tokenizers import Encoding, Tokenizer
 
 from openlm_pipeline.errors import DataError
-from openlm_pipeline.evaluation.clusters import clusters
 from openlm_pipeline.evaluation.suite import IclTask
 from openlm_pipeline.evaluation.task_files import TaskFile, TaskItem
 from openlm_pipeline.registry import RULES
@@ -97,15 +96,6 @@ def _without_answer(shots: list[int], rows: Sequence[TaskItem], index: int, seed
     left = [i for i in range(len(rows)) if i not in shots and rows[i].question != rows[index].question]
     others = iter(rng.sample(left, min(len(left), len(same))))
     return [i for i in ((next(others, None) if i in same else i) for i in shots) if i is not None]
-
-
-def _shots(
-    task: IclTask, rows: Sequence[TaskItem], index: int, num_fewshot: int, rng: random.Random, as_foundry: bool
-) -> list[int]:
-    if not num_fewshot:
-        return []
-    shots = fewshot_indices(len(rows), num_fewshot, index, rng)
-    return shots if as_foundry else _without_answer(shots, rows, index, task.fewshot_random_seed)
 
 
 def _preamble(task: IclTask, rows: Sequence[TaskItem], shots: Sequence[int]) -> str:
@@ -204,7 +194,9 @@ def build_items(
         if generates:
             longest[category] = _longest_answer(tokenizer, task, of_category)
         for position, i in enumerate(members):
-            shots = _shots(task, of_category, position, num_fewshot, rng, as_foundry)
+            shots = fewshot_indices(len(members), num_fewshot, position, rng) if num_fewshot else []
+            if not as_foundry:
+                shots = _without_answer(shots, of_category, position, task.fewshot_random_seed)
             if rows is not None and i not in rows:
                 continue
             num_shots[i] = len(shots)
@@ -218,7 +210,6 @@ def build_items(
     ids = _encode(tokenizer, (text for _, c, t in prompts.values() for text in (*c, *t)))
     preambles = _encode_preambles(tokenizer, (preamble for preamble, _, _ in prompts.values()), as_foundry)
     prefix = () if as_foundry else prefix_ids(tokenizer)
-    together = clusters([row.question for row in file.rows])
 
     def windows(row: TaskItem, context_ids: tuple[int, ...], text_ids: tuple[int, ...]) -> tuple[Request, ...]:
         parts = [text_ids[start : start + max_seq_len - 1] for start in range(0, len(text_ids), max_seq_len - 1)]
@@ -274,7 +265,7 @@ def build_items(
                 asked,
                 row.answers,
                 continuation_bytes=tuple(len(t.encode()) for t in texts),
-                cluster=together[i] if row.cluster is None else row.cluster,
+                cluster=file.clusters[i],
                 shots=num_shots[i],
                 cut_tokens=max(map(len, whole)) - used,
             )

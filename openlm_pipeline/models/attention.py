@@ -128,21 +128,12 @@ def document_mask(documents_BS: Tensor, head_dim: int) -> Tensor | BlockMask:
     return same_BSS.tril()[:, None]
 
 
-def cache_mask(seq_len: int, start: int, valid_BT: Tensor | None, device: torch.device) -> Tensor | None:
-    """The mask of `seq_len` positions after `start` others, bool [B or 1, 1, S, T]; None where SDPA's own will do.
-
-    Args:
-        valid_BT: bool, False where a position is padding, which no other position sees.
-    """
-    if valid_BT is None and (start == 0 or seq_len == 1):
+def cache_mask(seq_len: int, start: int, device: torch.device) -> Tensor | None:
+    """The mask of `seq_len` positions after `start` others, bool [1, 1, S, T]; None where SDPA's own will do."""
+    if start == 0 or seq_len == 1:
         return None
     queries_S = torch.arange(start, start + seq_len, device=device)
-    keys_T = torch.arange(start + seq_len, device=device)
-    mask = (queries_S[:, None] >= keys_T)[None]
-    if valid_BT is not None:
-        # Padding sees itself: a row that sees nothing has no softmax.
-        mask = mask & (valid_BT[:, None, :] | (queries_S[:, None] == keys_T))
-    return mask[:, None]
+    return (queries_S[:, None] >= torch.arange(start + seq_len, device=device))[None, None]
 
 
 @cache

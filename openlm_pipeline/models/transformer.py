@@ -159,7 +159,6 @@ class Transformer(nn.Module):
         *,
         documents_BS: Tensor | None = None,
         positions_BS: Tensor | None = None,
-        valid_BT: Tensor | None = None,
         cache: KVCache | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
@@ -169,20 +168,18 @@ class Transformer(nn.Module):
 
         Args:
             documents_BS: number of the document at each position, int64: attention stays within a document. Not with
-                `valid_BT` or `cache`.
-            positions_BS: position of each token, int64, where it isn't its place after what the cache holds: with
-                padding on the left, that place minus the padding.
-            valid_BT: bool, False where there is padding, over the cache's positions and these; no token sees those.
+                `cache`.
+            positions_BS: position of each token, int64, where it isn't its place after what the cache holds.
             cache: keys and values of the tokens before these; these are added to it.
             mask: bool [B, 1, S, S], True where a query sees a key, in place of what the other arguments would give.
         """
         seq_len, start = ids_BS.shape[1], 0 if cache is None else cache.length
         if mask is not None:
-            assert documents_BS is None and valid_BT is None and cache is None
+            assert documents_BS is None and cache is None
         elif documents_BS is None:
-            mask = cache_mask(seq_len, start, valid_BT, ids_BS.device)
+            mask = cache_mask(seq_len, start, ids_BS.device)
         else:
-            assert cache is None and valid_BT is None
+            assert cache is None
             mask = document_mask(documents_BS, self.config.head_dim)
         if positions_BS is None:
             positions_BS = torch.arange(start, start + seq_len, device=ids_BS.device)
@@ -202,8 +199,6 @@ class Transformer(nn.Module):
         targets_BS: Tensor | None = None,
         *,
         documents_BS: Tensor | None = None,
-        positions_BS: Tensor | None = None,
-        valid_BT: Tensor | None = None,
         cache: KVCache | None = None,
         with_z: bool = True,
     ) -> Tensor | tuple[Tensor, Tensor | None]:
@@ -212,7 +207,7 @@ class Transformer(nn.Module):
         Args:
             ids_BS: token ids, int64 or int32.
             targets_BS: the id each position should predict, int64; -100 where there is none.
-            documents_BS, positions_BS, valid_BT, cache: as for `hidden`.
+            documents_BS, cache: as for `hidden`.
             with_z: give the second sum. Without a backward pass of its own it would keep the logits of every chunk.
 
         Returns:
@@ -220,9 +215,7 @@ class Transformer(nn.Module):
             With targets: 0-d fp32 sums over the positions that have a target: of the cross-entropy in nats, and of the
             squared log-partition for the z-loss, or None.
         """
-        x_BSD = self.hidden(
-            ids_BS, documents_BS=documents_BS, positions_BS=positions_BS, valid_BT=valid_BT, cache=cache
-        )
+        x_BSD = self.hidden(ids_BS, documents_BS=documents_BS, cache=cache)
         if targets_BS is None:
             return self.output(x_BSD).float()
         return self.output(x_BSD.flatten(0, 1), targets_BS.flatten(), with_z)

@@ -17,26 +17,6 @@ def mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def permute(index: int, size: int, seed: int) -> int:
-    """The place of `index` in a permutation of range(size) chosen by `seed`.
-
-    Raises:
-        IndexError: index is not in range(size).
-    """
-    if not 0 <= index < size:
-        raise IndexError(f"{index} is not in range({size})")
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    low = (1 << half) - 1
-    keys = [mix(mix(seed & _MASK) ^ r) for r in range(_ROUNDS)]
-    while True:  # the domain is less than 4 * size, so this ends after a few walks
-        left, right = index >> half, index & low
-        for key in keys:
-            left, right = right, left ^ (mix(right ^ key) & low)
-        index = (left << half) | right
-        if index < size:
-            return index
-
-
 def mix_array(value: np.ndarray) -> np.ndarray:
     """`mix` of each element of a uint64 array."""
     value = value + np.uint64(0x9E3779B97F4A7C15)
@@ -49,7 +29,7 @@ def mix_array(value: np.ndarray) -> np.ndarray:
 
 
 def permute_array(indices: np.ndarray, size: int | np.ndarray, seed: int | np.ndarray) -> np.ndarray:
-    """`permute` of each element of an integer array, as int64 of the same shape.
+    """The place of each index in a permutation of range(size) chosen by `seed`, as int64 of the same shape.
 
     Args:
         size: of all permutations, up to 2**53, or of each element's.

@@ -10,7 +10,7 @@ from openlm_pipeline.corpus.discovery import RawFile, discover
 from openlm_pipeline.errors import ConfigError, OpenLMError
 from openlm_pipeline.experiments import Dataset, Experiment, load_experiment
 from openlm_pipeline.ordering import order_of
-from openlm_pipeline.ordering.samplings.resampled import ResampledOrder
+from openlm_pipeline.ordering.samplings.openlm import ResampledOrder
 from openlm_pipeline.result import Finding, refusal
 from openlm_pipeline.runs.identity import run_identity
 from openlm_pipeline.runs.parent import parent_folder, parent_identity

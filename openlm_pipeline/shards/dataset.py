@@ -5,7 +5,6 @@ missing in it may come from a remote folder with the same files.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -27,62 +26,48 @@ _datasets: "WeakSet[ShardedDataset]" = WeakSet()
 class ShardedDataset:
     """Samples of a finished dataset by number, over memory-mapped shards."""
 
-    def __init__(self, folder: Path, *, remote: str | None = None, cache_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        remote: str | None = None,
+        cache_bytes: int | None = None,
+        made: tuple[list[ShardEntry], dict[str, Any], str, ShardStore] | None = None,
+    ) -> None:
         """
         Args:
             folder: where `manifest.jsonl`, `dataset.json` and shards are, or are brought.
             remote: fsspec URL of a folder with the same files. `manifest.jsonl` and `dataset.json` are fetched at
                 once if they are missing here, shards when they are needed.
             cache_bytes: what the fetched shards may take in `folder`; those that were there count and go never.
+            made: entries, info and version, as the attributes, and the store that brings shards, where they come in
+                some other way.
 
         Raises:
             MissingInputError: there is no finished dataset.
             DataError: it is damaged.
             ConfigError: the remote folder may not be read, or `cache_bytes` can't hold one shard.
         """
-        if remote is not None:
-            for name in (DATASET, MANIFEST):
+        self.folder, self.remote, self._store = folder, remote, None
+        if made is not None:
+            self.entries, self.info, self.version, self._store = made
+        else:
+            for name in (DATASET, MANIFEST) if remote is not None else ():
                 _fetch_once(folder, remote, name)
-        entries, info, version = read_dataset(folder)
-        store = None
+            self.entries, self.info, self.version = read_dataset(folder)
+            """The version is a content hash, which covers the sha256 of every shard."""
+        entries, info = self.entries, self.info
         if remote is not None:
 
             def bring(k: int, path: Path) -> None:
                 download(join(remote, path.name), path, size=entries[k].bytes, sha256=entries[k].sha256)
 
             names, sizes = [e.tar for e in entries], [e.bytes for e in entries]
-            store = ShardStore(folder, names, sizes, [e.sha256 for e in entries], bring, cache_bytes)
-        self._set(folder, entries, info, version, store, remote)
-
-    @classmethod
-    def over(
-        cls, folder: Path, entries: Sequence[ShardEntry], info: dict[str, Any], version: str, store: ShardStore
-    ) -> "ShardedDataset":
-        """A dataset whose shards a store brings in some other way; the arguments are as the attributes."""
-        self = cls.__new__(cls)
-        self._set(folder, list(entries), info, version, store, None)
-        return self
-
-    def _set(
-        self,
-        folder: Path,
-        entries: list[ShardEntry],
-        info: dict[str, Any],
-        version: str,
-        store: ShardStore | None,
-        remote: str | None,
-    ) -> None:
-        self.folder = folder
-        self.remote = remote
-        self.entries = entries
-        self.info = info
+            self._store = ShardStore(folder, names, sizes, [e.sha256 for e in entries], bring, cache_bytes)
         self.format = SampleFormat(info["seq_len"] + 1, info["dtype"])
-        self.version = version
-        """Content hash, which covers the sha256 of every shard."""
         self.shard_sizes = np.array([e.num_sequences for e in entries], np.int64)
         """Samples in each shard."""
         self._first = np.concatenate([[0], np.cumsum(self.shard_sizes)])
-        self._store = store
         _datasets.add(self)
         self._open: OrderedDict[int, tuple[np.ndarray, memoryview | None]] = OrderedDict()
 

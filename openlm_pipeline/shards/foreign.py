@@ -1,18 +1,23 @@
 """OpenLM's own shards as a dataset: each is converted to our format once, when it is needed, and then mapped.
 
 OpenLM's folder holds `manifest.jsonl` with `shard` and `num_sequences` (or the older `num_chunks`), and tars of JSON
-or text members; it may be local or any fsspec URL.
+or text members; it may be local or any fsspec URL. Its `--train-data` names tars one by one or with braces, or a
+manifest file: `shard-{0000..0099}.tar` stands for a hundred tars, `::` stands between patterns. How many samples such a
+tar has is taken from `sizes.json` or `manifest.jsonl` beside it, and is else counted once and noted in the cache.
 """
 
 import hashlib
 import json
+import tarfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import bracex
 import numpy as np
 
-from openlm_pipeline.errors import DataError, IdentityError, MissingInputError
+from openlm_pipeline.errors import ConfigError, DataError, IdentityError, MissingInputError
 from openlm_pipeline.fingerprint import differences
 from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.format import SampleFormat, write_shard
@@ -20,43 +25,41 @@ from openlm_pipeline.shards.manifest import DATASET, MANIFEST, ShardEntry
 from openlm_pipeline.shards.openlm_formats import first_length, read_shard
 from openlm_pipeline.shards.store import FETCHED, ShardStore, only_one
 from openlm_pipeline.storage.files import read_json, write_json
+from openlm_pipeline.storage.home import Home
 from openlm_pipeline.storage.remote import download, is_remote, join, open_remote, public, storage_errors
 
+EOT_ID = 0
+"""What OpenLM's readers take for `<|endoftext|>`: its id in the GPT-NeoX-20B tokenizer, the only one OpenLM used."""
 
-def open_foreign(
-    folder_or_url: str | Path, cache: Path, *, seq_len: int, vocab_size: int, eot_id: int, pad_id: int | None = None
-) -> ShardedDataset:
-    """A dataset over shards that OpenLM's tools made.
+PIPE = "pipe:"
+"""What webdataset takes for a shell command."""
+
+_MAX_SHARDS = 1_000_000
+_COUNTS = "counts.json"
+_SIZES = "sizes.json"
+_THREADS = 8
+
+
+def open_foreign(folder_or_url: str | Path, cache: Path, **settings: int | None) -> ShardedDataset:
+    """A dataset over shards that OpenLM's tools made; errors as of `foreign_dataset`.
 
     `version` is the sha256 of the manifest and these settings; OpenLM's manifests hold no hashes of shards, so it does
     not speak for their content.
 
     Args:
         folder_or_url: where `manifest.jsonl` and the tars are.
-        cache: local folder for the converted shards, of this dataset alone.
-        seq_len: tokens of a sample less one.
-        vocab_size: ids that the tokenizer has.
-        eot_id, pad_id: of the tokenizer, for what OpenLM writes instead of them.
+        cache, settings: as for `foreign_dataset`.
 
     Raises:
         MissingInputError: there is no manifest.
-        DataError: a line of the manifest is none; later, a shard is damaged or has another number of samples.
-        IdentityError: `cache` holds shards converted from something else.
+        DataError: a line of the manifest is none.
     """
     where = str(folder_or_url)
     manifest = _read_manifest(where)
     counts = _parse_counts(manifest, join(where, MANIFEST))
-    return foreign_dataset(
-        public(where).rstrip("/").rsplit("/", 1)[-1],
-        {shard: join(where, f"{shard}.tar") for shard in counts},
-        list(counts.values()),
-        cache,
-        {"manifest_sha256": hashlib.sha256(manifest).hexdigest()},
-        seq_len=seq_len,
-        vocab_size=vocab_size,
-        eot_id=eot_id,
-        pad_id=pad_id,
-    )
+    sources = {shard: join(where, f"{shard}.tar") for shard in counts}
+    name, digest = public(where).rstrip("/").rsplit("/", 1)[-1], hashlib.sha256(manifest).hexdigest()
+    return foreign_dataset(name, sources, list(counts.values()), cache, {"manifest_sha256": digest}, **settings)
 
 
 def check_foreign(folder: Path, *, quick: bool = False) -> Iterator[tuple[str, str | None]]:
@@ -94,15 +97,22 @@ def foreign_dataset(
     num_samples: Sequence[int],
     cache: Path,
     origin: dict[str, Any],
-    **settings: int | None,
+    *,
+    seq_len: int,
+    vocab_size: int,
+    eot_id: int,
+    pad_id: int | None = None,
 ) -> ShardedDataset:
     """A dataset over OpenLM's tars whose numbers of samples are known.
 
     Args:
         sources: path or URL of each tar, by the name of the shard that it becomes in `cache`.
         num_samples: of each.
+        cache: local folder for the converted shards, of this dataset alone.
         origin: what identifies the tars.
-        settings: `seq_len`, `vocab_size`, `eot_id` and `pad_id`, as for `open_foreign`.
+        seq_len: tokens of a sample less one.
+        vocab_size: ids that the tokenizer has.
+        eot_id, pad_id: of the tokenizer, for what OpenLM writes instead of them.
 
     Raises:
         DataError: there is no sample; later, a shard is damaged or has another number of them.
@@ -110,7 +120,8 @@ def foreign_dataset(
     """
     if not sum(num_samples):
         raise DataError(f"there is not one sample in {name}")
-    sample_format = SampleFormat.for_vocabulary(settings["seq_len"] + 1, settings["vocab_size"])
+    settings = {"seq_len": seq_len, "vocab_size": vocab_size, "eot_id": eot_id, "pad_id": pad_id}
+    sample_format = SampleFormat.for_vocabulary(seq_len + 1, vocab_size)
     entries = [
         ShardEntry(shard, n, sample_format.shard_bytes(n), "", n * sample_format.sample_tokens, "openlm")
         for shard, n in zip(sources, num_samples)
@@ -118,19 +129,19 @@ def foreign_dataset(
     urls = list(sources.values())
     identity = {**origin, **settings}
     version = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    samples = sum(e.num_sequences for e in entries)
+    samples = sum(num_samples)
     info: dict[str, Any] = {
         "name": name,
-        "tokenizer": {"name": None, "sha256": None, "vocab_size": settings["vocab_size"]},
-        "eot_id": settings["eot_id"],
-        "pad_id": settings["pad_id"],
-        "seq_len": settings["seq_len"],
+        "tokenizer": {"name": None, "sha256": None, "vocab_size": vocab_size},
+        "eot_id": eot_id,
+        "pad_id": pad_id,
+        "seq_len": seq_len,
         "dtype": sample_format.dtype,
-        "totals": {"samples": samples, "tokens": samples * (settings["seq_len"] + 1), "shards": len(entries)},
+        "totals": {"samples": samples, "tokens": samples * (seq_len + 1), "shards": len(entries)},
         "identity": identity,
     }
     _claim(cache, info)
-    first = np.concatenate([[0], np.cumsum([e.num_sequences for e in entries])])
+    first = np.concatenate([[0], np.cumsum(num_samples)])
 
     def bring(k: int, path: Path) -> None:
         source, fetched = urls[k], cache / FETCHED / f"{path.stem}.openlm.tar"
@@ -147,7 +158,7 @@ def foreign_dataset(
 
     names, sizes = [f"{e.shard}.tar" for e in entries], [e.bytes for e in entries]
     store = ShardStore(cache, names, sizes, [None] * len(entries), bring)
-    return ShardedDataset.over(cache, entries, info, version, store)
+    return ShardedDataset(cache, made=(entries, info, version, store))
 
 
 def manifest_counts(url: str) -> dict[str, int]:
@@ -200,3 +211,114 @@ def _claim(cache: Path, info: dict[str, Any]) -> None:
         raise IdentityError(
             f"{cache} holds shards converted from something else: {'; '.join(changed)}. Remove it, or name another."
         )
+
+
+def is_list(shards: str) -> bool:
+    """Whether a source's `shards` names tars or a manifest file, and not a folder."""
+    return "::" in shards or "{" in shards or shards.endswith((".tar", ".jsonl")) or shards.startswith(PIPE)
+
+
+def expand(shards: str, home: Home) -> list[str]:
+    """The paths and URLs that patterns with `::` and braces stand for, in order; relative ones start at `home`.
+
+    Raises:
+        ConfigError: a pipe, too many names, or one name twice.
+    """
+    found: list[str] = []
+    for pattern in shards.split("::"):
+        if pattern.startswith(PIPE):
+            raise ConfigError(
+                f"{public(pattern)} is a shell command, and none is run for data. Give the URL itself, such as "
+                "s3://bucket/shard-{0000..0099}.tar, which is read without one"
+            )
+        try:
+            found += [home.resolve(name) for name in bracex.expand(pattern, limit=_MAX_SHARDS)]
+        except bracex.ExpansionLimitException:
+            raise ConfigError(f"{public(pattern)} stands for more than {_MAX_SHARDS:,} shards") from None
+    if len(set(found)) < len(found):
+        twice = next(name for name in found if found.count(name) > 1)
+        raise ConfigError(f"shard {public(twice)} is named twice")
+    return found
+
+
+def open_list(shards: str, home: Home, cache: Path, **settings: int | None) -> ShardedDataset:
+    """A dataset over listed tars, each converted to our format when it is needed.
+
+    `version` is the sha256 of names, numbers of samples and the settings: it does not speak for the tars' content.
+
+    Args:
+        shards: what `is_list` takes.
+        cache, settings: as for `foreign_dataset`, whose errors it raises too.
+
+    Raises:
+        ConfigError: as `expand`; or tars and manifests together.
+        MissingInputError: a tar or manifest is not there.
+        DataError: a tar can't be read.
+    """
+    names = expand(shards, home)
+    if any(name.endswith(".jsonl") for name in names):
+        if len(names) > 1:
+            raise ConfigError(f"a source is one manifest, or tars, but {public(shards)} names {len(names)} files")
+        folder = names[0].rpartition("/")[0]
+        counts = manifest_counts(names[0])
+        names = [join(folder, f"{shard}.tar") for shard in counts]
+        sizes = list(counts.values())
+    else:
+        sizes = _counts(names, cache)
+    sources = {f"{k:08d}": name for k, name in enumerate(names)}
+    origin = {"shards": [public(name) for name in names], "num_samples": sizes}
+    return foreign_dataset(public(shards), sources, sizes, cache, origin, **settings)
+
+
+def first_member(name: str) -> str:
+    """Name of the first file in a tar, for its extension: OpenLM's `--data-key`.
+
+    Raises:
+        MissingInputError, ConfigError, DataError: it can't be read, or holds nothing.
+    """
+    if (first := next(_members(name), None)) is None:
+        raise DataError(f"shard {public(name)} holds no samples")
+    return first
+
+
+def _members(name: str) -> Iterator[str]:
+    """Names of the files in a tar."""
+    try:
+        with open_remote(name, "shard") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            for info in archive:
+                if info.isreg():
+                    yield info.name
+    except (tarfile.TarError, OSError, EOFError) as e:
+        raise DataError(f"shard {public(name)} is not a whole tar archive: {e}") from e
+
+
+def _counts(names: Sequence[str], cache: Path) -> list[int]:
+    """Samples of each tar: as noted, as its folder says, or counted now."""
+    keys = [public(name) for name in names]
+    with only_one(cache, _COUNTS):  # so that one process of many counts
+        noted: dict[str, int] = read_json(cache / _COUNTS) if (cache / _COUNTS).exists() else {}
+        if missing := [name for name in names if public(name) not in noted]:
+            folders = {name.rpartition("/")[0] for name in missing}
+            known = {join(folder, tar): n for folder in folders for tar, n in _said_by(folder).items()}
+            with ThreadPoolExecutor(_THREADS) as pool:
+                found = pool.map(lambda name: known[name] if name in known else sum(1 for _ in _members(name)), missing)
+                noted |= dict(zip(map(public, missing), found))
+            write_json(cache / _COUNTS, noted)
+    return [noted[key] for key in keys]
+
+
+def _said_by(folder: str) -> dict[str, int]:
+    """Samples of the tars in a folder, as far as its `manifest.jsonl` or webdataset's `sizes.json` says."""
+    try:
+        return {f"{shard}.tar": n for shard, n in manifest_counts(join(folder, MANIFEST)).items()}
+    except MissingInputError:
+        pass  # most lists have none
+    url = join(folder, _SIZES)
+    try:
+        with open_remote(url) as file, storage_errors(public(url), "can't be read"):
+            sizes = json.load(file)
+    except MissingInputError:
+        return {}
+    if not isinstance(sizes, dict) or not all(isinstance(n, int) for n in sizes.values()):
+        raise DataError(f"{public(url)} is not a JSON object of tar names and their numbers of samples")
+    return sizes

@@ -5,9 +5,8 @@ from pathlib import Path
 from openlm_pipeline.errors import ConfigError, MissingInputError
 from openlm_pipeline.experiments import Dataset
 from openlm_pipeline.shards.dataset import ShardedDataset
-from openlm_pipeline.shards.foreign import open_foreign
+from openlm_pipeline.shards.foreign import EOT_ID, is_list, open_foreign, open_list
 from openlm_pipeline.shards.manifest import DATASET
-from openlm_pipeline.shards.openlm_lists import is_list, open_list
 from openlm_pipeline.shards.synthetic import SCHEME, SyntheticDataset
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.storage.remote import is_remote, join, remote_size
@@ -39,24 +38,17 @@ def open_dataset(dataset: Dataset, home: Home) -> ShardedDataset | SyntheticData
 def _open_ready_made(dataset: Dataset, shards: str, folder: Path, home: Home) -> ShardedDataset | SyntheticDataset:
     if shards.startswith(SCHEME):
         return SyntheticDataset(shards, dataset.seq_len, dataset.vocab_size)
+    settings = {"seq_len": dataset.seq_len, "pad_id": dataset.pad_id}
     if is_list(shards):
-        return open_list(
-            shards, home, folder, seq_len=dataset.seq_len, vocab_size=dataset.vocab_size, pad_id=dataset.pad_id
-        )
+        return open_list(shards, home, folder, **settings, vocab_size=dataset.vocab_size, eot_id=EOT_ID)
     where = home.resolve(shards)
     if _is_ours(where):
         if is_remote(where):
             return ShardedDataset(folder, remote=where, cache_bytes=dataset.shard_cache_bytes)
         return ShardedDataset(Path(where))
     info = read_tokenizer_info(home.tokenizer(dataset.tokenizer.name))
-    return open_foreign(
-        where,
-        folder,
-        seq_len=dataset.seq_len,
-        vocab_size=dataset.vocab_size or info.num_rows,
-        eot_id=info.eot_id,
-        pad_id=dataset.pad_id,
-    )
+    vocab_size = dataset.vocab_size or info.num_rows
+    return open_foreign(where, folder, **settings, vocab_size=vocab_size, eot_id=info.eot_id)
 
 
 def _is_ours(where: str) -> bool:

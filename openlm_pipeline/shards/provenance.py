@@ -1,14 +1,12 @@
-"""Where every token of a dataset came from: documents put together again from shards and their provenance alone.
+"""Where every token of a dataset came from, so that shards and their provenance alone give the documents again.
 
 `NNNNNNNN.provenance.parquet` beside a shard has one row for each (sample, document) pair: `sample` (number in the
 dataset), `start` and `length` (tokens in the sample), `file`, `record` (of the raw file), `document_start` (token of
 the document where the row's part starts). Documents follow one another without gaps, across samples and shards.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +14,7 @@ import pyarrow.parquet as pq
 
 from openlm_pipeline.errors import DataError, MissingInputError
 from openlm_pipeline.shards.dataset import ShardedDataset
-from openlm_pipeline.shards.manifest import DOCUMENTS, QUARANTINE, check_hash, recorded_beside
+from openlm_pipeline.shards.manifest import check_hash
 
 
 @dataclass(frozen=True)
@@ -102,109 +100,12 @@ def _read_rows(path: Path, sample: int | None) -> pa.Table:
     with pq.ParquetFile(path) as file:
         if sample is None:
             return file.read()
-        return file.read_row_groups(_groups(file, sample=sample))
-
-
-def _groups(parquet: pq.ParquetFile, /, **wanted: Any) -> list[int]:
-    """Row groups that may have a row with these values in these columns."""
-
-    def may_have(group: pq.RowGroupMetaData) -> bool:
-        stats = {name: group.column(parquet.schema_arrow.get_field_index(name)).statistics for name in wanted}
-        return all(s is None or not s.has_min_max or s.min <= wanted[name] <= s.max for name, s in stats.items())
-
-    return [i for i in range(parquet.metadata.num_row_groups) if may_have(parquet.metadata.row_group(i))]
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        stats = [group.column(file.schema_arrow.get_field_index("sample")).statistics for group in groups]
+        may_have = [i for i, s in enumerate(stats) if s is None or not s.has_min_max or s.min <= sample <= s.max]
+        return file.read_row_groups(may_have)
 
 
 def shard_tokens(dataset: ShardedDataset, k: int) -> np.ndarray:
     """All tokens of shard `k` one after the other: ids[n * (seq_len + 1)]."""
     return dataset.shard_samples(k).reshape(-1)
-
-
-def iterate_documents(folder: Path) -> Iterator[tuple[str, int, np.ndarray]]:
-    """All whole documents of a dataset in the order of its tokens: (raw file, record, ids without the end-of-text).
-
-    Needs memory for one shard and for the longest document. Documents that lie in the dropped tail, or reach into it,
-    do not come; where nothing was dropped all do. (A cut document that names the end-of-text token itself, and is cut
-    right behind it, can't be told from a whole one.)
-
-    Raises:
-        MissingInputError: there is no finished dataset, or no provenance.
-        DataError: a shard or its provenance is damaged, or they do not belong together.
-    """
-    dataset = ShardedDataset(folder)
-    eot_id = dataset.info["eot_id"]
-    open_document: tuple[str, int] | None = None
-    parts: list[np.ndarray] = []
-
-    def close() -> tuple[str, int, np.ndarray]:
-        ids = np.concatenate(parts)
-        if ids[-1] != eot_id:
-            raise DataError(
-                f"record {open_document[1]} of {open_document[0]} does not end with the end-of-text token {eot_id}: "
-                f"the shards in {folder} and their provenance do not belong together"
-            )
-        return *open_document, ids[:-1]
-
-    for k in range(len(dataset.entries)):
-        spans, tokens = read_spans(dataset, k), shard_tokens(dataset, k)
-        heads = spans.heads
-        cuts = [*spans.begin[heads].tolist(), spans.end]
-        if cuts[0] > 0:
-            if spans.document(0) != open_document or spans.document_start[0] != sum(map(len, parts)):
-                raise DataError(f"{provenance_path(dataset, k)} does not continue where the shard before it ended")
-            parts.append(tokens[: cuts[0]])
-        for head, begin, end in zip(heads.tolist(), cuts, cuts[1:]):
-            if parts:
-                yield close()
-            open_document, parts = spans.document(head), [tokens[begin:end]]
-    if parts and (not dataset.info["totals"]["tail_tokens"] or parts[-1][-1] == eot_id):
-        yield close()
-
-
-def find_document(dataset: ShardedDataset, file: str, record: int) -> tuple[int, int]:
-    """Where a document is: (token of the dataset where it begins, its tokens, the end-of-text included).
-
-    Its tokens follow one another through the samples, and then through the tail that is in no sample.
-
-    Raises:
-        MissingInputError: the dataset has no such document, or no index of its documents.
-        DataError: the index is damaged.
-    """
-    path = dataset.folder / DOCUMENTS
-    if not path.exists():
-        raise MissingInputError(
-            f"{path} does not exist; `openlm tokenize` makes it, also for the datasets of earlier releases"
-        )
-    if recorded := recorded_beside(dataset.entries).get(DOCUMENTS):
-        check_hash(path, recorded)
-    try:
-        with pq.ParquetFile(path) as index:
-            for group in _groups(index, file=file, record=record):
-                table = index.read_row_group(group, columns=["file", "record", "start", "tokens"])
-                names = table["file"].combine_chunks().dictionary_encode()
-                own = table["record"].to_numpy() == record
-                for row in np.flatnonzero(own).tolist():
-                    if names[row].as_py() == file:
-                        return table["start"][row].as_py(), table["tokens"][row].as_py()
-    except (pa.ArrowException, OSError, KeyError) as e:
-        raise DataError(f"{path} is damaged: {e}") from e
-    raise MissingInputError(f"{dataset.folder} has no record {record} of {file}; look in {QUARANTINE}")
-
-
-def document_tokens(folder: Path, file: str, record: int) -> np.ndarray:
-    """One whole document: its ids without the end-of-text.
-
-    Raises:
-        MissingInputError: the dataset has no such document, or no index of its documents.
-        DataError: a part of it is not in the shards, or damaged.
-    """
-    dataset = ShardedDataset(folder)
-    start, tokens = find_document(dataset, file, record)
-    width = dataset.format.sample_tokens
-    first, last = start // width, -(-(start + tokens) // width)
-    if start + tokens > len(dataset) * width:
-        raise DataError(f"record {record} of {file} is cut: its end is among the tokens of {folder} in no sample")
-    ids = dataset.gather(np.arange(first, last)).reshape(-1)[start - first * width :][:tokens]
-    if ids[-1] != dataset.info["eot_id"]:
-        raise DataError(f"{folder / DOCUMENTS} and the shards of {folder} do not belong together")
-    return ids[:-1]

@@ -14,8 +14,10 @@ never less than some 250 MiB for the engines.
 import hashlib
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,10 +28,10 @@ from openlm_pipeline.corpus.discovery import RawFile, restat
 from openlm_pipeline.corpus.reader import (
     BadRecord,
     Part,
-    QuarantineWriter,
     Record,
     RecordReader,
     check_bad_fraction,
+    quarantine_writer,
 )
 from openlm_pipeline.errors import DataError
 from openlm_pipeline.experiments import Dataset
@@ -51,14 +53,11 @@ INDEX_DTYPE = np.dtype("<i8")
 _KINDS = ("tokens", "documents", "offsets", "quarantine.jsonl", "json")
 
 
-@dataclass(frozen=True)
-class FileTokens:
-    """A finished file of stage 1: the content of its `F.json`."""
+@dataclass(frozen=True, kw_only=True)
+class _Tokens:
+    """What is recorded of a raw file, or of a part of one."""
 
-    name: str
     identity: dict[str, Any]
-    stamp: str
-    """The raw file's stamp when it was read: an equal one means that the content need not be hashed again."""
     documents: int
     quarantined: int
     tokens: int
@@ -81,6 +80,15 @@ class FileTokens:
     """How often the string of a special token, such as `<|endoftext|>`, stands in a document; None in what a release
     before this field wrote."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class FileTokens(_Tokens):
+    """A finished file of stage 1: the content of its `F.json`."""
+
+    name: str
+    stamp: str
+    """The raw file's stamp when it was read: an equal one means that the content need not be hashed again."""
+
     @property
     def version(self) -> str:
         """Content hash of the stream and its document boundaries."""
@@ -88,27 +96,14 @@ class FileTokens:
         return fingerprint({"tokens": self.tokens_sha256, "documents": self.documents, "identity": identity})
 
 
-@dataclass(frozen=True)
-class PartTokens:
+@dataclass(frozen=True, kw_only=True)
+class PartTokens(_Tokens):
     """A finished part of a raw file: the content of its `F.part-NNNNN.json`."""
 
-    identity: dict[str, Any]
-    documents: int
-    quarantined: int
     lines: int
-    tokens: int
-    text_bytes: int
-    tokens_sha256: str
     raw_sha256: str | None
     """The hash of the whole raw file, where reading this part meant reading all of it."""
     first_bad: dict[str, Any] | None
-    engine: str
-    seconds: float
-    content_bytes: int = 0
-    bad_bytes: int = 0
-    index_sha256: str | None = None
-    offsets_sha256: str | None = None
-    special_strings: int | None = None
 
 
 @dataclass(frozen=True)
@@ -335,13 +330,12 @@ def tokenize_part(
     engine, engine_reason = make_engine(path, dataset.engine, dataset.verify_every, special_as_text=as_text)
     special = special_strings(load_reference(path))
     dtype = SampleFormat.for_vocabulary(1, tokenizer.num_rows).numpy_dtype
-    digest, index_digest, offsets_digest = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
     text_bytes = tokens = found = 0
     with (
-        QuarantineWriter(paths.quarantine) as quarantine,
-        atomic_writer(paths.tokens, shared=True) as out,
-        atomic_writer(paths.documents, shared=True) as index,
-        atomic_writer(paths.offsets, shared=True) as offsets,
+        quarantine_writer(paths.quarantine) as quarantine,
+        _hashed_writer(paths.tokens) as out,
+        _hashed_writer(paths.documents) as index,
+        _hashed_writer(paths.offsets) as offsets,
     ):
         reader = RecordReader(
             raw.url,
@@ -363,13 +357,9 @@ def tokenize_part(
             stream, lengths = _with_ends(encoded, tokenizer, dtype)
             ids = stream.tobytes()
             out.write(ids)
-            digest.update(ids)
-            rows = np.stack([[record.number for record in batch], lengths], axis=1).astype(INDEX_DTYPE).tobytes()
-            index.write(rows)
-            index_digest.update(rows)
-            begins = np.array([record.offset for record in batch], INDEX_DTYPE).tobytes()
-            offsets.write(begins)
-            offsets_digest.update(begins)
+            rows = np.stack([[record.number for record in batch], lengths], axis=1)
+            index.write(rows.astype(INDEX_DTYPE).tobytes())
+            offsets.write(np.array([record.offset for record in batch], INDEX_DTYPE).tobytes())
             text_bytes += sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
             tokens += len(ids) // dtype.itemsize
             found += sum(special.count(text) for text in texts)
@@ -381,53 +371,66 @@ def tokenize_part(
         lines=reader.lines,
         tokens=tokens,
         text_bytes=text_bytes,
-        tokens_sha256=digest.hexdigest(),
+        tokens_sha256=out.sha256.hexdigest(),
         raw_sha256=reader.raw_sha256,
         first_bad=asdict(reader.first_bad) if reader.first_bad else None,
         engine=engine_reason,
         seconds=time.monotonic() - started,
         content_bytes=reader.bytes,
         bad_bytes=reader.bad_bytes,
-        index_sha256=index_digest.hexdigest(),
-        offsets_sha256=offsets_digest.hexdigest(),
+        index_sha256=index.sha256.hexdigest(),
+        offsets_sha256=offsets.sha256.hexdigest(),
         special_strings=found,
     )
     write_sealed(paths.done, asdict(result))
     return result
 
 
-def _append(paths: _Paths, path: Path, recorded: str | None, out: BinaryIO, digest: "hashlib._Hash") -> None:
+class _Hashed:
+    """A file under way, and the hash of what is in it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> None:
+        self.file.write(data)
+        self.sha256.update(data)
+
+
+@contextmanager
+def _hashed_writer(path: Path) -> Iterator[_Hashed]:
+    with atomic_writer(path, shared=True) as file:
+        yield _Hashed(file)
+
+
+def _append(
+    paths: _Paths,
+    path: Path,
+    recorded: str | None,
+    out: _Hashed,
+    change: Callable[[bytes], bytes] = bytes,
+) -> None:
+    """Add a file of a part to that of the whole, each block as `change` makes it.
+
+    Raises:
+        DataError: it is not what was written; the part counts as not done.
+    """
     own = hashlib.sha256()
     with path.open("rb") as f:
         while block := f.read(_COPY_BYTES):
-            out.write(block)
-            digest.update(block)
             own.update(block)
-    _check_part(paths, path, own, recorded)
-
-
-def _append_index(paths: _Paths, part: PartTokens, out: BinaryIO, digest: "hashlib._Hash", first_record: int) -> None:
-    own = hashlib.sha256()
-    with paths.documents.open("rb") as f:
-        while block := f.read(_COPY_BYTES):
-            own.update(block)
-            rows = np.frombuffer(block, INDEX_DTYPE).reshape(-1, 2).copy()
-            rows[:, 0] += first_record
-            out.write(shifted := rows.tobytes())
-            digest.update(shifted)
-    _check_part(paths, paths.documents, own, part.index_sha256)
-
-
-def _check_part(paths: _Paths, path: Path, found: "hashlib._Hash", recorded: str | None) -> None:
-    """
-    Raises:
-        DataError: a file of a part is not what was written; the part counts as not done.
-    """
-    if recorded is not None and found.hexdigest() != recorded:
+            out.write(change(block))
+    if recorded not in (None, own.hexdigest()):
         paths.done.unlink()
         raise DataError(
             f"{path} is damaged: its sha256 is not the recorded one; run the command again, and it is remade"
         )
+
+
+def _renumbered(first_record: int, index: bytes) -> bytes:
+    rows = np.frombuffer(index, INDEX_DTYPE).reshape(-1, 2).copy()
+    rows[:, 0] += first_record
+    return rows.tobytes()
 
 
 def _append_quarantine(path: Path, out: BinaryIO, first_line: int) -> None:
@@ -448,15 +451,15 @@ def join_parts(
     final = _Paths.of(folder, raw.name)
     sources = [_Paths.of(folder, part_stem(raw, number)) for number in range(count)]
     parts = [PartTokens(**read_sealed(paths.done)) for paths in sources]
-    documents, bad = sum(p.documents for p in parts), sum(p.quarantined for p in parts)
+    summed = ("documents", "quarantined", "tokens", "text_bytes", "content_bytes", "bad_bytes")
+    totals = {name: sum(getattr(p, name) for p in parts) for name in summed}
     first_line, first_bad = 0, None
     for p in parts:
         if p.first_bad and first_bad is None:
             first_bad = BadRecord(**{**p.first_bad, "line": p.first_bad["line"] + first_line})
         first_line += p.lines
-    content_bytes, bad_bytes = sum(p.content_bytes for p in parts), sum(p.bad_bytes for p in parts)
-    limit = dataset.source.max_bad_fraction
-    check_bad_fraction(raw.url, documents, bad, limit, first_bad, bad_bytes, content_bytes)
+    counts = (totals["documents"], totals["quarantined"], dataset.source.max_bad_fraction, first_bad)
+    check_bad_fraction(raw.url, *counts, totals["bad_bytes"], totals["content_bytes"])
     raw_sha256 = parts[-1].raw_sha256 or sha256_url(raw.url)
     if restat(raw).stamp != raw.stamp:
         raise DataError(f"raw file {raw.url} changed while it was read; run the command again")
@@ -467,34 +470,28 @@ def join_parts(
         for name in ("tokens", "documents", "offsets", "quarantine"):
             os.replace(getattr(sources[0], name), getattr(final, name))  # noqa: PTH105 - the pair reads better
     else:
-        digest, index_digest, offsets_digest = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
         with (
-            atomic_writer(final.tokens, shared=True) as tokens,
-            atomic_writer(final.documents, shared=True) as index,
-            atomic_writer(final.offsets, shared=True) as offsets,
+            _hashed_writer(final.tokens) as tokens,
+            _hashed_writer(final.documents) as index,
+            _hashed_writer(final.offsets) as offsets,
             atomic_writer(final.quarantine, shared=True) as quarantine,
         ):
             first_record = first_line = 0
             for paths, p in zip(sources, parts):
-                _append(paths, paths.tokens, p.tokens_sha256, tokens, digest)
-                _append(paths, paths.offsets, p.offsets_sha256, offsets, offsets_digest)
-                _append_index(paths, p, index, index_digest, first_record)
+                _append(paths, paths.tokens, p.tokens_sha256, tokens)
+                _append(paths, paths.offsets, p.offsets_sha256, offsets)
+                _append(paths, paths.documents, p.index_sha256, index, partial(_renumbered, first_record))
                 _append_quarantine(paths.quarantine, quarantine, first_line)
                 first_record, first_line = first_record + p.documents + p.quarantined, first_line + p.lines
-        hashes = digest.hexdigest(), index_digest.hexdigest(), offsets_digest.hexdigest()
+        hashes = [written.sha256.hexdigest() for written in (tokens, index, offsets)]
     result = FileTokens(
         name=raw.name,
         identity=_kept(before, _identity(dataset, tokenizer, raw_sha256)),
         stamp=raw.stamp,
-        documents=documents,
-        quarantined=bad,
-        tokens=sum(p.tokens for p in parts),
-        text_bytes=sum(p.text_bytes for p in parts),
+        **totals,
         tokens_sha256=hashes[0],
         engine=parts[0].engine,
         seconds=round(sum(p.seconds for p in parts), 3),
-        content_bytes=content_bytes,
-        bad_bytes=bad_bytes,
         index_sha256=hashes[1],
         offsets_sha256=hashes[2],
         special_strings=added_up(p.special_strings for p in parts),

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from openlm_pipeline.corpus.discovery import RawFile
-from openlm_pipeline.corpus.reader import cut
+from openlm_pipeline.corpus.formats import format_of
 from openlm_pipeline.errors import DataError
 from openlm_pipeline.experiments import Dataset
 from openlm_pipeline.pools import Call, PoolFactory, TaskProgress
@@ -63,7 +63,7 @@ def tokenize_files(
             remove_leftovers(folder)
             with pools(report) as pool:
                 parts = {
-                    raw.name: cut(raw.url, raw.size_bytes, count, raw.format)
+                    raw.name: format_of(raw.url, raw.format).cut(raw.size_bytes, count)
                     for raw, count in _part_counts(missing, pool.workers, min_part_bytes).items()
                 }
                 calls: dict[str, Call] = {}
@@ -124,6 +124,6 @@ def tokenize_whole(
     progress: TaskProgress,
 ) -> FileTokens:
     """Stage 1 of a raw file that is not cut."""
-    [part] = cut(raw.url, raw.size_bytes, 1, raw.format)
+    [part] = format_of(raw.url, raw.format).cut(raw.size_bytes, 1)
     tokenize_part(dataset, raw, part, 0, tokenizer, tokenizer_folder, folder, progress=progress)
     return join_parts(dataset, raw, 1, tokenizer, folder, progress=progress)

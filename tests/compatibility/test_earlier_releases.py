@@ -65,7 +65,18 @@ def test_runs_files_and_shards_have_the_identity_of_the_first_release(name: str)
         if dataset.source.shards:
             continue
         recorded = frozen["data"][dataset.name]
-        file = FileTokens("f", _identity(dataset, TOKENIZER, "cd" * 32), "s", 1, 0, 5, 9, "aa" * 32, "e", 0.1)
+        file = FileTokens(
+            name="f",
+            identity=_identity(dataset, TOKENIZER, "cd" * 32),
+            stamp="s",
+            documents=1,
+            quarantined=0,
+            tokens=5,
+            text_bytes=9,
+            tokens_sha256="aa" * 32,
+            engine="e",
+            seconds=0.1,
+        )
         assert {**file.identity, "max_bad_fraction": 0.001} == recorded["file"]
         assert file.version == recorded["version"]
         assert shards_identity(dataset, [file], TOKENIZER) == recorded["shards"]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from faulty_server import DATA, FaultyServer, serve
 
-from openlm_pipeline.corpus.download import Downloaded, download_files
+from openlm_pipeline.corpus.download import RemoteFile, download_files
 from openlm_pipeline.corpus.embedded import build_embedded
 from openlm_pipeline.result import StageResult
 from openlm_pipeline.storage.home import Home
@@ -27,10 +27,10 @@ def server() -> Iterator[FaultyServer]:
 
 
 @pytest.fixture
-def fetch(server: FaultyServer, tmp_path: Path) -> Callable[..., dict[str, Downloaded]]:
+def fetch(server: FaultyServer, tmp_path: Path) -> Callable[..., dict[str, RemoteFile]]:
     """Downloads paths of the server into `tmp_path` without waiting between attempts."""
 
-    def run(*paths: str, **options: Any) -> dict[str, Downloaded]:
+    def run(*paths: str, **options: Any) -> dict[str, RemoteFile]:
         settings = {"retry_wait_seconds": 0.0, "timeout_seconds": 5.0, "report": lambda line: None, **options}
         return download_files([server.url + path for path in paths or ("/a.jsonl",)], tmp_path, **settings)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from faulty_server import DATA, OTHER, PART, WHOLE, Answer, FaultyServer, names, sha256
 
-from openlm_pipeline.corpus.download import Downloaded, download_files, expand_templates
+from openlm_pipeline.corpus.download import RemoteFile, download_files, expand_templates
 from openlm_pipeline.corpus.download_sources import TransferError
 from openlm_pipeline.errors import BusyError, ConfigError, DataError, MissingInputError, OpenLMError
 from openlm_pipeline.storage.files import folder_lock
@@ -57,7 +57,7 @@ def test_a_template_that_cannot_be_used_is_explained(templates: list[str], messa
 
 
 def test_files_come_whole_with_their_hashes_and_are_not_asked_for_again(
-    server: FaultyServer, fetch: Callable[..., dict[str, Downloaded]], tmp_path: Path
+    server: FaultyServer, fetch: Callable[..., dict[str, RemoteFile]], tmp_path: Path
 ) -> None:
     server.files |= {f"/t/{i:02d}.jsonl": DATA[i : i * 100_000] for i in range(12)} | {"/t/00.jsonl": b""}
     made = fetch("/t/{00..11}.jsonl", "/a.jsonl")
@@ -73,7 +73,7 @@ def test_files_come_whole_with_their_hashes_and_are_not_asked_for_again(
 
 
 def test_after_a_dropped_connection_only_the_rest_is_asked_for(
-    server: FaultyServer, fetch: Callable[..., dict[str, Downloaded]], tmp_path: Path
+    server: FaultyServer, fetch: Callable[..., dict[str, RemoteFile]], tmp_path: Path
 ) -> None:
     server.answers["/a.jsonl"] = [Answer(cut_after=700_000), Answer(status=500), Answer(cut_after=1)]
     final, seen = tmp_path / "a.jsonl", []
@@ -105,7 +105,7 @@ def test_what_a_server_sends_instead_of_the_rest_is_never_taken_for_it(
     second: Answer,
     third: list[str | None],
     server: FaultyServer,
-    fetch: Callable[..., dict[str, Downloaded]],
+    fetch: Callable[..., dict[str, RemoteFile]],
     tmp_path: Path,
 ) -> None:
     server.answers["/a.jsonl"] = [Answer(cut_after=700_000), second]
@@ -116,7 +116,7 @@ def test_what_a_server_sends_instead_of_the_rest_is_never_taken_for_it(
 
 @pytest.mark.parametrize("if_range", [True, False])
 def test_two_versions_are_never_joined(
-    if_range: bool, server: FaultyServer, fetch: Callable[..., dict[str, Downloaded]], tmp_path: Path
+    if_range: bool, server: FaultyServer, fetch: Callable[..., dict[str, RemoteFile]], tmp_path: Path
 ) -> None:
     server.answers["/a.jsonl"] = [Answer(cut_after=700_000)]
     with pytest.raises(TransferError):
@@ -130,7 +130,7 @@ def test_two_versions_are_never_joined(
 
 
 def test_a_file_that_got_shorter_is_begun_anew(
-    server: FaultyServer, fetch: Callable[..., dict[str, Downloaded]], tmp_path: Path
+    server: FaultyServer, fetch: Callable[..., dict[str, RemoteFile]], tmp_path: Path
 ) -> None:
     server.answers["/a.jsonl"] = [Answer(cut_after=700_000), Answer(if_range=False)]
     server.etags["/a.jsonl"] = '"never changes"'
@@ -150,7 +150,7 @@ def test_a_version_that_cannot_be_told_apart_is_begun_anew(
     modified: str | None,
     resumes: bool,
     server: FaultyServer,
-    fetch: Callable[..., dict[str, Downloaded]],
+    fetch: Callable[..., dict[str, RemoteFile]],
 ) -> None:
     headers = {"ETag": etag, "Last-Modified": modified}
     server.answers["/a.jsonl"] = [Answer(cut_after=700_000, headers=headers), Answer(headers=headers, if_range=False)]
@@ -159,7 +159,7 @@ def test_a_version_that_cannot_be_told_apart_is_begun_anew(
 
 
 def test_attempts_without_a_new_byte_are_counted(
-    server: FaultyServer, fetch: Callable[..., dict[str, Downloaded]], tmp_path: Path
+    server: FaultyServer, fetch: Callable[..., dict[str, RemoteFile]], tmp_path: Path
 ) -> None:
     server.answers["/a.jsonl"] = [Answer(cut_after=100_000) for _ in range(10)]
     fetch(retries=1)  # every attempt adds something
@@ -172,7 +172,7 @@ def test_attempts_without_a_new_byte_are_counted(
 
 
 def test_a_length_that_is_not_reached_or_not_said_is_not_whole(
-    server: FaultyServer, fetch: Callable[..., dict[str, Downloaded]], tmp_path: Path
+    server: FaultyServer, fetch: Callable[..., dict[str, RemoteFile]], tmp_path: Path
 ) -> None:
     close = {"Content-Length": None, "Connection": "close"}
     for answer, error in (
@@ -191,7 +191,7 @@ def test_a_length_that_is_not_reached_or_not_said_is_not_whole(
 
 
 def test_a_silent_server_is_left_and_asked_again(
-    server: FaultyServer, fetch: Callable[..., dict[str, Downloaded]], tmp_path: Path
+    server: FaultyServer, fetch: Callable[..., dict[str, RemoteFile]], tmp_path: Path
 ) -> None:
     held = threading.Event()
     server.answers["/a.jsonl"] = [Answer(cut_after=1 << 19, hold=held)]
@@ -216,7 +216,7 @@ def test_one_failure_is_clear_final_and_stops_no_other(
     error: type[OpenLMError],
     message: str,
     server: FaultyServer,
-    fetch: Callable[..., dict[str, Downloaded]],
+    fetch: Callable[..., dict[str, RemoteFile]],
     tmp_path: Path,
 ) -> None:
     server.files |= {"/b.jsonl": OTHER, "/c.jsonl": DATA}
@@ -239,7 +239,7 @@ def test_hosts_that_do_not_answer_are_named(tmp_path: Path) -> None:
 
 
 def test_secrets_of_an_address_are_never_shown_or_kept(
-    server: FaultyServer, fetch: Callable[..., dict[str, Downloaded]], tmp_path: Path
+    server: FaultyServer, fetch: Callable[..., dict[str, RemoteFile]], tmp_path: Path
 ) -> None:
     server.answers["/a.jsonl"] = [Answer(cut_after=700_000), Answer(status=503)]
     lines: list[str] = []
@@ -252,13 +252,13 @@ def test_secrets_of_an_address_are_never_shown_or_kept(
     assert not any("hunter2" in text for text in texts)
 
 
-def test_one_process_at_a_time(fetch: Callable[..., dict[str, Downloaded]], tmp_path: Path) -> None:
+def test_one_process_at_a_time(fetch: Callable[..., dict[str, RemoteFile]], tmp_path: Path) -> None:
     with folder_lock(tmp_path, "downloading"), pytest.raises(BusyError, match="already downloading"):
         fetch()
 
 
 def test_a_disk_without_room_ends_all_at_once(
-    server: FaultyServer, fetch: Callable[..., dict[str, Downloaded]], tmp_path: Path
+    server: FaultyServer, fetch: Callable[..., dict[str, RemoteFile]], tmp_path: Path
 ) -> None:
     server.answers["/a.jsonl"] = [Answer(headers={"Content-Length": str(10**18)}, cut_after=1)]
     server.files["/b.jsonl"] = OTHER
@@ -304,7 +304,7 @@ def test_object_stores_resume_within_one_version(s3: Any, tmp_path: Path) -> Non
         download_files([f"s3://{bucket}/none.jsonl"], tmp_path, report=print)
 
 
-def test_base_names_may_repeat(server: FaultyServer, fetch: Callable[..., dict[str, Downloaded]], tmp_path: Path):
+def test_base_names_may_repeat(server: FaultyServer, fetch: Callable[..., dict[str, RemoteFile]], tmp_path: Path):
     """FineWeb's and Dolma's layouts: a folder per crawl, the same names in each."""
     for dump in ("CC-2023-06", "CC-2024-10"):
         server.files |= {f"/data/{dump}/{n:03d}.parquet": DATA + dump.encode() for n in range(2)}
@@ -341,7 +341,7 @@ def test_one_name_from_two_templates_is_told_apart_by_what_they_do_not_share() -
 
 
 def test_what_was_fetched_under_its_base_name_keeps_it(
-    server: FaultyServer, fetch: Callable[..., dict[str, Downloaded]], tmp_path: Path
+    server: FaultyServer, fetch: Callable[..., dict[str, RemoteFile]], tmp_path: Path
 ) -> None:
     server.files |= {"/train/00.jsonl": DATA, "/val/01.jsonl": OTHER}
     fetch("/train/00.jsonl", "/val/01.jsonl")

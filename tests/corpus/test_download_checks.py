@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from faulty_server import DATA, OTHER, WHOLE, Answer, FaultyServer, names, sha256
 
-from openlm_pipeline.corpus.download import Downloaded
+from openlm_pipeline.corpus.download import RemoteFile
 from openlm_pipeline.corpus.download_sources import TransferError
 from openlm_pipeline.errors import ConfigError, DataError, IdentityError, MissingInputError
 
@@ -19,7 +19,7 @@ def test_checksums_decide(
     algorithm: str,
     remote: bool,
     server: FaultyServer,
-    fetch: Callable[..., dict[str, Downloaded]],
+    fetch: Callable[..., dict[str, RemoteFile]],
     tmp_path_factory: pytest.TempPathFactory,
     tmp_path: Path,
 ) -> None:
@@ -40,7 +40,7 @@ def test_checksums_decide(
 
 
 def test_a_checksum_file_must_have_every_file(
-    server: FaultyServer, fetch: Callable[..., dict[str, Downloaded]], tmp_path_factory: pytest.TempPathFactory
+    server: FaultyServer, fetch: Callable[..., dict[str, RemoteFile]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     sums = tmp_path_factory.mktemp("sums") / "sums.txt"
     digest, other = sha256(DATA), sha256(OTHER)
@@ -64,7 +64,7 @@ def test_a_checksum_file_must_have_every_file(
 
 def test_a_damaged_part_is_found_by_its_checksum_and_removed(
     server: FaultyServer,
-    fetch: Callable[..., dict[str, Downloaded]],
+    fetch: Callable[..., dict[str, RemoteFile]],
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
@@ -83,7 +83,7 @@ def test_a_damaged_part_is_found_by_its_checksum_and_removed(
 
 
 def test_a_part_of_unknown_origin_is_not_used(
-    server: FaultyServer, fetch: Callable[..., dict[str, Downloaded]], tmp_path: Path
+    server: FaultyServer, fetch: Callable[..., dict[str, RemoteFile]], tmp_path: Path
 ) -> None:
     version = {"source": f"{server.url}/b.jsonl", "size_bytes": len(DATA), "etag": server.etag("/a.jsonl")}
     too_long = {**version, "source": f"{server.url}/a.jsonl", "size_bytes": 999}
@@ -99,7 +99,7 @@ def test_a_part_of_unknown_origin_is_not_used(
 
 def test_a_file_from_elsewhere_is_neither_trusted_nor_lost(
     server: FaultyServer,
-    fetch: Callable[..., dict[str, Downloaded]],
+    fetch: Callable[..., dict[str, RemoteFile]],
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
@@ -120,7 +120,7 @@ def test_a_file_from_elsewhere_is_neither_trusted_nor_lost(
     assert final.read_bytes() == DATA and not server.requests
 
 
-def test_damaged_files_are_fetched_again(fetch: Callable[..., dict[str, Downloaded]], tmp_path: Path) -> None:
+def test_damaged_files_are_fetched_again(fetch: Callable[..., dict[str, RemoteFile]], tmp_path: Path) -> None:
     fetch()
     final, lines = tmp_path / "a.jsonl", []
     final.write_bytes(DATA[:-1])
@@ -132,7 +132,7 @@ def test_damaged_files_are_fetched_again(fetch: Callable[..., dict[str, Download
 
 
 def test_the_publishers_own_checksum_file_keeps_its_lines(
-    server: FaultyServer, fetch: Callable[..., dict[str, Downloaded]], tmp_path: Path
+    server: FaultyServer, fetch: Callable[..., dict[str, RemoteFile]], tmp_path: Path
 ) -> None:
     sums = tmp_path / "SHA256SUMS"
     sums.write_text(f"# from the mirror\n{sha256(DATA)}  a.jsonl\n{sha256(OTHER)}  b.jsonl\n")

@@ -20,7 +20,8 @@ import zstandard
 from slow_reader import BOM, MAX_RECORD_BYTES, FileFails, Reading, slow_reading
 
 from openlm_pipeline.corpus import blocks
-from openlm_pipeline.corpus.reader import WHOLE, BadRecord, Part, QuarantineWriter, RecordReader, cut
+from openlm_pipeline.corpus.formats import format_of
+from openlm_pipeline.corpus.reader import WHOLE, BadRecord, Part, RecordReader, quarantine_writer
 from openlm_pipeline.errors import DataError, OpenLMError
 
 INPUTS_PER_FORMAT = 100
@@ -173,7 +174,7 @@ def read(path: Path, part: Part = WHOLE) -> tuple[Reading, RecordReader]:
     """What the reader gives, its quarantine taken from the file that it makes."""
     out = Reading()
     quarantine = path.with_suffix(".quarantine")
-    with QuarantineWriter(quarantine) as on_bad:
+    with quarantine_writer(quarantine) as on_bad:
         opened = RecordReader(str(path), max_bad_fraction=1, on_bad=on_bad, part=part)
         out.good = [(r.number, r.text, r.offset) for r in opened]
     lines = [json.loads(line) for line in quarantine.read_text().splitlines()]
@@ -187,7 +188,7 @@ def read_in_parts(path: Path, count: int) -> Reading:
     """The same file by parts, numbers and lines made those of the whole."""
     out = Reading()
     first_number = first_line = 0
-    for part in cut(str(path), path.stat().st_size, count):
+    for part in format_of(str(path)).cut(path.stat().st_size, count):
         some, opened = read(path, part)
         out.good += [(number + first_number, text, offset) for number, text, offset in some.good]
         out.bad += [(line + first_line, offset) for line, offset in some.bad]

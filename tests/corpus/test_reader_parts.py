@@ -12,7 +12,8 @@ import pytest
 import zstandard
 
 from openlm_pipeline.corpus import blocks
-from openlm_pipeline.corpus.reader import WHOLE, BadRecord, Part, RecordReader, cut
+from openlm_pipeline.corpus.formats import format_of
+from openlm_pipeline.corpus.reader import WHOLE, BadRecord, Part, RecordReader
 
 
 def lines(seed: int) -> bytes:
@@ -53,7 +54,7 @@ def test_parts_together_are_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     whole, whole_bad, opened = read(path)
     for count in (1, 2, 3, 7, 50, 10_000):
         records, bad, size, first_line, owners = [], [], 0, 0, 0
-        for part in cut(str(path), path.stat().st_size, count):
+        for part in format_of(str(path)).cut(path.stat().st_size, count):
             some, some_bad, part_reader = read(path, part)
             records += some
             bad += [BadRecord(b.file, b.line + first_line, b.offset, b.reason) for b in some_bad]
@@ -69,6 +70,6 @@ def test_parts_together_are_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_what_may_be_an_array_is_one_part() -> None:
-    assert cut("a.json.zst", 1 << 40, 8) == [WHOLE]
-    assert len(cut("a.jsonl.zst", 1 << 40, 8)) == 8
-    assert cut("a.jsonl.zst", 1000, 8) == [WHOLE]
+    assert format_of("a.json.zst").cut(1 << 40, 8) == [WHOLE]
+    assert len(format_of("a.jsonl.zst").cut(1 << 40, 8)) == 8
+    assert format_of("a.jsonl.zst").cut(1000, 8) == [WHOLE]

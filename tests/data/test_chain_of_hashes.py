@@ -10,16 +10,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from small_dataset import SmallDataset, documents
+from whole_documents import document_tokens, find_document, iterate_documents
 
 from openlm_pipeline.corpus.discovery import discover
 from openlm_pipeline.corpus.reader import RecordReader, texts_of
-from openlm_pipeline.errors import DataError, MissingInputError, OpenLMError
+from openlm_pipeline.errors import DataError, OpenLMError
 from openlm_pipeline.pipeline.plan import plan
 from openlm_pipeline.pools import PoolFactory
 from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.inspect import check_shards, dataset_stats, sample_spans
 from openlm_pipeline.shards.manifest import read_manifest, version_of
-from openlm_pipeline.shards.provenance import document_tokens, find_document, iterate_documents, read_spans
+from openlm_pipeline.shards.provenance import read_spans
 from openlm_pipeline.shards.shard_export import export_shards
 from openlm_pipeline.storage.files import read_sealed, sha256_file
 from openlm_pipeline.tokenization.documents import record_offsets
@@ -226,17 +227,14 @@ def test_documents_are_found_by_their_index(made: SmallDataset) -> None:
             assert document_tokens(made.shards, file, record).tolist() == ids[:-1]
             assert tokens == len(ids)
     assert sum(1 for _ in iterate_documents(made.shards)) >= len(recovered) - 2
-    with pytest.raises(MissingInputError, match=r"no record 9999 of a\.jsonl"):
-        find_document(dataset, "a.jsonl", 9999)
 
 
 def test_an_index_of_other_documents_is_refused(made: SmallDataset) -> None:
     path = made.shards / "documents.parquet"
     table = pq.read_table(path)
     pq.write_table(table.set_column(2, "start", [table["start"].to_numpy() + 1]), path)
-    for read in (verify, lambda m: find_document(ShardedDataset(m.shards), "a.jsonl", 0)):
-        with pytest.raises(DataError, match=str(path)):
-            read(made)
+    with pytest.raises(DataError, match=str(path)):
+        verify(made)
 
 
 def test_a_step_reads_few_rows_of_a_provenance(small: Small, inline: PoolFactory) -> None:

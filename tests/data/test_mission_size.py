@@ -40,7 +40,18 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> ShardedDataset:
     sparse(root / "a.tokens", 2 * tokens)
     rows = np.stack([np.arange(documents), np.full(documents, DOCUMENT_TOKENS)], axis=1)
     (root / "a.documents").write_bytes(rows.astype(INDEX_DTYPE).tobytes())
-    file = FileTokens("a", {}, "", documents, 0, tokens, 0, "", "", 0.0)
+    file = FileTokens(
+        name="a",
+        identity={},
+        stamp="",
+        documents=documents,
+        quarantined=0,
+        tokens=tokens,
+        text_bytes=0,
+        tokens_sha256="",
+        engine="",
+        seconds=0.0,
+    )
     order = write_order([file], root, seed=1, folder=root / "order")
     assert order.num_tokens == tokens
 

@@ -8,10 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openlm_pipeline.ordering import Order, make_order
-from openlm_pipeline.ordering.samplings.manifest import ManifestOrder
-from openlm_pipeline.ordering.samplings.permutation import DataOrder
-from openlm_pipeline.ordering.samplings.resampled import ResampledOrder
-from openlm_pipeline.ordering.samplings.windowed import WindowedOrder
+from openlm_pipeline.ordering.samplings.epochs import DataOrder, WindowedOrder
+from openlm_pipeline.ordering.samplings.openlm import ManifestOrder, ResampledOrder
 
 BLOCK = 4096
 SAMPLINGS = ("permutation", "windowed", "resampled", "manifest")

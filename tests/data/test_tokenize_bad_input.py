@@ -10,7 +10,7 @@ from small_dataset import SmallDataset, as_line, documents, message_of, write_li
 
 from openlm_pipeline.corpus import blocks
 from openlm_pipeline.corpus.discovery import discover
-from openlm_pipeline.corpus.reader import cut
+from openlm_pipeline.corpus.formats import format_of
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError, OpenLMError
 from openlm_pipeline.pipeline import data as data_stages
 from openlm_pipeline.pools import DaskSettings, PoolFactory
@@ -263,7 +263,7 @@ def test_a_part_that_is_damaged_before_it_is_joined_is_made_again(
     folder = made.home.tokenizer("small_bpe")
     info = read_tokenizer_info(folder)
     [raw] = discover(made.dataset, made.home)
-    parts = cut(raw.url, raw.size_bytes, 3)
+    parts = format_of(raw.url).cut(raw.size_bytes, 3)
     args = (info, folder, made.tokenized)
 
     def tokenize() -> None:

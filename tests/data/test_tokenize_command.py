@@ -10,11 +10,11 @@ import pytest
 from commands import Ended
 from gloo_workers import forked_trainers
 from small_dataset import SmallDataset, documents
+from whole_documents import iterate_documents
 
 from openlm_pipeline.cli.main import with_repeated_options
 from openlm_pipeline.pools import PoolFactory
 from openlm_pipeline.shards.dataset import ShardedDataset
-from openlm_pipeline.shards.provenance import iterate_documents
 
 Small = Callable[..., SmallDataset]
 

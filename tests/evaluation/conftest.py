@@ -9,7 +9,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from openlm_pipeline.evaluation.model import native_model
+from openlm_pipeline.evaluation.model import NativeModel
 from openlm_pipeline.evaluation.results import SuiteResult
 from openlm_pipeline.evaluation.scorecard import Provenance, Scorecard, make_scorecard
 from openlm_pipeline.evaluation.scorer import score_suite
@@ -74,7 +74,7 @@ def scored(home: Home, tokenizer: Tokenizer) -> Callable[..., tuple[Scorecard, S
     ) -> tuple[Scorecard, SuiteResult]:
         context = {"run": "r", "run_version": None, "milestone": None, "step": None, "tokens": None}
         how = {"checkpoint_digest": "x", "max_seq_len": max_seq_len}
-        result = score_suite(native_model(lambda: model), by, suite, home, home.root / "out", context, **how)
+        result = score_suite(NativeModel(lambda: model), by, suite, home, home.root / "out", context, **how)
         card = make_scorecard(
             result.items,
             None,

@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer
 
 from openlm_pipeline.errors import OpenLMError
-from openlm_pipeline.evaluation.model import native_model
+from openlm_pipeline.evaluation.model import NativeModel
 from openlm_pipeline.evaluation.scorer import score_suite
 from openlm_pipeline.evaluation.suite import load_suite
 from openlm_pipeline.models.config import ModelConfig
@@ -54,7 +54,7 @@ def run(job: dict[str, Any]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     score_suite(
-        native_model(load),
+        NativeModel(load),
         Tokenizer.from_file(job["tokenizer"]),
         load_suite(job["suite"]),
         Home(Path(job["home"])),

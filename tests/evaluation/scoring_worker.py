@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 
 from openlm_pipeline.errors import OpenLMError
-from openlm_pipeline.evaluation.model import native_model
+from openlm_pipeline.evaluation.model import NativeModel
 from openlm_pipeline.evaluation.scorer import score_suite
 from openlm_pipeline.evaluation.suite import load_suite
 from openlm_pipeline.models.config import ModelConfig
@@ -36,7 +36,7 @@ def score(folder: Path, out: Path, last: bool) -> None:
     """Score the suite; report to `report-RANK.txt`."""
     with Path(f"{out}-report-{os.environ.get('RANK', 0)}.txt").open("w") as lines:
         score_suite(
-            native_model(fail if last else lambda: load(folder)),
+            NativeModel(fail if last else lambda: load(folder)),
             Tokenizer.from_file(str(folder / "tokenizer.json")),
             load_suite(folder / "suite.yaml"),
             Home(folder),

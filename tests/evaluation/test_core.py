@@ -117,9 +117,8 @@ def test_core_of_rows_from_prompt_to_headline(core_files: list[dict], scored, mo
 
 def test_fewer_than_all_tasks_are_no_core(core_files: list[dict], home: Home):
     suite = core()
-    missing = {f"{t.label}/{k}-shot": "no file" for t, k in suite.runs() if t.label == "coqa"}
     from openlm_pipeline.evaluation.items import SCHEMA
 
     named = Provenance(run="r", checkpoint_digest="x", tokenizer="t")
-    card = make_scorecard(SCHEMA.empty_table(), None, suite=suite, provenance=named, task_files={}, not_run=missing)
+    card = make_scorecard(SCHEMA.empty_table(), None, suite=suite, provenance=named, task_files={})
     assert card.average is None and "coqa/0-shot" in card.headline.missing

@@ -17,8 +17,8 @@ from tokenizers import Tokenizer
 from openlm_pipeline.checkpoints.model_export import export_huggingface
 from openlm_pipeline.evaluation.foundry.backend import has_only_our_code, score_suite_with_foundry
 from openlm_pipeline.evaluation.foundry.environment import FoundryError
-from openlm_pipeline.evaluation.huggingface import huggingface_model
-from openlm_pipeline.evaluation.model import ScoringModel, native_model
+from openlm_pipeline.evaluation.huggingface import HuggingFaceModel
+from openlm_pipeline.evaluation.model import NativeModel, ScoringModel
 from openlm_pipeline.evaluation.scorer import score_suite
 from openlm_pipeline.evaluation.suite import Suite
 from openlm_pipeline.models.config import ModelConfig
@@ -156,7 +156,7 @@ def both(
         for name, option in options.items():
             task = {"label": f"{kind}-{name}", "icl_task_type": kind, "dataset_uri": f"{kind}.jsonl"}
             tasks.append(task | {"num_fewshot": [0, 3]} | option)
-    return score_by_both(native_model(lambda: trained), exported, tokenizer_with_eot, tasks, root, foundry_python)
+    return score_by_both(NativeModel(lambda: trained), exported, tokenizer_with_eot, tasks, root, foundry_python)
 
 
 def test_an_exported_checkpoint_scores_the_same_item_by_item(both):
@@ -233,7 +233,7 @@ def test_a_pretrained_model_scores_the_same_item_by_item(smollm2, shared_data, t
         task = {"label": label, "icl_task_type": kind, "dataset_uri": str(path), "max_seq_len": max_seq_len}
         tasks.append(task | {"num_fewshot": [0]} | settings)
     tokenizer = Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
-    model = huggingface_model(str(smollm2))
+    model = HuggingFaceModel(str(smollm2))
     native, foundry = score_by_both(model, smollm2, tokenizer, tasks, tmp_path, foundry_python)
     assert native.num_rows == sum(num_rows for _, _, num_rows, *_ in SLICES.values())
     assert differences(native, foundry, SAME) == []

@@ -8,8 +8,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from openlm_pipeline.evaluation.generation import generation_batches
-from openlm_pipeline.evaluation.huggingface import huggingface_model
-from openlm_pipeline.evaluation.model import native_model
+from openlm_pipeline.evaluation.huggingface import HuggingFaceModel
+from openlm_pipeline.evaluation.model import NativeModel
 from openlm_pipeline.evaluation.scorer import generate_texts
 from openlm_pipeline.evaluation.tasks import GenerationRequest
 
@@ -66,7 +66,7 @@ def test_texts_are_those_of_transformers_generate(name, tmp_path, tokenizer):
         out = reference.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=NEW, attention_mask=None)[0]
         written = out[len(ids) :].tolist()
         expected.append(written[: written.index(2)] if 2 in written else written)
-    found = generate_texts(huggingface_model(str(tmp_path)), requests(), tokenizer, batch_tokens=300)
+    found = generate_texts(HuggingFaceModel(str(tmp_path)), requests(), tokenizer, batch_tokens=300)
     assert [text.num_tokens for text in found] == [len(ids) for ids in expected]
     assert [text.text for text in found] == [tokenizer.decode(ids) for ids in expected]
     assert len({text.text for text in found}) > 5
@@ -83,7 +83,7 @@ def alone(model, ids: tuple[int, ...], new: int = NEW) -> list[int]:
 
 @pytest.mark.parametrize("batch_tokens", [1, 120, 100_000])
 def test_our_model_writes_what_it_does_without_a_cache(model, tokenizer, batch_tokens):
-    found = generate_texts(native_model(lambda: model), requests(), tokenizer, batch_tokens=batch_tokens)
+    found = generate_texts(NativeModel(lambda: model), requests(), tokenizer, batch_tokens=batch_tokens)
     for ids, text in zip(PROMPTS, found, strict=True):
         written = alone(model, ids)
         expected = written[: written.index(0)] if 0 in written else written  # the tokenizer names no end: id 0
@@ -91,9 +91,9 @@ def test_our_model_writes_what_it_does_without_a_cache(model, tokenizer, batch_t
 
 
 def test_a_text_ends_before_its_stop_and_the_others_go_on(model, tokenizer):
-    whole = generate_texts(native_model(lambda: model), requests(), tokenizer)
+    whole = generate_texts(NativeModel(lambda: model), requests(), tokenizer)
     stop = next(c for c in whole[4].text[2:] if c.isascii() and any(c not in text.text for text in whole))
-    found = generate_texts(native_model(lambda: model), requests((stop, "never written")), tokenizer)
+    found = generate_texts(NativeModel(lambda: model), requests((stop, "never written")), tokenizer)
     assert [text.text for text in found] == [text.text.split(stop)[0] for text in whole]
     assert found[4].num_tokens < whole[4].num_tokens
     assert all(cut == text for text, cut in zip(whole, found) if stop not in text.text)
@@ -121,7 +121,7 @@ class Counting:
 
 def test_finished_texts_leave_the_batch_and_no_token_is_read_twice(model, tokenizer):
     asked = [GenerationRequest(ids, new, ()) for new, ids in enumerate(prompts([6] * 5), start=1)]
-    counting = Counting(native_model(lambda: model), end_ids=(100_000,))
+    counting = Counting(NativeModel(lambda: model), end_ids=(100_000,))
     found = generate_texts(counting, asked, tokenizer)
     assert counting.sizes == [(5, 6), (4, 1), (3, 1), (2, 1), (1, 1)]
     assert [text.num_tokens for text in found] == [1, 2, 3, 4, 5]
@@ -131,7 +131,7 @@ def test_end_tokens_of_the_model_end_a_text(model, tokenizer):
     ids = PROMPTS[1]
     written = alone(model, ids)
     end = written[4]
-    counting = Counting(native_model(lambda: model), end_ids=(end, 100_000))
+    counting = Counting(NativeModel(lambda: model), end_ids=(end, 100_000))
     (text,) = generate_texts(counting, [GenerationRequest(ids, NEW, ())], tokenizer)
     assert text.text == tokenizer.decode(written[: written.index(end)])
 
@@ -152,6 +152,6 @@ def test_the_tokenizers_end_of_text_ends_a_text_where_the_model_names_none(model
     end = written[3]
     vocabulary = {("<|endoftext|>" if i == end else f"w{i}"): i for i in range(320)}
     (text,) = generate_texts(
-        native_model(lambda: model), [GenerationRequest(PROMPTS[1], NEW, ())], Tokenizer(WordLevel(vocabulary))
+        NativeModel(lambda: model), [GenerationRequest(PROMPTS[1], NEW, ())], Tokenizer(WordLevel(vocabulary))
     )
     assert text.text == " ".join(f"w{i}" for i in written[: written.index(end)])

@@ -64,8 +64,8 @@ def test_fewer_rows_than_shots_and_cut_contexts_are_said(home: Home, items, toke
     assert all(i.cut_tokens == len(tokenizer.encode("").ids) or i.cut_tokens > 0 for i in built)
     said: list[str] = []
     suite = Suite(name="s", icl_tasks=(task(shots=10),))
-    prepared = prepare_suite(suite, home, tokenizer, 60, False, said.append)
-    assert said == [f"t/10-shot: {w}" for w in prepared.tasks[0].warnings]
+    prepared = prepare_suite(suite, home, tokenizer, 60, said.append)
+    assert said == [f"t/10-shot: {w}" for w in prepared[0].warnings]
     assert any("contexts are too long for the model and lose up to" in line for line in said)
     assert "t/10-shot: 3 of 3 items have 2 solved rows before them, not 10" in said
 
@@ -88,7 +88,7 @@ def test_an_alias_of_which_nothing_is_left_is_named_and_never_exact(home: Home, 
     assert [r["correct"] for r in rows] == [True] * 4  # LLM Foundry's rule
     assert [r["exact"] for r in rows] == [False, True, False, False]
     said: list[str] = []
-    prepare_suite(Suite(name="s", icl_tasks=(spec,)), home, tokenizer, 128, False, said.append)
+    prepare_suite(Suite(name="s", icl_tasks=(spec,)), home, tokenizer, 128, said.append)
     assert len(said) == 1 and "line 1 of" in said[0] and "'(a'" in said[0] and "any text as right" in said[0]
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from openlm_pipeline.errors import DataError, MissingInputError
 from openlm_pipeline.evaluation.items import read_items
-from openlm_pipeline.evaluation.model import computing, native_model
+from openlm_pipeline.evaluation.model import NativeModel, computing
 from openlm_pipeline.evaluation.results import Generated, RequestScore, generation_row, item_row
 from openlm_pipeline.evaluation.scorer import score_questions, score_suite
 from openlm_pipeline.evaluation.suite import IclTask, load_suite
@@ -37,7 +37,7 @@ class Recording:
     """A scoring model that passes everything on and remembers what shapes went through."""
 
     def __init__(self, model, scale: float = 1.0):
-        self.inner, self.scale, self.batches, self.positions = native_model(lambda: model), scale, [], 0
+        self.inner, self.scale, self.batches, self.positions = NativeModel(lambda: model), scale, [], 0
 
     def __getattr__(self, name):
         return getattr(self.inner, name)
@@ -50,7 +50,7 @@ class Recording:
 
 @pytest.fixture
 def scoring_model(model):
-    return native_model(lambda: model)
+    return NativeModel(lambda: model)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_a_diverged_model_gets_no_score(model, questions):
 
 def test_bf16_is_near_fp32_and_not_the_same(model, scoring_model, questions):
     reference = flat(score_questions(scoring_model, questions))
-    rounded = flat(score_questions(native_model(lambda: model, precision="bf16"), questions))
+    rounded = flat(score_questions(NativeModel(lambda: model, precision="bf16"), questions))
     differences = [abs(a.sum_logprob - b.sum_logprob) / a.num_tokens for a, b in zip(reference, rounded, strict=True)]
     assert 1e-4 < max(differences) < 0.2
 
@@ -149,7 +149,7 @@ def test_tf32_is_what_the_precision_says_and_never_inherited(model, questions, m
     try:
         for inherited in (True, False):
             torch.backends.cuda.matmul.allow_tf32 = inherited
-            score_questions(native_model(lambda: model, precision=precision), questions)
+            score_questions(NativeModel(lambda: model, precision=precision), questions)
     finally:
         torch.set_float32_matmul_precision("highest")
     assert set(seen) == {tf32}
@@ -306,7 +306,7 @@ def test_what_changes_scores_makes_a_task_be_scored_again(evaluate, model, demo_
     assert any("checkpoint weights -> other" in line for line in lines)
     assert evaluate(checkpoint_digest="other", max_seq_len=127).scored == ALL
     for precision in ("bf16", "tf32"):
-        assert evaluate(model=native_model(lambda: model, precision=precision), checkpoint_digest="other").scored == ALL
+        assert evaluate(model=NativeModel(lambda: model, precision=precision), checkpoint_digest="other").scored == ALL
     evaluate(checkpoint_digest="other", max_seq_len=127)
     path = demo_files["last_word"]
     path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
@@ -350,16 +350,6 @@ def test_bad_files_are_found_before_any_forward_pass(evaluate, model, demo_files
     with pytest.raises(MissingInputError, match="context_choice.jsonl"):
         evaluate(model=recording)
     assert recording.batches == []
-
-
-def test_a_tolerant_evaluation_says_what_it_left_out(evaluate, demo_files):
-    demo_files["last_word"].unlink()
-    demo_files["continuation"].write_text(json.dumps({"query": "q"}) + "\n")
-    result = evaluate(tolerant=True)
-    assert result.scored == ALL[2:]
-    assert set(result.not_run) == {ALL[0]}
-    assert set(result.failed) == {ALL[1]}
-    assert "last_word.jsonl" in result.not_run[ALL[0]]
 
 
 def test_a_wrong_context_is_found_first(evaluate, model):

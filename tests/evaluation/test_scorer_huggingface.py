@@ -7,8 +7,8 @@ transformers = pytest.importorskip("transformers")
 
 from openlm_pipeline.checkpoints.model_export import export_huggingface  # noqa: E402
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError  # noqa: E402
-from openlm_pipeline.evaluation.huggingface import huggingface_model  # noqa: E402
-from openlm_pipeline.evaluation.model import native_model  # noqa: E402
+from openlm_pipeline.evaluation.huggingface import HuggingFaceModel  # noqa: E402
+from openlm_pipeline.evaluation.model import NativeModel  # noqa: E402
 from openlm_pipeline.evaluation.scorer import generate_texts, score_questions  # noqa: E402
 from openlm_pipeline.evaluation.tasks import GenerationRequest, Request  # noqa: E402
 
@@ -72,7 +72,7 @@ def questions() -> list[list[Request]]:
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_scores_are_those_of_single_plain_forward_passes(folder, questions, kind):
-    scoring = huggingface_model(str(folder(kind)))
+    scoring = HuggingFaceModel(str(folder(kind)))
     assert (scoring.max_branched_len > 0) == (kind in BRANCHING)
     alone = transformers.AutoModelForCausalLM.from_pretrained(folder(kind), dtype=torch.float32).eval()
     for question, scores in zip(questions, score_questions(scoring, questions, batch_tokens=200), strict=True):
@@ -93,8 +93,8 @@ def test_scores_are_those_of_single_plain_forward_passes(folder, questions, kind
 def test_our_exported_folders_score_as_our_models(model, tokenizer, questions, tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     exported = export_huggingface(model, tmp_path / "hf", tmp_path / "tokenizer.json", eot=tokenizer.id_to_token(0))
-    ours = score_questions(native_model(lambda: model), questions)
-    theirs = score_questions(huggingface_model(str(exported)), questions)
+    ours = score_questions(NativeModel(lambda: model), questions)
+    theirs = score_questions(HuggingFaceModel(str(exported)), questions)
     for a, b in zip(sum(ours, []), sum(theirs, []), strict=True):
         assert a.sum_logprob == pytest.approx(b.sum_logprob, abs=1e-4)
         assert a.all_argmax == b.all_argmax
@@ -107,7 +107,7 @@ def test_rows_longer_than_a_sliding_window_share_nothing(folder):
         for ids in torch.randint(3, VOCAB, (6, 30), generator=g)
     ]
     for kind in ("mistral", "gemma2"):
-        model = huggingface_model(str(folder(kind)))
+        model = HuggingFaceModel(str(folder(kind)))
         together = score_questions(model, questions)
         for question, scores in zip(questions, together, strict=True):
             alone = [score_questions(model, [[request]])[0][0] for request in question]
@@ -115,8 +115,8 @@ def test_rows_longer_than_a_sliding_window_share_nothing(folder):
 
 
 def test_a_sliding_window_bounds_what_is_shared(folder):
-    assert huggingface_model(str(folder("mistral"))).max_branched_len == 8
-    assert huggingface_model(str(folder("gemma2"))).max_branched_len == 16
+    assert HuggingFaceModel(str(folder("mistral"))).max_branched_len == 8
+    assert HuggingFaceModel(str(folder("gemma2"))).max_branched_len == 16
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def test_texts_are_those_of_transformers_generate(folder, prompts, tokenizer, ki
             out = alone.generate(ids, do_sample=False, max_new_tokens=request.max_new_tokens, pad_token_id=2)
         written = out[0, ids.shape[1] :].tolist()
         expected.append([t for t in written if t != 2])
-    found = generate_texts(huggingface_model(str(folder(kind))), prompts, tokenizer)
+    found = generate_texts(HuggingFaceModel(str(folder(kind))), prompts, tokenizer)
     assert [g.text for g in found] == [tokenizer.decode(ids) for ids in expected]
     assert [g.num_tokens for g in found] == list(map(len, expected))
     assert len(set(map(tuple, expected))) > 1
@@ -149,12 +149,12 @@ def test_what_is_not_a_whole_model_is_refused(folder, tmp_path):
     with pytest.raises(MissingInputError, match="safetensors"):
         torch.save({}, tmp_path / "pytorch_model.bin")
         transformers.LlamaConfig(**COMMON).save_pretrained(tmp_path)
-        huggingface_model(str(tmp_path)).logits(*[torch.zeros(1, 1, dtype=torch.int64)] * 3)
+        HuggingFaceModel(str(tmp_path)).logits(*[torch.zeros(1, 1, dtype=torch.int64)] * 3)
     bare = transformers.LlamaModel.from_pretrained(folder("llama"))
     bare.config.tie_word_embeddings = False
     bare.save_pretrained(tmp_path / "bare")
     with pytest.raises(DataError, match="lm_head"):
-        assert huggingface_model(str(tmp_path / "bare")).end_ids
+        assert HuggingFaceModel(str(tmp_path / "bare")).end_ids
     with pytest.raises(ConfigError, match="causal"):
         transformers.T5Config().save_pretrained(tmp_path / "t5")
-        assert huggingface_model(str(tmp_path / "t5")).end_ids
+        assert HuggingFaceModel(str(tmp_path / "t5")).end_ids

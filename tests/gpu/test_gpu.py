@@ -19,11 +19,12 @@ from waiting import wait_until
 
 from openlm_pipeline.checkpoints.folders import list_checkpoints
 from openlm_pipeline.checkpoints.reading import load_model
-from openlm_pipeline.evaluation.model import Precision, native_model
+from openlm_pipeline.evaluation.model import NativeModel, Precision
 from openlm_pipeline.evaluation.scorer import score_questions
 from openlm_pipeline.evaluation.tasks import Request
-from openlm_pipeline.models import ModelConfig, Transformer, count_parameters, create_model
+from openlm_pipeline.models import ModelConfig, count_parameters, create_model
 from openlm_pipeline.models.attention import document_mask
+from openlm_pipeline.models.transformer import Transformer
 
 DEVICE = os.environ.get("OPENLM_TEST_DEVICE", "cuda")
 pytestmark = [
@@ -142,7 +143,7 @@ def test_a_save_in_the_background_stalls_training_for_a_step_and_a_copy(tmp_path
 
 def scored(model: Transformer, questions: list[list[Request]], device: str, precision: Precision = "fp32") -> list:
     """Log-probability per token of each request, and whether all its tokens are the likeliest."""
-    scores = score_questions(native_model(lambda: model, device=device, precision=precision), questions)
+    scores = score_questions(NativeModel(lambda: model, device=device, precision=precision), questions)
     return [(s.sum_logprob / s.num_tokens, s.all_argmax) for question in scores for s in question]
 
 

@@ -15,8 +15,9 @@ from small_run import SmallRun
 from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
-from openlm_pipeline.checkpoints import export_huggingface, export_openlm, find_model_config, load_checkpoint
 from openlm_pipeline.checkpoints.folders import list_checkpoints
+from openlm_pipeline.checkpoints.loading import find_model_config, load_checkpoint
+from openlm_pipeline.checkpoints.model_export import export_huggingface, export_openlm
 from openlm_pipeline.checkpoints.reading import load_model
 from openlm_pipeline.checkpoints.weights_digest import digest_of_parts, local_part
 from openlm_pipeline.errors import ConfigError, MissingInputError

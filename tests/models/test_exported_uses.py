@@ -14,7 +14,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from openlm_pipeline.checkpoints import export_huggingface, load_checkpoint
+from openlm_pipeline.checkpoints.loading import load_checkpoint
+from openlm_pipeline.checkpoints.model_export import export_huggingface
 from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.models import create_model
 from openlm_pipeline.models.config import ModelConfig

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from small_run import SameSamples
 from tokenizers import Tokenizer, models
 
-from openlm_pipeline.checkpoints import export_huggingface, export_openlm, find_model_config, load_checkpoint
+from openlm_pipeline.checkpoints.loading import find_model_config, load_checkpoint
+from openlm_pipeline.checkpoints.model_export import export_huggingface, export_openlm
 from openlm_pipeline.errors import ConfigError, DataError
 from openlm_pipeline.evaluation.scorer import score_questions
 from openlm_pipeline.evaluation.subject import open_subject
@@ -158,7 +159,7 @@ def test_scores_are_those_of_the_same_weights_in_other_forms(tmp_path: Path):
     for llama in (True, False):
         folder = export_huggingface(model, tmp_path / str(llama), tokenizer, llama=llama)
         subject = open_subject(str(folder), report=silent)
-        assert type(subject.model).__name__ == "_NativeModel" and subject.max_seq_len == 32
+        assert type(subject.model).__name__ == "NativeModel" and subject.max_seq_len == 32
         scores.append(score_questions(subject.model, [[Request(ids[:9], ids[9:])]]))
     assert scores[0] == scores[1]
     logprobs = model(IDS[:1])[0].log_softmax(-1)

@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from openlm_pipeline.checkpoints import find_model_config, load_checkpoint, weight_files
+from openlm_pipeline.checkpoints import weight_files
+from openlm_pipeline.checkpoints.loading import find_model_config, load_checkpoint
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
-from openlm_pipeline.models import Transformer, create_model
+from openlm_pipeline.models import create_model
 from openlm_pipeline.models.config import ModelConfig
+from openlm_pipeline.models.transformer import Transformer
 
 TINY = ModelConfig(hidden_dim=20, n_layers=2, n_heads=3, vocab_size=50)
 IDS = torch.arange(24).reshape(2, 12)

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from openlm_pipeline.models import KVCache, Transformer, create_model
-from openlm_pipeline.models.attention import document_mask
+from openlm_pipeline.models import create_model
+from openlm_pipeline.models.attention import KVCache, document_mask
 from openlm_pipeline.models.config import ModelConfig
+from openlm_pipeline.models.transformer import Transformer
 
 SMALL = ModelConfig(hidden_dim=48, n_layers=2, n_heads=3, seq_len=32, vocab_size=61)
 IDS = torch.randint(0, 61, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -75,22 +76,3 @@ def test_tokens_one_by_one_and_in_pieces_give_the_logits_of_all_at_once(model: T
         assert cache.length == 20
     with pytest.raises(ValueError, match="room for 20 positions, and 21"):
         model(IDS[:, :1], cache=cache)
-
-
-@torch.no_grad()
-def test_padding_on_the_left_changes_nothing(model: Transformer):
-    padded = torch.cat((torch.full((1, 5), 60), IDS[:1, :12]), dim=1)
-    batch = torch.cat((padded, IDS[1:, :17]))
-    valid = torch.ones(2, 20, dtype=torch.bool)
-    valid[0, :5] = False
-    positions = (valid.long().cumsum(1) - 1).clamp(min=0)
-    cache = KVCache(model.config, batch_size=2, max_len=20)
-    prompt = model(batch, positions_BS=positions[:, :17], valid_BT=valid[:, :17], cache=cache)
-    torch.testing.assert_close(prompt[0, 5:], model(IDS[:1, :12])[0], rtol=0, atol=1e-5)
-    torch.testing.assert_close(prompt[1], model(IDS[1:, :17])[0], rtol=0, atol=1e-5)
-    more = torch.stack((IDS[0, 12:15], IDS[1, 17:20]))
-    for i in range(3):
-        T = 18 + i
-        step = model(more[:, i : i + 1], positions_BS=positions[:, T - 1 : T], valid_BT=valid[:, :T], cache=cache)
-        torch.testing.assert_close(step[0, 0], model(IDS[:1, : 13 + i])[0, -1], rtol=0, atol=1e-5)
-        torch.testing.assert_close(step[1, 0], model(IDS[1:, :T])[0, -1], rtol=0, atol=1e-5)

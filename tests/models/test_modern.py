@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from openlm_pipeline.checkpoints import load_checkpoint
+from openlm_pipeline.checkpoints.loading import load_checkpoint
 from openlm_pipeline.checkpoints.model_export import export_huggingface, export_openlm
 from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.models import count_parameters, create_model

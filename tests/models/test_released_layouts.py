@@ -20,7 +20,8 @@ from small_run import SameSamples
 from tokenizers import Tokenizer, models
 from torch import Tensor
 
-from openlm_pipeline.checkpoints import load_checkpoint, weight_files
+from openlm_pipeline.checkpoints import weight_files
+from openlm_pipeline.checkpoints.loading import load_checkpoint
 from openlm_pipeline.evaluation.scorer import score_questions
 from openlm_pipeline.evaluation.subject import open_subject
 from openlm_pipeline.evaluation.tasks import Request

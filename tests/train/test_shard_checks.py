@@ -10,9 +10,10 @@ from small_run import SmallRun, write_dataset
 
 from openlm_pipeline.errors import DataError
 from openlm_pipeline.ordering import order_of
-from openlm_pipeline.shards.checked import BackgroundCheck, CheckedShards
 from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.opening import open_dataset
+from openlm_pipeline.storage.file_hashes import FileHashes
+from train.hooks.shards import check_shard
 
 
 @pytest.fixture(autouse=True)
@@ -78,34 +79,32 @@ def test_what_was_checked_is_remembered_and_trains_the_same(old: SmallRun, memor
 
 def test_a_shard_is_hashed_again_once_it_changes(old: SmallRun, memory: Path) -> None:
     dataset = ShardedDataset(old.home.shards("text", "v1"))
-    CheckedShards().check(dataset, 0)
+    check_shard(FileHashes(), dataset, 0)
     os.utime(dataset.shard_path(0), ns=(1, 1))
-    CheckedShards().check(dataset, 0)
-    CheckedShards().check(dataset, 0)
+    check_shard(FileHashes(), dataset, 0)
+    check_shard(FileHashes(), dataset, 0)
     assert len(remembered(memory)) == 2
     damage(old, "text")
     with pytest.raises(DataError, match="damaged"):
-        CheckedShards().check(dataset, 0)
+        check_shard(FileHashes(), dataset, 0)
 
 
 def test_a_cache_that_cannot_be_written_costs_time_alone(old: SmallRun, memory: Path) -> None:
     memory.parent.parent.mkdir(parents=True)
     memory.parent.write_text("a file, and no folder")
     dataset = ShardedDataset(old.home.shards("text", "v1"))
-    CheckedShards().check(dataset, 0)
+    check_shard(FileHashes(), dataset, 0)
     damage(old, "text")
     with pytest.raises(DataError, match="damaged"):
-        CheckedShards().check(dataset, 0)
+        check_shard(FileHashes(), dataset, 0)
 
 
-def test_a_missing_shard_is_named_in_the_background(old: SmallRun) -> None:
+def test_a_missing_shard_is_named(old: SmallRun) -> None:
     dataset = ShardedDataset(old.home.shards("text", "v1"))
     dataset.shard_path(1).unlink()
-    check = BackgroundCheck(lambda step: [(dataset, k) for k in range(step)])
-    assert check.reached(1, timeout=60) and check.problem is None
-    assert check.reached(2, timeout=60)
-    assert "00000001.tar is missing" in str(check.problem)
-    check.close()
+    check_shard(FileHashes(), dataset, 0)
+    with pytest.raises(DataError, match=r"00000001\.tar is missing"):
+        check_shard(FileHashes(), dataset, 1)
 
 
 def test_sums_cover_every_sample(small: SmallRun) -> None:

@@ -4,6 +4,8 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,8 @@ from openlm_pipeline.errors import TrainingError
 from openlm_pipeline.experiments.spec import Training
 from openlm_pipeline.fingerprint import fingerprint
 from train.distributed import World, leave_process_group, start
-from train.hooks.stability import Stability
+from train.hooks import Step
+from train.hooks.stability import SkippedSteps
 
 DIVERGES = ("training.lr=1e30", "training.grad_clip=null", "training.warmup=0")
 
@@ -27,30 +30,35 @@ def world() -> Iterator[World]:
     leave_process_group()
 
 
-def judged(stability: Stability, loss: float, grad_norm: float) -> bool:
-    return stability.accepts(torch.tensor(loss), torch.tensor(grad_norm))
+def policy(world: World, **training: Any) -> SkippedSteps:
+    experiment = SimpleNamespace(training=Training(global_batch=32, lr=1, **training))
+    return SkippedSteps(SimpleNamespace(experiment=experiment, world=world, step=0))
+
+
+def judged(stability: SkippedSteps, loss: float, grad_norm: float) -> bool:
+    return stability.accepts(Step(1.0, torch.tensor(loss), torch.tensor(grad_norm), 0.0, 32))
 
 
 def test_without_a_policy_every_step_is_taken(world: World):
-    stability = Stability(Training(global_batch=32, lr=1), world)
+    stability = policy(world)
     assert judged(stability, math.nan, math.inf)
-    assert stability.state_dict() == {}
+    assert stability.state() == {}
 
 
 def test_what_is_not_finite_is_left_out_up_to_a_number_in_a_row(world: World):
-    stability = Stability(Training(global_batch=32, lr=1, max_skipped_steps=2), world)
+    stability = policy(world, max_skipped_steps=2)
     for loss, grad_norm in [(math.nan, 1.0), (1.0, math.inf)]:
         assert not judged(stability, loss, grad_norm)
         assert "not finite" in stability.reason
-    assert stability.skipped_in_a_row == 2 and not stability.must_stop
+    assert stability.skipped_in_a_row == 2
     assert judged(stability, 1.0, 1.0)
     assert stability.reason is None and stability.skipped_in_a_row == 0
     assert [judged(stability, math.nan, 1.0) for _ in range(3)] == [False] * 3
-    assert stability.must_stop
+    assert stability.skipped_in_a_row == 3
 
 
 def test_a_spike_is_measured_against_the_mean_of_accepted_steps(world: World):
-    stability = Stability(Training(global_batch=32, lr=1, max_skipped_steps=9, spike_factor=3.0), world)
+    stability = policy(world, max_skipped_steps=9, spike_factor=3.0)
     assert all(judged(stability, 1.0, norm) for norm in [100.0, *[2.0] * 98])  # the first ones are no measure
     assert judged(stability, 1.0, 6.0)
     assert not judged(stability, 1.0, 60.0)
@@ -61,7 +69,7 @@ def test_a_spike_is_measured_against_the_mean_of_accepted_steps(world: World):
 def _judge_losses(folder: Path) -> None:
     """One of two ranks: what it accepts of losses that differ between them."""
     world = start()
-    stability = Stability(Training(global_batch=32, lr=1, max_skipped_steps=2), world)
+    stability = policy(world, max_skipped_steps=2)
     losses = [(1.0, 1.0), (math.nan, 1.0), (1.0, math.inf), (1.0, 1.0)]
     accepted = [judged(stability, step[world.rank], 1.0) for step in losses]
     (folder / str(world.rank)).write_text(str(accepted))

@@ -4,7 +4,6 @@ They depend on the step alone beside the weights, so a checkpoint holds the aver
 """
 
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,22 +47,6 @@ class Averages:
                 averages = [_local(a) for a in self.state[spec].values()]
                 weights = [_local(p).to(a.dtype) for a, (_, p) in zip(averages, _sharded_parameters(self.model))]
                 torch._foreach_lerp_(averages, weights, weight)
-
-    @contextmanager
-    def applied(self, spec: str) -> Iterator[None]:
-        """The model has this average as its weights inside the `with` block, for an evaluation."""
-        parameters = [p for _, p in _sharded_parameters(self.model)]
-        own = [p.detach().clone() for p in parameters]
-        try:
-            self._set(self.state[spec].values())
-            yield
-        finally:
-            self._set(own)
-
-    @torch.no_grad()
-    def _set(self, values: Iterable[Tensor]) -> None:
-        for (_, parameter), value in zip(_sharded_parameters(self.model), values, strict=True):
-            _local(parameter).copy_(_local(value))
 
 
 def _sharded_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -8,7 +8,7 @@ import queue
 import secrets
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.experiments import Experiment
@@ -54,34 +54,6 @@ def scalars(record: Record) -> dict[str, float]:
         else:
             shown[f"train/{key}"] = value
     return shown
-
-
-class Writer(Protocol):
-    """Takes scalars; never raises and never waits."""
-
-    def write(self, step: int, values: dict[str, float]) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class Reporter:
-    """The writers that `execution.report_to` names; for rank 0."""
-
-    def __init__(self, experiment: Experiment, run: RunFolder, warn: Callable[[str], None]) -> None:
-        self.writers: list[Writer] = []
-        if "tensorboard" in experiment.execution.report_to:
-            self.writers.append(TensorBoardWriter(run))
-        if "wandb" in experiment.execution.report_to:
-            self.writers.append(WandbWriter(experiment, run, warn))
-
-    def write(self, record: Record) -> None:
-        for writer in self.writers:
-            writer.write(record["step"], scalars(record))
-
-    def close(self) -> None:
-        """Write what is left; call once, at the end of the process."""
-        for writer in self.writers:
-            writer.close()
 
 
 def check_report_to(experiment: Experiment) -> None:
@@ -165,17 +137,26 @@ class WandbWriter:
 
 @HOOKS.register("reporters")
 class Reporters(Hook):
-    """Shows records in Weights & Biases and TensorBoard, as `execution.report_to` says."""
+    """Shows records in Weights & Biases and TensorBoard, as `execution.report_to` says; on rank 0.
+
+    A writer takes scalars; it never raises and never waits.
+    """
 
     def __init__(self, trainer: "Trainer") -> None:
         super().__init__(trainer)
         trainer.world.from_rank0(lambda: check_report_to(trainer.experiment))
-        is_first = trainer.world.rank == 0
-        self.reporter = Reporter(trainer.experiment, trainer.run, trainer.warn) if is_first else None
+        names = trainer.experiment.execution.report_to if trainer.world.rank == 0 else ()
+        self.writers: list[TensorBoardWriter | WandbWriter] = []
+        if "tensorboard" in names:
+            self.writers.append(TensorBoardWriter(trainer.run))
+        if "wandb" in names:
+            self.writers.append(WandbWriter(trainer.experiment, trainer.run, trainer.warn))
 
-    def at_record(self, record: dict[str, Any]) -> None:
-        self.reporter.write(record)
+    def at_record(self, record: Record) -> None:
+        for writer in self.writers:
+            writer.write(record["step"], scalars(record))
 
     def close(self) -> None:
-        if self.reporter:
-            self.reporter.close()
+        """Write what is left."""
+        for writer in self.writers:
+            writer.close()

@@ -6,21 +6,34 @@ at the first that is damaged; a milestone waits until all that was read for it i
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from openlm_pipeline.errors import DataError
 from openlm_pipeline.ordering import order_of
-from openlm_pipeline.shards.checked import BackgroundCheck
 from openlm_pipeline.shards.dataset import ShardedDataset
-from train.hooks import HOOKS, Hook, Step
+from openlm_pipeline.storage.file_hashes import FileHashes
+from train.hooks import HOOKS, Hook
 
 if TYPE_CHECKING:
     from train.loop import Trainer
 
 _SAMPLES = 1 << 16
 """Of the order, looked at at a time."""
+_POLL_SECONDS = 1.0
+
+
+def check_shard(hashes: FileHashes, dataset: ShardedDataset, k: int) -> None:
+    """Compare the hash of a local shard with the manifest's.
+
+    Raises:
+        DataError: it is damaged or missing.
+    """
+    path = dataset.folder / dataset.entries[k].tar
+    if not path.exists() or hashes.sha256(path) != dataset.entries[k].sha256:
+        dataset.check_shard(k)
 
 
 @HOOKS.register("shards")
@@ -34,33 +47,54 @@ class ShardChecks(Hook):
         self._datasets = trainer.batches.datasets
         held_out = trainer.held_out.values()
         self._unsure = any(not d.has_sums for d in [*self._datasets, *held_out])
-        self._check: BackgroundCheck | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._checking: Future[None] | None = None
+        self._closed = False
         if self._unsure and int(os.environ.get("LOCAL_RANK", 0)) == 0:
             self._to_come = [np.full(len(d.shard_sizes), not d.has_sums) for d in self._datasets]
             self._held_out = [d for d in held_out if not d.has_sums]
             self._order = order_of(trainer.experiment, [d.shard_sizes for d in self._datasets], trainer.run.identity)
             self._read = trainer.step * trainer.batches.global_sequences  # a fork begins where its parent was checked
-            self._check = BackgroundCheck(self._needed)
-
-    def after_step(self, step: Step, taken: bool) -> None:
-        if self._check:
-            self._check.want(self.trainer.step)
+            self._hashes, self._pool = FileHashes(), ThreadPoolExecutor(1, thread_name_prefix="shard-check")
 
     def between_steps(self) -> None:
-        if self._check and self._check.problem:
-            raise self._check.problem
+        if self._pool and (self._checking is None or self._checking.done()):
+            self._finish()
+            self._checking = self._pool.submit(self._check, self.trainer.step)
 
     def at_milestone(self) -> dict[str, float]:
         if self._unsure:
-            while self.trainer.world.any(bool(self._check) and not self._check.reached(self.trainer.step)):
+            if self._pool:
+                self._checking = self._pool.submit(self._check, self.trainer.step)
+            while self.trainer.world.any(bool(self._checking and wait([self._checking], _POLL_SECONDS).not_done)):
                 pass
-            if self.trainer.world.any(bool(self._check) and self._check.problem is not None):
-                raise (self._check and self._check.problem) or DataError("another machine found a damaged shard")
+            if problem := self.trainer.world.first_error(self._finish):
+                raise problem
         return {}
 
     def close(self) -> None:
-        if self._check:
-            self._check.close()
+        """End the thread once it has read the shard it is at."""
+        self._closed = True
+        if self._pool:
+            self._pool.shutdown()
+
+    def _finish(self) -> None:
+        """
+        Raises:
+            DataError: the check that has ended found damage.
+        """
+        if self._checking:
+            self._checking.result()
+
+    def _check(self, step: int) -> None:
+        """Check what is read up to a step; in a thread."""
+        try:
+            for dataset, k in self._needed(step):
+                if self._closed:
+                    return
+                check_shard(self._hashes, dataset, k)
+        except OSError as e:
+            raise DataError(f"the shards can't be checked: {e}") from e
 
     def _needed(self, step: int) -> Iterator[tuple[ShardedDataset, int]]:
         """What was read by a step and not before; the validation data first, which is read as a whole."""

@@ -13,8 +13,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from openlm_pipeline.errors import TrainingError
-from openlm_pipeline.experiments.spec import Training
-from train.distributed import World
 from train.hooks import HOOKS, Hook, State, Step
 
 if TYPE_CHECKING:
@@ -26,12 +24,20 @@ _STEPS_BEFORE_JUDGING = 20
 """Accepted steps before a gradient norm can be a spike: those of the beginning are no measure."""
 
 
-class Stability:
-    """Judges each step between its backward pass and the optimizer; every rank comes to the same judgement."""
+@HOOKS.register("stability")
+class SkippedSteps(Hook):
+    """Leaves out, with `training.max_skipped_steps`, what would harm the weights; stops after too many in a row.
 
-    def __init__(self, training: Training, world: World) -> None:
+    It judges each step between its backward pass and the optimizer; every rank comes to the same judgement.
+    """
+
+    order = 30
+
+    def __init__(self, trainer: "Trainer") -> None:
+        super().__init__(trainer)
+        training = trainer.experiment.training
         self.max_skipped_steps, self.spike_factor = training.max_skipped_steps, training.spike_factor
-        self.world = world
+        self.skip_steps = frozenset(training.skip_steps)
         self.reason: str | None = None
         """Why the last step was left out; None where it was not."""
         self._state = torch.zeros(3, dtype=torch.float64)  # mean gradient norm, accepted steps, left out in a row
@@ -44,60 +50,6 @@ class Stability:
     def skipped_in_a_row(self) -> int:
         return int(self._state[2])
 
-    @property
-    def must_stop(self) -> bool:
-        """Whether more steps in a row were left out than may be."""
-        return self.skipped_in_a_row > self.max_skipped_steps
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """What a resumed run needs to judge as this one does. Loading writes into these tensors."""
-        return {"state": self._state} if self.is_on else {}
-
-    def accepts(self, loss: Tensor, grad_norm: Tensor) -> bool:
-        """Whether the optimizer may take this step.
-
-        Args:
-            loss: this rank's share of the mean loss.
-            grad_norm: of all gradients, before clipping; the same on all ranks.
-        """
-        if not self.is_on:
-            return True
-        self.reason = self._reason(loss, float(grad_norm))
-        if self.reason is not None:
-            self._state[2] += 1
-            return False
-        decay = min(_DECAY, 1 - 1 / (float(self._state[1]) + 1))  # a plain mean until there are enough
-        self._state[0] = decay * self._state[0] + (1 - decay) * float(grad_norm)
-        self._state[1] += 1
-        self._state[2] = 0
-        return True
-
-    def _reason(self, loss: Tensor, grad_norm: float) -> str | None:
-        mean, accepted, _ = self._state.tolist()
-        factor = self.spike_factor
-        spike = factor is not None and accepted >= _STEPS_BEFORE_JUDGING and grad_norm > factor * mean
-        agreed = torch.tensor([float(loss), float(spike), float(not math.isfinite(grad_norm))], dtype=torch.float64)
-        dist.all_reduce(agreed, group=self.world.cpu_group)
-        total_loss, spikes, not_finite = agreed.tolist()
-        if not_finite or not math.isfinite(total_loss):
-            return f"loss {total_loss}, gradient norm {grad_norm}: not finite"
-        if spikes:
-            return f"gradient norm {grad_norm:.3g} is over {factor:g} times its mean of {mean:.3g}"
-        return None
-
-
-@HOOKS.register("stability")
-class SkippedSteps(Hook):
-    """Leaves out, with `training.max_skipped_steps`, what would harm the weights; stops after too many in a row."""
-
-    order = 30
-
-    def __init__(self, trainer: "Trainer") -> None:
-        super().__init__(trainer)
-        self.stability = Stability(trainer.experiment.training, trainer.world)
-
-        self.skip_steps = frozenset(trainer.experiment.training.skip_steps)
-
     def at_resume(self) -> None:
         trainer = self.trainer
         if trainer.world.rank == 0 and self.skip_steps:
@@ -108,13 +60,33 @@ class SkippedSteps(Hook):
 
     def accepts(self, step: Step) -> bool:
         if self.trainer.step + 1 in self.skip_steps:
-            self.stability.reason = "it is one of training.skip_steps"
+            self.reason = "it is one of training.skip_steps"
             return False
-        self.stability.reason = None
-        return self.stability.accepts(step.loss, step.grad_norm)
+        self.reason = self._reason(step.loss, float(step.grad_norm)) if self.is_on else None
+        if self.reason is not None:
+            self._state[2] += 1
+        elif self.is_on:
+            decay = min(_DECAY, 1 - 1 / (float(self._state[1]) + 1))  # a plain mean until there are enough
+            self._state[0] = decay * self._state[0] + (1 - decay) * float(step.grad_norm)
+            self._state[1] += 1
+            self._state[2] = 0
+        return self.reason is None
+
+    def _reason(self, loss: Tensor, grad_norm: float) -> str | None:
+        mean, accepted, _ = self._state.tolist()
+        factor = self.spike_factor
+        spike = factor is not None and accepted >= _STEPS_BEFORE_JUDGING and grad_norm > factor * mean
+        agreed = torch.tensor([float(loss), float(spike), float(not math.isfinite(grad_norm))], dtype=torch.float64)
+        dist.all_reduce(agreed, group=self.trainer.world.cpu_group)
+        total_loss, spikes, not_finite = agreed.tolist()
+        if not_finite or not math.isfinite(total_loss):
+            return f"loss {total_loss}, gradient norm {grad_norm}: not finite"
+        if spikes:
+            return f"gradient norm {grad_norm:.3g} is over {factor:g} times its mean of {mean:.3g}"
+        return None
 
     def after_step(self, step: Step, taken: bool) -> None:
-        trainer, reason = self.trainer, self.stability.reason
+        trainer, reason = self.trainer, self.reason
         if reason is None:
             return
         count = trainer.batches.global_sequences
@@ -123,13 +95,13 @@ class SkippedSteps(Hook):
             samples = {"first_sample": first, "num_samples": count}
             trainer.run.append_metrics({"step": trainer.step, "tokens": trainer.tokens, "skipped": reason, **samples})
         trainer.warn(f"step {trainer.step} is left out, samples {first} to {first + count - 1} of the order: {reason}")
-        if self.stability.must_stop:
+        if self.skipped_in_a_row > self.max_skipped_steps:
             raise TrainingError(
-                f"{self.stability.skipped_in_a_row} steps in a row were left out, the last one step {trainer.step} "
-                f"({reason}); training.max_skipped_steps is {self.stability.max_skipped_steps}. The last checkpoint "
-                "before them is kept; lower the learning rate, or look at the data of these steps"
+                f"{self.skipped_in_a_row} steps in a row were left out, the last one step {trainer.step} ({reason}); "
+                f"training.max_skipped_steps is {self.max_skipped_steps}. The last checkpoint before them is kept; "
+                "lower the learning rate, or look at the data of these steps"
             )
 
     def state(self) -> State:
-        state = self.stability.state_dict()
-        return {"stability": state} if state else {}
+        """What a resumed run needs to judge as this one does."""
+        return {"stability": {"state": self._state}} if self.is_on else {}

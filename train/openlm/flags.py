@@ -20,9 +20,9 @@ from pydantic import ValidationError
 from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.models import find_config
+from openlm_pipeline.shards.foreign import PIPE, expand, first_member, is_list
 from openlm_pipeline.shards.manifest import DATASET, MANIFEST
 from openlm_pipeline.shards.opening import open_dataset
-from openlm_pipeline.shards.openlm_lists import PIPE, expand, first_member, is_list
 from openlm_pipeline.shards.synthetic import SCHEME
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.storage.remote import join

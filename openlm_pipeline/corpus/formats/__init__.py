@@ -7,7 +7,7 @@ does not count. Where several suffixes fit a name, the longest wins.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import BinaryIO, ClassVar, Protocol
+from typing import BinaryIO, ClassVar
 
 from openlm_pipeline.corpus import blocks as limits
 from openlm_pipeline.errors import ConfigError
@@ -45,23 +45,24 @@ class Found:
     """Bytes of one that cannot be used, as `Reading.bytes` counts them."""
 
 
-class Reading(Protocol):
+@dataclass
+class Reading:
     """A part under way: what to read, and what the format counts while it does."""
 
     url: str
     text_key: str
     part: Part
-    compression: str | None
+    compression: str | None = None
     """Of the file as it is, whatever its name says; None for a plain one."""
-    lines: int
-    """Lines so far, blank ones too."""
-    bytes: int
-    """Decompressed bytes of the part so far."""
-    raw_bytes: int
+    lines: int = 0
+    """Lines so far, blank ones too; in Parquet rows, in an array elements."""
+    bytes: int = 0
+    """Decompressed bytes of the part so far; in Parquet the bytes of the texts."""
+    raw_bytes: int = 0
     """The file's own bytes read so far, those before the part left out."""
-    at_end: bool
+    at_end: bool = False
     """All of the part's bytes were read, and given to `digest`."""
-    digest: Callable[[bytes], object]
+    digest: Callable[[bytes], object] = lambda block: None
     """Takes the file's own bytes in order, where they are read in order."""
 
 

@@ -65,7 +65,6 @@ def score_suite_with_foundry(
     max_seq_len: int,
     python: Path | None = None,
     report: Say = lambda line: None,
-    tolerant: bool = False,
 ) -> SuiteResult:
     """Have LLM Foundry score every task of a suite, in fp32, on a GPU where its environment sees one.
 
@@ -74,12 +73,9 @@ def score_suite_with_foundry(
 
     Args:
         model_folder: a Hugging Face folder with its tokenizer.
-        context: run, run_version, milestone, step (int), tokens (int): the columns that say what was scored.
+        context, checkpoint_digest, max_seq_len: as for `score_suite`.
         tokenizer: the folder's; prompts are prepared with it and compared.
-        checkpoint_digest: identifies the weights.
-        max_seq_len: longest sequence in tokens, where a task does not say.
         python: LLM Foundry's interpreter; by default `find_foundry_python()`.
-        tolerant: leave out a task whose file is missing or broken, and say so in the result, instead of raising.
 
     Raises:
         MissingInputError: a task's file or LLM Foundry's environment is missing.
@@ -94,7 +90,7 @@ def score_suite_with_foundry(
                 f"task {task.label} has {what}, which LLM Foundry does not know; set evaluation.backend=native"
             )
     processes = scoring_processes()
-    prepared = prepare_suite(suite, home, tokenizer, max_seq_len, tolerant, report, as_foundry=True)
+    prepared = prepare_suite(suite, home, tokenizer, max_seq_len, report, as_foundry=True)
 
     def score(tasks: Sequence[PreparedTask]) -> Iterator[Rows]:
         with closing(_run(tasks, model_folder, home, out_dir, tokenizer, max_seq_len, python, report)) as found:

@@ -1,4 +1,4 @@
-"""Rules that say when an item is right, one module each; a task type names its rule."""
+"""Rules that say when an item is right; a task type names its rule."""
 
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar

@@ -1,4 +1,4 @@
-"""Task types, one module each: `icl_task_type` of a suite names one. What a row holds, and how it becomes a prompt.
+"""Task types: `icl_task_type` of a suite names one. What a row holds, and how it becomes a prompt.
 
 The prompt rules, their oddities included, are those of llm-foundry 0.22's
 `eval/datasets/in_context_learning_evaluation.py`.

@@ -9,10 +9,6 @@ if TYPE_CHECKING:
     from openlm_pipeline.evaluation.suite import IclTask
 
 
-class _Fields(RowFields):
-    text: Text
-
-
 @TASK_TYPES.register("held_out_text")
 class HeldOutText(TaskType):
     """How many bits a byte of a text costs: each token after as many of the text as fit, or after its window's first.
@@ -21,11 +17,13 @@ class HeldOutText(TaskType):
     before, as lm-evaluation-harness does.
     """
 
-    Fields = _Fields
+    class Fields(RowFields):
+        text: Text
+
     metric = "BitsPerByte"
     rule = "bits"
     whole_texts = True
 
     @classmethod
-    def options(cls, fields: _Fields, task: "IclTask") -> Options:
+    def options(cls, fields: Fields, task: "IclTask") -> Options:
         return Options(("",), (fields.text,))

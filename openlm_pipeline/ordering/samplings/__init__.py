@@ -1,11 +1,11 @@
-"""Orders of a run's samples, one module each: `training.sampling` names one."""
+"""Orders of a run's samples: `training.sampling` names one."""
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
 
-from openlm_pipeline.ordering.mixture import MixedOrder, RandomMixture, checked_totals
+from openlm_pipeline.ordering.mixture import MixedOrder
+from openlm_pipeline.ordering.permutation import permute_array
 
 
 class Sampling(MixedOrder):
@@ -20,21 +20,36 @@ class Sampling(MixedOrder):
     """Fields of `training` that the constructor takes."""
 
 
-class OneSourcePerBatch(Sampling):
-    """Base of OpenLM's samplings, which draw the source anew for each batch, with the weights."""
+class ShardSequence:
+    """Shards of one source in the order in which they are read; a position counts samples through that order."""
 
-    settings = ("source_batch",)
-
-    def __init__(
-        self, shard_sizes: Sequence[np.ndarray], weights: Sequence[float], seed: int, source_batch: int
-    ) -> None:
+    def __init__(self, shards: np.ndarray, sizes: np.ndarray) -> None:
         """
         Args:
-            shard_sizes: number of samples in each shard of each source.
-            weights: chance of each source, positive, in any scale.
-            seed: chooses the sources, and what else is random.
-            source_batch: consecutive samples that come from one source.
+            shards: numbers of the shards, int64[n]; one may come several times.
+            sizes: samples in each shard of the source.
         """
-        self.sizes, self.seed = shard_sizes, seed
-        self.totals = checked_totals(shard_sizes, weights)
-        super().__init__(RandomMixture(weights, seed, source_batch))
+        self.shards = shards
+        self.starts = np.concatenate([[0], np.cumsum(sizes[shards])])
+        """Position at which each shard begins, and at last where all end: int64[n + 1]."""
+        self._shift = (np.cumsum(sizes) - sizes)[shards] - self.starts[:-1]
+
+    def __len__(self) -> int:
+        """Samples in all its shards."""
+        return int(self.starts[-1])
+
+    def in_order(self, positions: np.ndarray) -> np.ndarray:
+        """Samples at `positions`, each shard read from its first sample to its last."""
+        return positions + self._shift[np.searchsorted(self.starts, positions, side="right") - 1]
+
+    def shuffled(self, positions: np.ndarray, windows: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """Samples at `positions`, permuted within windows of consecutive shards.
+
+        Args:
+            windows: index in the sequence of the first shard of each window, the first one's is 0: int64[w].
+            keys: seed of each window's permutation: uint64[w].
+        """
+        bounds = self.starts[np.append(windows, len(self.shards))]
+        window = np.searchsorted(bounds, positions, side="right") - 1
+        start, end = bounds[window], bounds[window + 1]
+        return self.in_order(start + permute_array(positions - start, end - start, keys[window]))

@@ -1,5 +1,6 @@
-"""The option whose tokens are the likeliest on average, and beside it the rules of lm-evaluation-harness."""
+"""Rules over the probabilities of texts that are there."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,28 @@ if TYPE_CHECKING:
     from openlm_pipeline.evaluation.results import RequestScore
     from openlm_pipeline.evaluation.suite import IclTask
     from openlm_pipeline.evaluation.tasks import Item
+
+
+@RULES.register("argmax")
+class Argmax(Rule):
+    """Every token of the right continuation is the most likely one, given the true tokens before it (LLM Foundry)."""
+
+    @classmethod
+    def judge(cls, task: "IclTask", item: "Item", given: Sequence["RequestScore"]) -> dict[str, Any]:
+        return {"correct": given[item.gold].all_argmax}
+
+
+@RULES.register("bits")
+class Bits(Rule):
+    """Bits to code a byte of the text: nothing is right or wrong."""
+
+    judges = False
+
+    @classmethod
+    def judge(cls, task: "IclTask", item: "Item", given: Sequence["RequestScore"]) -> dict[str, Any]:
+        (whole,) = given
+        (text_bytes,) = item.continuation_bytes
+        return {"value": -whole.sum_logprob / math.log(2) / text_bytes, "value_kind": "bits_per_byte"}
 
 
 def _first_largest(values: Sequence[float]) -> int:

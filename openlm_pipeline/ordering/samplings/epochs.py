@@ -1,8 +1,9 @@
-"""An order that reads few shards at a time, for shards that are far away.
+"""Orders in which each sample comes once per epoch, sources interleaved in equal blocks.
 
-Each epoch of a source takes its shards in a new seeded order and cuts it into windows of W consecutive shards, the last
-one shorter; the samples of a window are permuted together. So each sample comes once per epoch, and a reader needs the
-shards of one window, then those of the next. Still a pure function of (shard sizes, weights, seed, W, i).
+The windowed one reads few shards at a time, for shards that are far away. Each epoch of a source takes its shards in a
+new seeded order and cuts it into windows of W consecutive shards, the last one shorter; the samples of a window are
+permuted together. So a reader needs the shards of one window, then those of the next. Still a pure function of (shard
+sizes, weights, seed, W, i).
 """
 
 from collections.abc import Sequence
@@ -11,10 +12,33 @@ from functools import lru_cache
 import numpy as np
 
 from openlm_pipeline.ordering.mixture import StratifiedMixture, checked_totals, key_of
-from openlm_pipeline.ordering.permutation import mix_array, permute_array
-from openlm_pipeline.ordering.samplings import Sampling
-from openlm_pipeline.ordering.shard_sequence import ShardSequence
+from openlm_pipeline.ordering.permutation import mix, mix_array, permute_array
+from openlm_pipeline.ordering.samplings import Sampling, ShardSequence
 from openlm_pipeline.registry import SAMPLINGS
+
+
+@SAMPLINGS.register("permutation")
+class DataOrder(Sampling):
+    """Each sample once per epoch, each source as a whole permuted anew in each."""
+
+    def __init__(self, sizes: Sequence[int | np.ndarray], weights: Sequence[float], seed: int) -> None:
+        """
+        Args:
+            sizes: number of samples in each source, at least one, or in each of its shards.
+            weights: share of each source, positive, in any scale.
+            seed: chooses the permutations.
+
+        Raises:
+            ConfigError: a source has too small a share of the mixture.
+        """
+        self.sizes = tuple(checked_totals(sizes, weights))
+        super().__init__(StratifiedMixture(weights))
+        self.seed = seed
+
+    def samples(self, source: int, positions: np.ndarray) -> np.ndarray:
+        epochs, within = np.divmod(positions, self.sizes[source])
+        key = mix(mix(self.seed) ^ mix(source))
+        return permute_array(within, self.sizes[source], epochs.astype(np.uint64) ^ np.uint64(key))
 
 
 @SAMPLINGS.register("windowed")
