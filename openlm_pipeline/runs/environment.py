@@ -6,7 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,6 @@ from openlm_pipeline.runs.programs import programs_folder
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.units import format_bytes
 
-_PACKAGES = (
-    *("torch", "dagster", "dagster-webserver", "dask", "distributed", "tokenizers", "transformers", "pyarrow", "numpy"),
-    *(
-        "fsspec",
-        "s3fs",
-        "huggingface_hub",
-        "gigatoken",
-        "kubernetes",
-        "dask-jobqueue",
-        "wandb",
-        "tensorboard",
-        "torchao",
-    ),
-)
 _SECRET = re.compile(r"WEBHOOK|SECRET|PASSWORD|_KEY")
 
 
@@ -38,9 +25,8 @@ def code_version() -> str:
     """The version, in a checkout with its commit: `0.1.0 (df959f5a1b2c)`, with `-dirty` where files differ from it."""
     if not (programs_folder() / ".git").exists():
         return __version__
-    commit = _output(
-        "git", "-C", str(programs_folder()), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"
-    )
+    place = ("git", "-C", str(programs_folder()))
+    commit = _output(*place, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
     return f"{__version__} ({commit})" if commit else __version__
 
 
@@ -66,22 +52,27 @@ def environment() -> dict[str, Any]:
         "memory": f"{format_bytes(memory.available)} free of {format_bytes(memory.total)}",
         "gpus": gpus or "none that nvidia-smi knows",
         "home": str(home.root) if home.root.exists() else f"{home.root}, not there yet",
+        "dagster home": os.environ.get("DAGSTER_HOME") or "not set",
         "disk": f"{format_bytes(disk.free)} free of {format_bytes(disk.total)} at {place}",
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": _packages(),
         "variables": {
             name: _shown(name, value)
             for name, value in sorted(os.environ.items())
-            if name.startswith("OPENLM_") or name in ("DAGSTER_HOME", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+            if name.startswith("OPENLM_") or name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
         },
         "choices": {r.kind: ", ".join(r.names) for r in vars(registry).values() if isinstance(r, registry.Registry)},
     }
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+def _packages() -> dict[str, str]:
+    """Versions of what this one needs or could use, where it is installed itself."""
+    found = {}
+    with suppress(PackageNotFoundError):
+        for requirement in requires("openlm-pipeline") or []:
+            name = re.split(r"[^\w.-]", requirement)[0]
+            with suppress(PackageNotFoundError):
+                found[name] = version(name)
+    return found
 
 
 def _shown(name: str, value: str) -> str:

@@ -1,8 +1,8 @@
 """What the time of a run went into: a pure function of `ledger.jsonl` and `metrics.jsonl` in its folder.
 
 The trainer adds an event to the ledger as it starts, once it has its weights (`resume`), after each checkpoint
-(`saved`) and as it ends; its steps stand in the metrics. A killed process wrote no end: its last sign of life stands for
-that. Of what an earlier release trained without a ledger, the steps alone are known.
+(`saved`) and as it ends; its steps stand in the metrics. A killed process wrote no end: its last sign of life stands
+for that. Of what an earlier release trained without a ledger, the steps alone are known.
 """
 
 import heapq

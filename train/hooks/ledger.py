@@ -1,6 +1,7 @@
 """Events of `ledger.jsonl`: when this process began and on what, when it had its weights, how it ended."""
 
 import os
+import platform
 import socket
 import time
 from collections import Counter
@@ -37,6 +38,7 @@ class Ledger(Hook):
             "devices": Counter(name for _, name in ranks),
             "world_size": world.size,
             "code": code_version(),
+            "software": f"python {platform.python_version()}, torch {torch.__version__}",
             "launcher": trainer.experiment.launcher.kind,
             "job": os.environ.get("SLURM_JOB_ID"),
             "process": [socket.gethostname(), os.getpid(), created],
