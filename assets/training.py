@@ -16,10 +16,12 @@ from assets.common import (
     metadata,
     run_links,
     shards_key,
+    shown,
     user_errors,
 )
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.pipeline import training as stages
+from openlm_pipeline.runs import ledger
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.identity import settings_identity
 from openlm_pipeline.runs.launch import Measured, MilestoneReached, MilestoneReused, StepSkipped
@@ -123,6 +125,7 @@ def _milestone(
             "loss_curve": _table(training),
         }
     )
+    facts |= shown(ledger.facts(folder, event.label))
     if not selected:
         tags = {DATA_VERSION_TAG: result.version}
         context.log_event(dg.AssetMaterialization(key, metadata=facts, tags=tags))

@@ -316,6 +316,7 @@ class Trainer:
     def _save(self, milestone: str | None, metrics: dict[str, float] | None = None) -> None:
         if self.world.any(not self._weights_finite()):
             raise TrainingError(f"weights are not finite at step {self.step}; nothing was saved")
+        began = time.perf_counter()
         self.saver.save(
             self.model,
             self.optimizer,
@@ -325,10 +326,12 @@ class Trainer:
             milestone=milestone,
             metrics=metrics or {},
         )
+        self.hooks.paused_seconds += time.perf_counter() - began
 
     def _on_saved(self, saved: checkpoints.Saved) -> None:
         """On rank 0, in the thread that wrote the checkpoint."""
         made = saved.checkpoint
+        self.run.append_ledger("saved", step=made.step, stall_seconds=round(saved.stall_seconds, 3))
         self._keep(made)
         rotate(self._list(), self.experiment.execution.keep_checkpoints, self.hooks.holds())
         self.console.print(

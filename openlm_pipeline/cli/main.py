@@ -18,6 +18,7 @@ from rich.table import Table
 
 from openlm_pipeline.cli.compare import compare
 from openlm_pipeline.cli.download import download
+from openlm_pipeline.cli.env import env
 from openlm_pipeline.cli.evaluate import evaluate
 from openlm_pipeline.cli.export import export
 from openlm_pipeline.cli.fork import fork
@@ -27,7 +28,9 @@ from openlm_pipeline.cli.launch import launch
 from openlm_pipeline.cli.options import Allow, Overrides, Recipe
 from openlm_pipeline.cli.plan import plan
 from openlm_pipeline.cli.report import baselines, report
+from openlm_pipeline.cli.runs import cost, logs, runs, stop
 from openlm_pipeline.cli.shards import shards_app
+from openlm_pipeline.cli.show import show
 from openlm_pipeline.cli.ui import ui
 from openlm_pipeline.errors import ConfigError, OpenLMError
 from openlm_pipeline.experiments import Experiment, load_experiment
@@ -47,8 +50,26 @@ app = typer.Typer(
 )
 console = Console(highlight=False, soft_wrap=True)
 app.add_typer(shards_app, name="shards")
-for command in (plan, launch, fork, download, evaluate, report, compare, items, baselines, export, gc, ui):
+_COMMANDS = (plan, launch, fork, download, evaluate, report, compare, items, baselines, export, gc, ui)
+for command in (*_COMMANDS, runs, show, logs, stop, cost, env):
     app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from openlm_pipeline.runs.environment import code_version
+
+        typer.echo(f"openlm {code_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and commit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def say(line: str) -> None:

@@ -15,7 +15,9 @@ Mfu = Annotated[float, typer.Option(help="With --gpu: the share of its peak that
 Bandwidth = Annotated[
     float, typer.Option(help="GB/s that a GPU sends to other machines, for the share of a step this takes.", min=0.1)
 ]
-Price = Annotated[float | None, typer.Option(help="Price of a GPU-hour, in any currency.", min=0)]
+Price = Annotated[
+    float | None, typer.Option(envvar="OPENLM_PRICE", help="Price of a GPU-hour, in any currency.", min=0)
+]
 Allow = Annotated[
     list[str] | None,
     typer.Option(

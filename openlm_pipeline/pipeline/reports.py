@@ -28,6 +28,7 @@ from openlm_pipeline.pipeline.items import MOST_MILESTONES, look_at_items
 from openlm_pipeline.pipeline.preflight import preflight
 from openlm_pipeline.pipeline.training import open_run
 from openlm_pipeline.result import Say, StageResult
+from openlm_pipeline.runs import ledger
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.identity import settled
 from openlm_pipeline.runs.launch import milestone_checkpoints
@@ -145,7 +146,8 @@ def make_report(experiment: Experiment, home: Home, report: Say) -> StageResult:
     run = open_run(experiment, home)
     found = _cards(experiment, home) if experiment.evaluation else _Cards([], [], {})
     out = home.report(experiment.name, experiment.version)
-    provenance = {"run fingerprint": run.fingerprint, "openlm_pipeline": __version__}
+    took = ledger.sentence(ledger.facts(run))
+    provenance = {"run fingerprint": run.fingerprint, "openlm_pipeline": __version__, "training took": took}
     folders = {c.label: home.scorecard(experiment.name, experiment.version, c.label) for c in found.milestones}
     shown = [label for label, folder in folders.items() if items_of(folder) is not None][-MOST_MILESTONES:]
     items = look_at_items(experiment, home, shown) if shown else []

@@ -16,12 +16,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from openlm_pipeline.errors import BusyError
 from openlm_pipeline.pipeline.retention_rules import TRASH, GcEntry, Kept, Retention, Scan
 from openlm_pipeline.result import Say
-from openlm_pipeline.storage.files import folder_lock
+from openlm_pipeline.storage.files import folder_lock, is_held
 from openlm_pipeline.storage.home import Home
 
 __all__ = ["GcEntry", "Removals", "Kept", "Retention", "apply", "plan_gc"]
@@ -92,19 +90,6 @@ def apply(plan: Removals, report: Say, *, now: float | None = None) -> int:
     return sum(entry.bytes for _, entry in trash)
 
 
-def _held(folder: Path) -> bool:
-    """Whether a live process holds the lock of a folder; it is not made for the asking."""
-    if not (folder / ".lock").is_file():
-        return False
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return True
-    lock.release()
-    return False
-
-
 def _is_busy(entry: GcEntry) -> bool:
     inside = [] if entry.path.is_file() else [Path(f) for f, _, names in os.walk(entry.path) if ".lock" in names]
-    return any(map(_held, [*inside, *([entry.lock] if entry.lock else [])]))
+    return any(map(is_held, [*inside, *([entry.lock] if entry.lock else [])]))

@@ -1,7 +1,8 @@
 """The run folder: who it belongs to, its metrics, and how its last process ended.
 
-`run.json` (identity), `experiment.yaml` (the resolved experiment), `metrics.jsonl`, `outcome.json`, `checkpoints/`;
-on a GPU `attention.json`, the order of attention's kernels by kind of GPU.
+`run.json` (identity), `experiment.yaml` (the resolved experiment), `metrics.jsonl`, `ledger.jsonl` (what its time went
+into, see `ledger`), `outcome.json`, `checkpoints/`; on a GPU `attention.json`, the order of attention's kernels by kind
+of GPU.
 """
 
 import json
@@ -45,6 +46,20 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def ledger_file(self) -> Path:
+        return self.path / "ledger.jsonl"
+
+    @property
+    def stop_file(self) -> Path:
+        """There once somebody asked the trainer to stop, until it is submitted again."""
+        return self.path / "launch" / "stop"
+
+    @property
+    def lock_folder(self) -> Path:
+        """Beside the folder, which `claim` may set aside."""
+        return self.path.parent / f".{self.path.name}"
+
+    @property
     def attention_file(self) -> Path:
         return self.path / "attention.json"
 
@@ -82,13 +97,12 @@ class RunFolder:
         return list_checkpoints(self.checkpoints, record["fingerprint"], warn=lambda _: None) if record else []
 
     def lock(self) -> AbstractContextManager[None]:
-        """Held by the one process that may train this run, for its lifetime. It stands beside the folder, which
-        `claim` may set aside.
+        """Held by the one process that may train this run, for its lifetime.
 
         Raises:
             BusyError: on entering, where another process holds it.
         """
-        return folder_lock(self.path.parent / f".{self.path.name}", "training")
+        return folder_lock(self.lock_folder, "training")
 
     def belongs_to(self, identity: Tree) -> bool:
         """Whether the folder is free or is that run's."""
@@ -170,16 +184,24 @@ class RunFolder:
         Raises:
             TrainingError: there is no room for it, or it can't be written.
         """
-        line = json.dumps({**record, "time": round(time.time(), 3)}) + "\n"
-        try:
-            with self.metrics_file.open("ab+") as f:
-                if f.tell():
-                    f.seek(-1, os.SEEK_END)
-                    if f.read(1) != b"\n":  # a killed process left half a line
-                        line = "\n" + line
-                f.write(line.encode())
-        except OSError as e:
-            raise TrainingError(f"{self.metrics_file} can't be written: {e.strerror or e}") from e
+        _append(self.metrics_file, record)
+
+    def append_ledger(self, event: str, **what: Any) -> None:
+        """As `append_metrics`; the event has its place among the records of `metrics.jsonl`, whatever clocks say."""
+        place = self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
+        _append(self.ledger_file, {"event": event, **what, "metrics_bytes": place})
+
+    def read_ledger(self) -> list[dict[str, Any]]:
+        """The events in the order written; none where an earlier release trained."""
+        if not self.ledger_file.exists():
+            return []
+        with self.ledger_file.open("rb") as f:
+            return list(_json_records(f))
+
+    def last_records(self, num_bytes: int = 1 << 16) -> list[dict[str, Any]]:
+        """The records in the last bytes of `metrics.jsonl`."""
+        size = self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
+        return self.new_metrics(max(0, size - num_bytes))[0]
 
     def new_metrics(self, offset: int) -> tuple[list[dict[str, Any]], int]:
         """The records of the whole lines after byte `offset`, as they were written, and where to continue from."""
@@ -232,6 +254,19 @@ class RunFolder:
     def clear_outcome(self) -> None:
         for path in self.path.glob("outcome.json*"):
             path.unlink(missing_ok=True)
+
+
+def _append(path: Path, record: dict[str, Any]) -> None:
+    line = json.dumps({**record, "time": round(time.time(), 3)}) + "\n"
+    try:
+        with path.open("ab+") as f:
+            if f.tell():
+                f.seek(-1, os.SEEK_END)
+                if f.read(1) != b"\n":  # a killed process left half a line
+                    line = "\n" + line
+            f.write(line.encode())
+    except OSError as e:
+        raise TrainingError(f"{path} can't be written: {e.strerror or e}") from e
 
 
 def is_measurement(record: dict[str, Any]) -> bool:

@@ -4,20 +4,25 @@ What happens is read from files (`metrics.jsonl`, checkpoints, `outcome.json`), 
 sees the same. The `Job` of `runs/launchers` says whether the trainer is still there.
 """
 
+import os
+import signal
+import socket
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
+
 from openlm_pipeline.checkpoints.folders import Checkpoint
-from openlm_pipeline.errors import TrainingError
+from openlm_pipeline.errors import BusyError, TrainingError
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.registry import LAUNCHERS
 from openlm_pipeline.result import Say
 from openlm_pipeline.runs.folder import RunFolder, is_measurement
 from openlm_pipeline.runs.launchers import Launcher
 from openlm_pipeline.runs.launchers.job import Job
-from openlm_pipeline.storage.files import folder_lock
+from openlm_pipeline.storage.files import folder_lock, is_held, write_text
 from openlm_pipeline.storage.home import Home
 
 _POLL_SECONDS = 0.5
@@ -107,6 +112,7 @@ def train_run(
     wanted = {label for label, tokens in experiment.labelled_milestones() if tokens <= until}
     news = wanted - set(milestone_checkpoints(experiment, run) if told is None else told)
     with folder_lock(run.path / "launch", "watching the training"):
+        run.stop_file.unlink(missing_ok=True)
         offset = run.metrics_file.stat().st_size if run.metrics_file.exists() else 0
         launcher = launcher_of(experiment, home, run, report, allow)
         job = launcher.find()
@@ -122,6 +128,9 @@ def train_run(
                 if not found or is_there(experiment, run, until):
                     return
                 found = False  # a job that was found may have had less to do
+            elif run.stop_file.exists() and (outcome is None or outcome["status"] == "preempted"):
+                at = f" at step {outcome['step']:,}, which is saved" if outcome else ""
+                raise TrainingError(f"training of {experiment.name} was asked to stop{at}; the same command resumes it")
             elif job.interrupted() and requeues < launcher.max_requeues:
                 requeues += 1
                 report(f"training was interrupted and resumes from its last checkpoint; {job.ending().splitlines()[0]}")
@@ -129,6 +138,38 @@ def train_run(
                 reason = outcome.get("reason", outcome["status"]) + "\n" if outcome else ""
                 raise TrainingError(f"training of {experiment.name} ended early: {reason}{job.ending()}")
             job = None
+
+
+def stop_run(experiment: Experiment, home: Home, run: RunFolder, report: Say) -> bool:
+    """Ask the trainer of a run to save and end, whoever started it, and wait for that; whether there was one.
+
+    Raises:
+        BusyError: it has not yet said which process it is, runs on another machine, or needs longer than its grace.
+        ClusterError: the cluster does not answer, or can't end the job.
+    """
+    grace, job = experiment.launcher.grace_seconds, launcher_of(experiment, home, run).find()
+    if job is None and not is_held(run.lock_folder) and not is_held(run.path / "launch"):
+        return False
+    waiting = f"asked to save and stop; that may take {grace} s (launcher.grace_seconds)"
+    if job is not None:
+        write_text(run.stop_file, "")
+        report(f"its {experiment.launcher.kind} job is {waiting}")
+        job.cancel()
+        return True
+    host, pid, created = next((e["process"] for e in reversed(run.read_ledger()) if "process" in e), ("", 0, 0.0))
+    if host not in ("", socket.gethostname()):
+        raise BusyError(f"its trainer is process {pid} on {host}: run this command there")
+    if not host or not psutil.pid_exists(pid) or abs(psutil.Process(pid).create_time() - created) > 1:
+        raise BusyError("its trainer is only starting, or an earlier release's: try again in a moment")
+    write_text(run.stop_file, "")
+    os.kill(pid, signal.SIGTERM)  # the other ranks hear of it from this one
+    report(f"process {pid} is {waiting}")
+    give_up = time.monotonic() + grace
+    while is_held(run.lock_folder):
+        if time.monotonic() > give_up:
+            raise BusyError(f"process {pid} is still there after {grace} s; what it saved until now is kept")
+        time.sleep(_POLL_SECONDS)
+    return True
 
 
 def _watch(experiment: Experiment, run: RunFolder, job: Job, offset: int, news: set[str]) -> Iterator[Event]:

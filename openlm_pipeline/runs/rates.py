@@ -1,6 +1,6 @@
 """The learning rate of each step of a recipe, and what is odd about it: a jump, a climb, tokens at rate 0."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from openlm_pipeline.experiments import Experiment, load_experiment
 from openlm_pipeline.result import Finding, refusal
@@ -83,6 +83,10 @@ def rate_line(experiment: Experiment, width: int = 40) -> str:
     """The learning rate from the first step to the last, drawn."""
     curve = rate_curve(experiment, experiment.milestones[-1])
     rates = [curve[i * (len(curve) - 1) // (width - 1)][1] for i in range(width)]
-    high = max(rates) or 1
-    bars = "".join(_BARS[round(rate / high * (len(_BARS) - 1))] for rate in rates)
-    return f"learning rate: {rates[0]:.3g} |{bars}| {rates[-1]:.3g}, at most {high:.3g}"
+    return f"learning rate: {rates[0]:.3g} |{drawn(rates, 0)}| {rates[-1]:.3g}, at most {max(rates):.3g}"
+
+
+def drawn(values: Sequence[float], low: float) -> str:
+    """A bar for each value, from none at `low` to a full one at the highest."""
+    height = (max(values) - low) or 1
+    return "".join(_BARS[round((value - low) / height * (len(_BARS) - 1))] for value in values)

@@ -30,7 +30,15 @@ from openlm_pipeline.storage import copies, remote
 from openlm_pipeline.storage.home import Home
 
 _LAST_ATTEMPTS = 3
-_RECORDS = ("run.json", "experiment.yaml", "metrics.jsonl", "outcome.json", "attention.json", "wandb_id.txt")
+_RECORDS = (
+    "run.json",
+    "experiment.yaml",
+    "metrics.jsonl",
+    "ledger.jsonl",
+    "outcome.json",
+    "attention.json",
+    "wandb_id.txt",
+)
 
 
 def push_run(home: Home, run: RunFolder) -> None:
@@ -179,7 +187,7 @@ class Uploads:
                 has_newest = True
             except DataError as e:
                 self.warn(f"checkpoint {checkpoint.path.name} is not fetched: {e}")
-        for file in (self.run.metrics_file, self.run.attention_file, self.run.wandb_file):
+        for file in (self.run.metrics_file, self.run.ledger_file, self.run.attention_file, self.run.wandb_file):
             if not file.exists() and remote.exists(remote.join(self.url, file.name)):
                 remote.download(remote.join(self.url, file.name), file)
 

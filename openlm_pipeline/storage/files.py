@@ -126,6 +126,19 @@ def folder_lock(folder: Path, doing: str) -> Iterator[None]:
         lock.release()
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a live process holds `folder_lock` of a folder, which is not made for the asking."""
+    if not (folder / ".lock").is_file():
+        return False
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
+
+
 def set_aside(folder: Path) -> Path:
     """Rename `folder` to `<name>.superseded-N`, so that nothing made before is lost; return the new path."""
     n = 1

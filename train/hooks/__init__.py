@@ -111,7 +111,7 @@ class Hooks:
         classes = sorted(HOOKS, key=lambda named: (named[1].order, named[0]))
         self._hooks = [hook(trainer) for _, hook in classes]
         self.paused_seconds = 0.0
-        """Time spent in `between_steps`; it is no part of the time of the steps around it."""
+        """Time spent in `between_steps` and waiting for a checkpoint; no part of the time of the steps around it."""
 
     def __iter__(self) -> Iterator[Hook]:
         return iter(self._hooks)

@@ -62,6 +62,10 @@ class Launcher(ABC):
         """
         return None
 
+    def log_end(self, lines: int) -> str:
+        """The end of what the trainer prints, where no file in the run folder has it; else nothing."""
+        return ""
+
     @abstractmethod
     def submit(self, until: int) -> Job:
         """Start the training of the run up to `until` tokens.

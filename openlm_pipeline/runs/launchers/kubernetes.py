@@ -203,6 +203,9 @@ class Kubernetes(Launcher):
         self.report(f"{job.description} created")
         return self._job()
 
+    def log_end(self, lines: int) -> str:
+        return self._job().log_end(lines)
+
     def show(self, until: int) -> str:
         return manifest(self.experiment, self.home, until, self.allow)
 
@@ -359,10 +362,14 @@ class KubernetesJob:
 
     def ending(self) -> str:
         how = "was deleted" if self._last is None else self.final_condition(self._last)
+        log = self.log_end(_LOG_LINES)
+        return f"{self.description} {how}" + (f"\nThe end of the log of {log}" if log else "")
+
+    def log_end(self, lines: int) -> str:
+        """The name of its last pod and the end of what that printed; nothing without one."""
         pods = self._pods()
         if not pods:
-            return f"{self.description} {how}"
+            return ""
         pod = pods[-1].metadata.name
-        arguments = {"namespace": self._where["namespace"], "name": pod, "tail_lines": _LOG_LINES}
-        log = self._ask(self._pods_api.read_namespaced_pod_log, **arguments)
-        return f"{self.description} {how}\nThe end of the log of pod {pod}:\n{log or ''}"
+        arguments = {"namespace": self._where["namespace"], "name": pod, "tail_lines": lines}
+        return f"pod {pod}:\n{self._ask(self._pods_api.read_namespaced_pod_log, **arguments) or ''}"
