@@ -1,8 +1,11 @@
 """What all assets share: keys, pools, metadata, and errors for the person who must act."""
 
 import contextlib
+import functools
 import os
 import re
+import shutil
+import subprocess
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,9 @@ from openlm_pipeline.fingerprint import Tree, fingerprint, short
 from openlm_pipeline.pools import DaskSettings
 from openlm_pipeline.result import ALLOW_TAG, StageResult, parse_allow
 from openlm_pipeline.runs.folder import WANDB_URL
+from openlm_pipeline.shards.opening import open_dataset
 from openlm_pipeline.storage.home import Home
+from openlm_pipeline.units import format_tokens
 
 DATA_VERSION_TAG = "dagster/data_version"
 CODE_VERSION_TAG = "dagster/code_version"
@@ -110,6 +115,11 @@ def baseline_key(name: str) -> dg.AssetKey:
     return dg.AssetKey(["scorecard", "baseline", name])
 
 
+def scores_group(run: str) -> str:
+    """Apart from its checkpoints, as the graph shows the last part of a key alone: `t0250B` of both."""
+    return f"{run}_scores"
+
+
 def report_key(run: str) -> dg.AssetKey:
     return dg.AssetKey(["report", run])
 
@@ -156,20 +166,53 @@ def place(path: Path) -> dict[str, Any]:
     }
 
 
-def table(parquets: Sequence[Path]) -> dict[str, Any]:
-    """Columns and number of rows of a table in one or more Parquet files, as they say themselves; {} for none."""
+def table(parquets: Sequence[Path], about: Mapping[str, str] = {}) -> dict[str, Any]:
+    """Columns and number of rows of a table in one or more Parquet files, as they say themselves; {} for none.
+
+    Args:
+        about: descriptions of columns of files that don't have them.
+    """
     if not parquets:
         return {}
     import pyarrow.parquet as pq  # slow to import, and loading the definitions needs none of it
 
     columns = [
-        dg.TableColumn(field.name, str(field.type), constraints=dg.TableColumnConstraints(nullable=field.nullable))
+        dg.TableColumn(
+            field.name,
+            str(field.type),
+            (field.metadata or {}).get(b"description", b"").decode() or about.get(field.name),
+            dg.TableColumnConstraints(nullable=field.nullable),
+        )
         for field in pq.read_schema(parquets[0])
     ]
     return {
         "dagster/column_schema": dg.TableSchema(columns),
         "dagster/row_count": sum(pq.read_metadata(path).num_rows for path in parquets),
     }
+
+
+def made_from(experiment: Experiment) -> dict[str, Any]:
+    """Size of the model, datasets with their shares and tokens, and the commit of the checkout that runs this."""
+    from openlm_pipeline.models import count_parameters
+
+    datasets, home = experiment.training_datasets(), Home.from_env()
+    whole = sum(d.source.weight for d in datasets)
+    data = [
+        f"{d.name} {d.version}: {d.source.weight / whole:.0%} of what is read, it has "
+        f"{format_tokens(open_dataset(d, home).info['totals']['tokens'], 4)} tokens"
+        for d in datasets
+    ]
+    facts = {"parameters": count_parameters(experiment.model_config_resolved()), "commit": _commit()}
+    return {"data": dg.MetadataValue.md("\n\n".join(data)), **shown(facts)}
+
+
+@functools.cache
+def _commit() -> str | None:
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists() or not shutil.which("git"):
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 def run_links(experiment: Experiment) -> dict[str, Any]:
@@ -184,8 +227,8 @@ def run_links(experiment: Experiment) -> dict[str, Any]:
 
 
 def metadata(result: StageResult) -> dict[str, Any]:
-    """A stage's result as Dagster metadata."""
-    return {**place(result.path), "version": short(result.version), "reused": result.reused, **shown(result.facts)}
+    """A stage's result as Dagster metadata, in the order in which the UI shows it."""
+    return {**shown(result.facts), "reused": result.reused, "version": short(result.version), **place(result.path)}
 
 
 def allowed(context: dg.OpExecutionContext | dg.AssetExecutionContext) -> frozenset[str]:

@@ -47,9 +47,9 @@ from openlm_pipeline.tokenization.documents import (
     record_offsets,
 )
 from openlm_pipeline.tokenization.packing import PACKING_VERSION, packing_tree
-from openlm_pipeline.tokenizers.tokenizer import TRAINING_VERSION
+from openlm_pipeline.tokenizers.engine import load_any
+from openlm_pipeline.tokenizers.tokenizer import TRAINING_VERSION, tokenizer_file
 
-GROUP = "data"
 _CHECKS = (  # name, whether it blocks, what it says
     ("tokens_conserved", True, "Tokens of the raw files = tokens in the shards + those of the tail that is left out."),
     ("shard_checksums", True, "Shards have the sha256 of the manifest; those read before or in a store, its size."),
@@ -58,6 +58,7 @@ _CHECKS = (  # name, whether it blocks, what it says
     ("no_file_left_out", False, "No raw file was left out because it is damaged (the source's on_bad_file: skip)."),
 )
 _EVENTS_PER_QUERY = 1000
+_SHOWN_TOKENS = 300
 _LAST_CHECKS = 20
 _CLOCKS_APART = 60.0
 """Seconds by which the clock of a file server may differ from ours."""
@@ -69,7 +70,7 @@ def corpus_asset(experiment: Experiment) -> dg.AssetsDefinition:
     @dg.asset(
         key=CORPUS_KEY,
         deps=[PREFLIGHT_KEY],
-        group_name=GROUP,
+        group_name="raw_files",
         kinds={"python", "corpus"},
         code_version="1",
         pool=CPU_POOL,
@@ -94,7 +95,7 @@ def tokenizer_asset(experiment: Experiment) -> dg.AssetsDefinition:
     @dg.asset(
         key=tokenizer_key(spec.name),
         deps=deps,
-        group_name=GROUP,
+        group_name="tokenizers",
         kinds={"huggingface", "tokenizer"},
         code_version=code_version({"spec": settings_tree(spec, {"source"}), "code": TRAINING_VERSION}),
         pool=CPU_POOL,
@@ -174,6 +175,8 @@ def _report_files(
     context: dg.OpExecutionContext, dataset: Dataset, files: Sequence[FileTokens], done: set[str]
 ) -> None:
     """Log a materialization for each file that was tokenized, or that Dagster does not know in this version."""
+    from openlm_pipeline.shards.inspect import quarantine_reasons  # pyarrow is slow to import
+
     folder = Home.from_env().tokenized(dataset.name, dataset.version)
     known = _latest(context, tokenized_key(dataset), dg.DagsterEventType.ASSET_MATERIALIZATION)
     observed = _latest(context, raw_key(dataset), dg.DagsterEventType.ASSET_OBSERVATION)
@@ -194,11 +197,13 @@ def _report_files(
         _, recorded = known.get(file.name, (None, {}))
         if file.name not in done and all(recorded.get(k) == v for k, v in tags.items()):
             continue
+        bad = folder / f"{file.name}.quarantine.jsonl"
         facts = {
             **place(folder / f"{file.name}.tokens"),
             "dagster/partition_row_count": file.documents,
             "documents": file.documents,
             "quarantined": file.quarantined,
+            **({"quarantine_reasons": dict(quarantine_reasons(bad))} if file.quarantined and bad.exists() else {}),
             "tokens": file.tokens,
             "text_bytes": file.text_bytes,
             **({} if file.special_strings is None else {"special_strings": file.special_strings}),
@@ -212,12 +217,14 @@ def _report_files(
 
 
 def _progress(context: dg.OpExecutionContext, key: dg.AssetKey) -> Say:
-    """Logs each line of a stage; what those that tell progress hold becomes observations of the asset."""
+    """Logs each line of a stage; those that tell progress are observations of the asset."""
 
     def report(line: str) -> None:
-        context.log.info(line)
         if isinstance(line, ProgressLine):
-            context.log_event(dg.AssetObservation(key, metadata={"progress": str(line), **shown(line.facts)}))
+            facts = {"progress": str(line), **shown(line.facts)}
+            context.log_event(dg.AssetObservation(key, str(line), metadata=facts))
+        else:
+            context.log.info(line)
 
     return report
 
@@ -246,7 +253,7 @@ def dataset_assets(dataset: Dataset) -> list[dg.AssetsDefinition | dg.AssetCheck
                 deps=upstream,
                 partitions_def=files,
                 skippable=True,
-                group_name=GROUP,
+                group_name="raw_files",
                 kinds={"raw_files"},
                 code_version="1",
                 description=f"Raw text: {', '.join(dataset.source.files)}",
@@ -268,7 +275,7 @@ def dataset_assets(dataset: Dataset) -> list[dg.AssetsDefinition | dg.AssetCheck
                 deps=[raw_key(dataset), tokenizer_key(dataset.tokenizer.name)],
                 partitions_def=files,
                 skippable=True,
-                group_name=GROUP,
+                group_name="tokenized",
                 kinds={"dask", "tokenized"},
                 code_version=_files_code_version(dataset),
                 description="Token streams and document indexes, one per raw file; several files are one run on Dask.",
@@ -301,7 +308,7 @@ def dataset_assets(dataset: Dataset) -> list[dg.AssetsDefinition | dg.AssetCheck
 
     @dg.graph_asset(
         key=shards_key(dataset),
-        group_name=GROUP,
+        group_name="shards",
         kinds={"dask", "shards"},
         code_version=_shards_code_version(dataset),
         ins={
@@ -327,9 +334,18 @@ def dataset_assets(dataset: Dataset) -> list[dg.AssetsDefinition | dg.AssetCheck
 
 
 def _shards_metadata(dataset: Dataset, made: StageResult) -> dict[str, object]:
-    """As `metadata`, with the provenance's columns, and the shards' size and place in a store."""
+    """As `metadata`, with how two samples begin, the provenance's columns, and the shards' size and place."""
+    from openlm_pipeline.shards.provenance import COLUMNS  # pyarrow is slow to import
+
     shards = ShardedDataset(made.path)
-    facts = metadata(made) | table(sorted(made.path.glob("*.provenance.parquet")))
+    facts = metadata(made) | table(sorted(made.path.glob("*.provenance.parquet")), COLUMNS)
+    if (made.path / shards.entries[0].tar).exists():  # they may be in a store alone
+        decode = load_any(tokenizer_file(Home.from_env().tokenizer(dataset.tokenizer.name))).decode
+        texts = {
+            n: decode(shards[n][:_SHOWN_TOKENS].tolist(), skip_special_tokens=False) for n in (0, len(shards) // 2)
+        }
+        rows = [dg.TableRecord({"sample": n, "text": text}) for n, text in texts.items()]
+        facts["texts"] = dg.MetadataValue.table(rows)
     facts["size_bytes"] = sum(entry.bytes for entry in shards.entries)
     if url := published_url(dataset):
         facts["dagster/uri"] = public(url)
@@ -414,7 +430,7 @@ def _ready_made(dataset: Dataset) -> list[dg.AssetsDefinition | dg.AssetChecksDe
     @dg.asset(
         key=shards_key(dataset),
         deps=[tokenizer_key(dataset.tokenizer.name)],
-        group_name=GROUP,
+        group_name="shards",
         kinds={"shards"},
         code_version=code_version({"shards": dataset.source.shards, "seq_len": dataset.seq_len}),
         pool=CPU_POOL,

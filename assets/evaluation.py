@@ -9,9 +9,12 @@ from assets.common import (
     baseline_key,
     checkpoint_key,
     code_version,
+    made_from,
     metadata,
     run_links,
     scorecard_key,
+    scores_group,
+    shown,
     table,
     user_errors,
     when_ready,
@@ -22,10 +25,12 @@ from openlm_pipeline.experiments import Baseline, Experiment
 from openlm_pipeline.fingerprint import settings_tree
 from openlm_pipeline.pipeline import evaluation as scoring
 from openlm_pipeline.pipeline.evaluation import CARD
+from openlm_pipeline.pipeline.items import wrong_items
 from openlm_pipeline.result import StageResult
 from openlm_pipeline.storage.home import Home
 
 _ITEMS = "items.parquet"
+_FIRST = ("score", "change", "average", "validation_loss", "tokens")
 _NOT_SCORING = {"while_training", "suite", "baselines", "quoted", "batch_tokens", "processes"}
 """Fields of `evaluation` that change no score; the suite has its own digest."""
 COMPLETE, REGRESSION = "complete_suite", "no_significant_regression"
@@ -44,9 +49,13 @@ def _specs(key: dg.AssetKey) -> list[dg.AssetCheckSpec]:
 
 
 def _events(
-    key: dg.AssetKey, score: Callable[[], StageResult], checks: int, links: Callable[[], dict[str, dg.MetadataValue]]
+    key: dg.AssetKey, score: Callable[[], StageResult], checks: int, experiment: Experiment | None = None
 ) -> Iterator[dg.AssetCheckResult | dg.MaterializeResult]:
-    """What scoring gave, with the first `checks` of `_specs`; what can't be scored fails `COMPLETE` and the step."""
+    """What scoring gave, with the first `checks` of `_specs`; what can't be scored fails `COMPLETE` and the step.
+
+    Args:
+        experiment: of a milestone; the last part of `key` is its label.
+    """
     with user_errors():
         try:
             made = score()
@@ -66,8 +75,14 @@ def _events(
     ]
     items = made.path / _ITEMS
     files = {"scorecard": dg.MetadataValue.path(str(made.path / CARD)), "items": dg.MetadataValue.path(str(items))}
+    links, wrong = {}, []
+    if experiment:
+        links = {**made_from(experiment), **run_links(experiment)}
+        wrong = [dg.TableRecord(row) for row in wrong_items(experiment, Home.from_env(), key.path[-1])]
+    first = shown({name: made.facts[name] for name in _FIRST})
+    tables = {**table([items]), **({"wrong_items": dg.MetadataValue.table(wrong)} if wrong else {})}
     yield dg.MaterializeResult(
-        metadata={**metadata(made), **table([items]), **files, **links()},
+        metadata={**first, **links, **files, **metadata(made), **tables},
         data_version=dg.DataVersion(made.version),
         check_results=results[:checks],
     )
@@ -88,7 +103,7 @@ def _scorecard_asset(experiment: Experiment, label: str, suite: Suite, version: 
     @dg.asset(
         key=key,
         deps=[checkpoint_key(experiment.name, label), *(baseline_key(b.name) for b in experiment.evaluation.baselines)],
-        group_name=experiment.name,
+        group_name=scores_group(experiment.name),
         kinds={"pytorch", "scorecard"},
         code_version=version,
         automation_condition=when_ready(),
@@ -101,7 +116,7 @@ def _scorecard_asset(experiment: Experiment, label: str, suite: Suite, version: 
             key,
             lambda: scoring.score(experiment, Home.from_env(), label, context.log.info),
             2,
-            lambda: run_links(experiment),
+            experiment,
         )
 
     return scorecard
@@ -123,7 +138,7 @@ def baseline_asset(experiment: Experiment, baseline: Baseline) -> dg.AssetsDefin
     )
     def scorecard(context: dg.AssetExecutionContext):
         yield from _events(
-            key, lambda: scoring.score_baseline(experiment, Home.from_env(), baseline.name, context.log.info), 1, dict
+            key, lambda: scoring.score_baseline(experiment, Home.from_env(), baseline.name, context.log.info), 1
         )
 
     return scorecard

@@ -1,5 +1,7 @@
 """`report/<run>`: the page over all scorecards of a run."""
 
+import re
+
 import dagster as dg
 
 from assets.common import (
@@ -9,6 +11,7 @@ from assets.common import (
     report_key,
     run_links,
     scorecard_key,
+    scores_group,
     table,
     user_errors,
     when_ready,
@@ -29,21 +32,28 @@ def report_asset(experiment: Experiment) -> dg.AssetsDefinition:
             *(key_of(experiment.name, label) for label, _ in experiment.labelled_milestones()),
             *(baseline_key(b.name) for b in baselines),
         ],
-        group_name=experiment.name,
+        group_name=scores_group(experiment.name),
         kinds={"html", "report"},
         code_version="1",
         automation_condition=when_ready(),
         description="Table of milestones, accuracy and loss against tokens, provenance: Markdown, HTML, CSV, Parquet.",
     )
     def report(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        from openlm_pipeline.reports.svg import markdown_image  # matplotlib is slow to import
+
         with user_errors():
             made = reporting.make_report(experiment, Home.from_env(), context.log.info)
+        pages = {"report_page": made.path, "items_page": made.path.with_name("items.html")}
+        facts = {name: dg.MetadataValue.path(str(page)) for name, page in pages.items() if page.exists()}
+        if chart := re.search(r'<svg [^>]*aria-label="Average .*?</svg>', made.path.read_text(), re.DOTALL):
+            facts = {"averages": dg.MetadataValue.md(markdown_image(chart[0], "average accuracy"))} | facts
         text = made.path.with_name("report.md").read_text()
         return dg.MaterializeResult(
             metadata={
+                **facts,
+                **run_links(experiment),
                 **metadata(made),
                 **table([made.path.with_name("table.parquet")]),
-                **run_links(experiment),
                 "report": dg.MetadataValue.md(text),
             },
             data_version=dg.DataVersion(made.version),

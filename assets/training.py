@@ -13,6 +13,7 @@ from assets.common import (
     allowed,
     checkpoint_key,
     code_version,
+    made_from,
     metadata,
     run_links,
     shards_key,
@@ -24,11 +25,15 @@ from openlm_pipeline.pipeline import training as stages
 from openlm_pipeline.runs import ledger
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.identity import settings_identity
-from openlm_pipeline.runs.launch import Measured, MilestoneReached, MilestoneReused, StepSkipped
+from openlm_pipeline.runs.launch import MilestoneReached, MilestoneReused, StepSkipped
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.units import format_tokens, milestone_label
 
-_OBSERVE_SECONDS = 5.0
+_OBSERVATIONS, _GROWTH, _OBSERVE_SECONDS = 200, 0.2, 5.0
+"""Observations of a run: their number at even distances, how the distance grows until then, and the least one."""
+_SKIPPED_TOLD = 50
+"""Steps left out that have a line of their own. Dagster keeps every event and line for good."""
+_PICTURE_POINTS = 120
 _TABLE_ROWS = 40
 _CHECKS = (
     ("finite_loss", "Every loss of training and validation up to the milestone."),
@@ -76,7 +81,7 @@ def checkpoint_assets(experiment: Experiment) -> dg.AssetsDefinition:
         selected = {label for label in labels if checkpoint_key(run, label) in context.selected_asset_keys}
         until = max(labels[label] for label in selected)
         folder = RunFolder(home.run(run, experiment.version))
-        observed_at = 0.0
+        distances, skipped = _Distances(until), 0
         with user_errors():
             for event in run_end.closes(
                 stages.train(experiment, home, until, context.log.info, allow=allowed(context))
@@ -84,24 +89,57 @@ def checkpoint_assets(experiment: Experiment) -> dg.AssetsDefinition:
                 if isinstance(event, MilestoneReached):
                     yield from _milestone(context, experiment, folder, event, event.label in selected)
                 elif isinstance(event, StepSkipped):
-                    context.log.warning(f"step {event.record['step']} left out: {event.record['skipped']}")
-                elif isinstance(event, Measured) and time.monotonic() - observed_at >= _OBSERVE_SECONDS:
-                    observed_at = time.monotonic()
-                    _observe(context, experiment, event.record)
+                    skipped += 1
+                    if skipped <= _SKIPPED_TOLD:  # further ones are counted in the observations
+                        context.log.warning(f"step {event.record['step']} left out: {event.record['skipped']}")
+                elif distances.due(event.record["tokens"], time.monotonic()):
+                    _observe(context, experiment, folder, skipped)
 
     return train
 
 
-def _observe(context: dg.AssetExecutionContext, experiment: Experiment, record: dict[str, Any]) -> None:
-    """Loss and speed on the milestone that is being trained, while it is."""
-    ahead = [label for label, tokens in experiment.labelled_milestones() if tokens >= record["tokens"]]
+class _Distances:
+    """When a run is observed: soon at first, then at growing distances, about `_OBSERVATIONS` times over all tokens."""
+
+    def __init__(self, until: int) -> None:
+        self._longest = until / _OBSERVATIONS
+        self._first = self._last = 0
+        self._at = -math.inf
+
+    def due(self, tokens: int, now: float) -> bool:
+        """Whether to observe at so many tokens and seconds; then the next is due later."""
+        gap = min(self._longest, _GROWTH * (self._last - self._first))
+        if now - self._at < _OBSERVE_SECONDS or tokens < self._last + gap:
+            return False
+        self._first, self._last, self._at = self._first or tokens, tokens, now
+        return True
+
+
+def _standing(experiment: Experiment, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """What people ask of a run first: its losses, in numbers and as a picture against tokens."""
+    from openlm_pipeline.reports.plots import loss_chart  # matplotlib is slow to import
+    from openlm_pipeline.reports.svg import markdown_image
+
+    training, validated = ([r for r in records if kind in r] for kind in ("loss", "validation_loss"))
+    facts = {k: of[-1][k] for k, of in (("loss", training), ("validation_loss", validated)) if of}
+    tokens = records[-1]["tokens"]
+    reached = [t for _, t in experiment.labelled_milestones() if t <= tokens]
+    picture = markdown_image(loss_chart(records, reached, _PICTURE_POINTS), "loss against tokens")
+    return {**facts, "loss_curve": dg.MetadataValue.md(picture), "tokens": tokens}
+
+
+def _observe(context: dg.AssetExecutionContext, experiment: Experiment, folder: RunFolder, skipped: int) -> None:
+    """Loss and speed on the milestone that is being trained, while it is; the description is the terminal's line."""
+    if not (records := folder.read_metrics()):
+        return
+    facts = _standing(experiment, records) | {"skipped_steps": skipped}
+    ahead = [label for label, tokens in experiment.labelled_milestones() if tokens >= facts["tokens"]]
     label = ahead[0] if ahead else [name for name, _ in experiment.labelled_milestones()][-1]
-    facts = {k: v for k, v in record.items() if k != "time" and not isinstance(v, dict)}
-    context.log_event(dg.AssetObservation(checkpoint_key(experiment.name, label), metadata=facts))
-    context.log.info(
-        f"{format_tokens(record['tokens'])} tokens, "
-        + ", ".join(f"{k} {v:,.4g}" for k, v in facts.items() if k in ("loss", "validation_loss", "tokens_per_second"))
-    )
+    latest = next((r for r in reversed(records) if "loss" in r), {})
+    facts |= {k: v for k, v in latest.items() if k not in ("time", "tokens") and not isinstance(v, dict)}
+    numbers = [f"{k} {facts[k]:,.4g}" for k in ("loss", "validation_loss", "tokens_per_second") if k in facts]
+    said = f"{format_tokens(facts['tokens'])} tokens, {', '.join(numbers)}"
+    context.log_event(dg.AssetObservation(checkpoint_key(experiment.name, label), said, metadata=facts))
 
 
 def _milestone(
@@ -116,16 +154,15 @@ def _milestone(
     result = stages.checkpoint_result(event.checkpoint, reused)
     records = [r for r in folder.read_metrics() if r["step"] <= event.checkpoint.step]
     training = [r for r in records if "loss" in r]
-    facts = (
-        metadata(result)
-        | run_links(experiment)
-        | {
-            "loss": training[-1]["loss"],
-            "tokens_per_second": training[-1]["tokens_per_second"],
-            "loss_curve": _table(training),
-        }
-    )
-    facts |= shown(ledger.facts(folder, event.label))
+    facts = {
+        **_standing(experiment, records),
+        **made_from(experiment),
+        **run_links(experiment),
+        "tokens_per_second": training[-1]["tokens_per_second"],
+        **shown(ledger.facts(folder, event.label)),
+        **metadata(result),
+        "records": _table(training),
+    }
     if not selected:
         tags = {DATA_VERSION_TAG: result.version}
         context.log_event(dg.AssetMaterialization(key, metadata=facts, tags=tags))

@@ -52,6 +52,7 @@ def training_job(experiment: Experiment) -> dg.JobDefinition:
         f"{experiment.name}_checkpoints",
         selection=dg.AssetSelection.assets(*keys),
         description=f"{experiment.name} without scores, which the automation can make while it trains.",
+        tags={"openlm/recipe": experiment.name, "openlm/stage": "training"},
     )
 
 
@@ -64,19 +65,32 @@ def recipe_job(experiment: Experiment) -> dg.JobDefinition:
         report_key(experiment.name),
     ]
     return dg.define_asset_job(
-        experiment.name, selection=dg.AssetSelection.assets(*keys), description=experiment.description
+        experiment.name,
+        selection=dg.AssetSelection.assets(*keys),
+        description=f"Raw files to report: {experiment.description}".rstrip(": "),
+        tags={"openlm/recipe": experiment.name, "openlm/stage": "all"},
     )
 
 
 def evaluation_job(experiment: Experiment) -> dg.JobDefinition:
     """Score the milestones of a run that are trained, and write its report."""
     keys = [*_score_keys(experiment), report_key(experiment.name)]
-    return dg.define_asset_job(f"evaluate_{experiment.name}", selection=dg.AssetSelection.assets(*keys))
+    return dg.define_asset_job(
+        f"evaluate_{experiment.name}",
+        selection=dg.AssetSelection.assets(*keys),
+        description=f"Scores of the milestones of {experiment.name} that are trained, and its report.",
+        tags={"openlm/recipe": experiment.name, "openlm/stage": "evaluation"},
+    )
 
 
 def dataset_job(dataset: Dataset) -> dg.JobDefinition:
     """Tokenizer and shards of one dataset."""
-    return dg.define_asset_job(f"tokenize_{dataset.name}", selection=dg.AssetSelection.assets(*_data_keys([dataset])))
+    return dg.define_asset_job(
+        f"tokenize_{dataset.name}",
+        selection=dg.AssetSelection.assets(*_data_keys([dataset])),
+        description=f"Raw files of {dataset.name} to its shards, with its tokenizer.",
+        tags={"openlm/dataset": dataset.name, "openlm/stage": "data"},
+    )
 
 
 def failing_job(recipe: str, error: str, taken: Collection[str]) -> dg.JobDefinition:

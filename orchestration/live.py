@@ -9,6 +9,7 @@ from rich.console import Console
 _SHOWN = {
     "STEP_START": "start ",
     "STEP_FAILURE": "FAILED",
+    "ASSET_OBSERVATION": "      ",
     "ASSET_MATERIALIZATION": "done  ",
     "ASSET_CHECK_EVALUATION": "check ",
 }
@@ -26,14 +27,16 @@ class LiveHandler(logging.Handler):
             if record.levelno < logging.INFO:
                 return
             word, text = "      ", fields.get("orig_message") or record.getMessage()
-        elif event.event_type_value not in _SHOWN:
+        elif event.event_type_value not in _SHOWN or not (text := _describe(event, fields)):
             return
         else:
-            word, text = _SHOWN[event.event_type_value], _describe(event, fields)
+            word = _SHOWN[event.event_type_value]
         _console.print(f"{time.monotonic() - _started:6.1f} s  {word} {text}", markup=False)
 
 
-def _describe(event: dg.DagsterEvent, fields: dict) -> str:
+def _describe(event: dg.DagsterEvent, fields: dict) -> str | None:
+    if event.event_type_value == "ASSET_OBSERVATION":
+        return event.event_specific_data.asset_observation.description
     if event.event_type_value == "ASSET_MATERIALIZATION":
         made = event.event_specific_data.materialization
         reused = made.metadata.get("reused")

@@ -16,42 +16,48 @@ import pyarrow.parquet as pq
 from openlm_pipeline.errors import DataError, MissingInputError
 from openlm_pipeline.storage.files import atomic_writer
 
+
+def column(name: str, kind: pa.DataType, about: str, *, nullable: bool = True) -> pa.Field:
+    """A column that says in the file itself what it holds."""
+    return pa.field(name, kind, nullable, {"description": about})
+
+
 SCHEMA = pa.schema(
     [
-        pa.field("run", pa.string(), nullable=False),
-        pa.field("run_version", pa.string()),
-        pa.field("milestone", pa.string()),  # null, as the next two, for a model that is no milestone of a run
-        pa.field("step", pa.int64()),
-        pa.field("tokens", pa.int64()),  # trained at this milestone
-        pa.field("suite", pa.string(), nullable=False),
-        pa.field("suite_version", pa.string(), nullable=False),
-        pa.field("task", pa.string(), nullable=False),
-        pa.field("num_fewshot", pa.int32(), nullable=False),
-        pa.field("category", pa.string()),
-        pa.field("item", pa.int64(), nullable=False),  # row of the task's file, from 0
-        pa.field("item_hash", pa.string(), nullable=False),
-        pa.field("prompt_hash", pa.string(), nullable=False),
-        pa.field("num_choices", pa.int32(), nullable=False),  # 1 where there is nothing to choose from
-        pa.field("gold", pa.int32(), nullable=False),
-        pa.field("choice_logprobs", pa.list_(pa.float64())),  # of each option's continuation, nats; null in generation
-        pa.field("choice_tokens", pa.list_(pa.int32())),  # of each option's continuation
-        pa.field("choice_mean", pa.int32()),  # options picked by the three rules; null without a choice
-        pa.field("choice_sum", pa.int32()),
-        pa.field("choice_norm", pa.int32()),
-        pa.field("correct", pa.bool_()),  # by the headline rule; null where nothing is right or wrong
-        pa.field("correct_sum", pa.bool_()),
-        pa.field("correct_norm", pa.bool_()),
-        pa.field("nll", pa.float64()),  # of the gold continuation, nats, summed over its tokens; null in generation
-        pa.field("num_tokens", pa.int32(), nullable=False),  # of the gold continuation, or generated
-        pa.field("generated", pa.string()),  # what the model wrote, in generation only
-        pa.field("metric", pa.string(), nullable=False),
-        pa.field("value", pa.float64()),  # what the metric says of the item, as `value_kind` says
-        pa.field("value_kind", pa.string()),  # `correct`: 1 or 0; `bits_per_byte`: of its text
-        pa.field("choice_bytes", pa.list_(pa.int32())),  # UTF-8 bytes of each option's continuation, as in the row
-        pa.field("exact", pa.bool_()),  # a written text is an answer, not only begins with one; in generation only
-        pa.field("cluster", pa.string()),  # the same for items that go together; null is its item_hash
-        pa.field("shots", pa.int32()),  # solved rows before the question
-        pa.field("cut_tokens", pa.int32()),  # of its longest context, that the model's length left no room for
+        column("run", pa.string(), "Name of the run, or of the model.", nullable=False),
+        column("run_version", pa.string(), "Version of the run."),
+        column("milestone", pa.string(), "Its label; null, as the next two, where the model is none."),
+        column("step", pa.int64(), "Optimizer step of the milestone."),
+        column("tokens", pa.int64(), "Trained on at this milestone."),
+        column("suite", pa.string(), "Name of the suite.", nullable=False),
+        column("suite_version", pa.string(), "Version of the suite.", nullable=False),
+        column("task", pa.string(), "Label of the task.", nullable=False),
+        column("num_fewshot", pa.int32(), "Solved rows that the suite asks for.", nullable=False),
+        column("category", pa.string(), "Part of the task, where it has such."),
+        column("item", pa.int64(), "Row of the task's file, from 0.", nullable=False),
+        column("item_hash", pa.string(), "Hash of the row's texts.", nullable=False),
+        column("prompt_hash", pa.string(), "Hash of the prompt's token ids.", nullable=False),
+        column("num_choices", pa.int32(), "Options; 1 where there is nothing to choose from.", nullable=False),
+        column("gold", pa.int32(), "Number of the right option, from 0.", nullable=False),
+        column("choice_logprobs", pa.list_(pa.float64()), "Of each option's continuation, nats; null in generation."),
+        column("choice_tokens", pa.list_(pa.int32()), "Tokens of each option's continuation."),
+        column("choice_mean", pa.int32(), "Option picked by the mean per token; null without a choice."),
+        column("choice_sum", pa.int32(), "Option picked by the total."),
+        column("choice_norm", pa.int32(), "Option picked by the total per character."),
+        column("correct", pa.bool_(), "Right by the task's own rule; null where nothing is right or wrong."),
+        column("correct_sum", pa.bool_(), "Right by the total log-probability."),
+        column("correct_norm", pa.bool_(), "Right by log-probability per character."),
+        column("nll", pa.float64(), "Of the right continuation, nats, summed over its tokens; null in generation."),
+        column("num_tokens", pa.int32(), "Of the right continuation, or generated.", nullable=False),
+        column("generated", pa.string(), "What the model wrote, in generation only."),
+        column("metric", pa.string(), "The task's metric.", nullable=False),
+        column("value", pa.float64(), "What the metric says of the item, as `value_kind` says."),
+        column("value_kind", pa.string(), "`correct`: 1 or 0; `bits_per_byte`: of its text."),
+        column("choice_bytes", pa.list_(pa.int32()), "UTF-8 bytes of each option's continuation, as in the row."),
+        column("exact", pa.bool_(), "A written text is an answer, not only begins with one; in generation only."),
+        column("cluster", pa.string(), "The same for items that go together; null is its item_hash."),
+        column("shots", pa.int32(), "Solved rows before the question."),
+        column("cut_tokens", pa.int32(), "Of its longest context, that the model's length left no room for."),
     ]
 )
 _OF_FIRST_RELEASE = SCHEMA.names[: SCHEMA.names.index("value")]

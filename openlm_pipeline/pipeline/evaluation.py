@@ -125,7 +125,18 @@ def _summed_up(
 def _facts(card: "Scorecard", result: "SuiteResult") -> dict[str, Any]:
     accuracies = {f"accuracy_{t.name}": t.accuracy for t in card.tasks if t.accuracy is not None}
     bits = {f"bits_per_byte_{t.name}": t.bits_per_byte for t in card.tasks if t.bits_per_byte is not None}
-    facts = {"average": card.average, **accuracies, **bits, "validation_loss": card.validation_loss}
+    head = card.headline
+    score = f"{head.name} {head.value:.3f}" if head.value is not None else None
+    if score and head.ci_low is not None:
+        score += f" ± {(head.ci_high - head.ci_low) / 2:.3f} (95%)"
+    since = next(
+        (d for d in card.changes if (d.measure, d.kind) == (head.name, "accuracy") and d.delta is not None), None
+    )
+    if since:
+        verdict = "more than noise" if since.significant else "within noise"
+        change = f"{since.delta:+.3f} since {since.against}, 95% {since.ci_low:+.3f} to {since.ci_high:+.3f}: {verdict}"
+    facts = {"score": score, "change": change if since else None, "average": card.average}
+    facts |= {"validation_loss": card.validation_loss, "tokens": card.tokens, **accuracies, **bits}
     names = {"accuracy": "{}", "bits_per_byte": "{} bits per byte"}
     fell = {names[d.kind].format(d.measure): d.delta for d in card.changes if d.better is False}
     return facts | {

@@ -96,6 +96,27 @@ def look_at_items(
     return found
 
 
+def wrong_items(experiment: Experiment, home: Home, label: str) -> list[dict[str, str]]:
+    """Of each task an item that a milestone got wrong, one that the milestone before got right if there is any."""
+    from openlm_pipeline.reports.items import clipped
+
+    labels = [name for name, _ in experiment.labelled_milestones()]
+    at = labels.index(label)
+    rows = []
+    for of in look_at_items(experiment, home, labels[max(0, at - 1) : at + 1]):
+        wrong = [item for item in of.items if item.answers[-1].right is False]
+        for item in sorted(wrong, key=lambda item: not item.flipped)[:1]:
+            answer, options = item.answers[-1], item.options
+            said = options[answer.chosen] if options and answer.chosen is not None else answer.generated
+            right = options[item.gold] if options else " | ".join(item.accepted)
+            texts = {"question": item.question, "answered": said or "", "right": right}
+            rows.append(
+                {"task": of.task, "item": str(item.item), "before": "right" if item.flipped else ""}
+                | {name: clipped(text, 300) for name, text in texts.items()}
+            )
+    return rows
+
+
 def _file(task: "IclTask", home: Home, sha256: str | None) -> "tuple[TaskFile | None, str]":
     """A task's file as it was scored, or why its texts cannot be shown."""
     from openlm_pipeline.evaluation.task_files import read_task_file

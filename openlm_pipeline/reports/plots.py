@@ -21,7 +21,6 @@ Curves = Mapping[str, tuple[np.ndarray, np.ndarray]]
 _HELD_OUT = "validation_loss"
 _WIDTH_INCHES = 9.6
 _MAX_POINTS = 800
-"""Records beyond this are drawn as the mean and the range of equal runs of records, so that no spike is hidden."""
 
 
 def series(records: Records, key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -33,8 +32,13 @@ def series(records: Records, key: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array(tokens, dtype=float), np.array([by_tokens[t] for t in tokens])
 
 
-def loss_chart(records: Records, milestones: Sequence[int]) -> str | None:
-    """Training loss against tokens with the validation losses; None without any loss."""
+def loss_chart(records: Records, milestones: Sequence[int], points: int = _MAX_POINTS) -> str | None:
+    """Training loss against tokens with the validation losses; None without any loss.
+
+    Args:
+        points: records beyond so many are drawn as the mean and the range of equal runs of them, so that no spike is
+            hidden.
+    """
     tokens, loss = series(records, "loss")
     held_out = {k.partition("/")[2]: series(records, k) for r in records for k in r if k.startswith(f"{_HELD_OUT}/")}
     held_out = held_out or {"held-out text": series(records, _HELD_OUT)}
@@ -46,7 +50,7 @@ def loss_chart(records: Records, milestones: Sequence[int]) -> str | None:
         ax = figure.subplots()
         ends = []
         if len(tokens):
-            _line(ax, tokens, loss, INK)
+            _line(ax, tokens, loss, INK, points)
             ends.append((loss[-1], f"training {loss[-1]:.2f}", INK))
         for (name, (val_tokens, val_loss)), marker in zip(held_out.items(), cycle("osD^v")):
             ax.plot(val_tokens, val_loss, marker + ":", color=ACCENT, linewidth=0.9, markersize=4.5, zorder=4)
@@ -286,10 +290,10 @@ def _spaced(tokens: Sequence[int], apart: float) -> list[int]:
     return kept[::-1]
 
 
-def _line(ax: Axes, tokens: np.ndarray, values: np.ndarray, colour: str) -> None:
-    """All records, or their mean within a band from the least to the greatest where there are very many."""
-    if len(tokens) > _MAX_POINTS:
-        parts = np.array_split(np.arange(len(tokens)), _MAX_POINTS)
+def _line(ax: Axes, tokens: np.ndarray, values: np.ndarray, colour: str, points: int = _MAX_POINTS) -> None:
+    """All records, or their mean within a band from the least to the greatest where there are more than `points`."""
+    if len(tokens) > points:
+        parts = np.array_split(np.arange(len(tokens)), points)
         middle = np.array([tokens[p].mean() for p in parts])
         low, high = (np.array([f(values[p]) for p in parts]) for f in (np.min, np.max))
         ax.fill_between(middle, low, high, color=colour, alpha=0.18, linewidth=0)

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from openlm_pipeline.evaluation.comparison import Difference
+from openlm_pipeline.evaluation.items import column
 from openlm_pipeline.evaluation.scores import TaskScore
 from openlm_pipeline.storage.files import atomic_writer
 
@@ -293,36 +294,36 @@ def _change(change: Difference | None) -> dict[str, float | bool | None]:
 _OTHER_ACCURACIES = ("accuracy_micro", "accuracy_sum", "accuracy_norm", "accuracy_exact")
 _SCHEMA = pa.schema(
     [
-        ("run", pa.string()),
-        ("run_version", pa.string()),
-        ("model", pa.string()),
-        ("kind", pa.string()),
-        ("tokens", pa.int64()),
-        ("step", pa.int64()),
-        ("source", pa.string()),
-        ("measure", pa.string()),
-        ("measure_kind", pa.string()),
-        ("num_fewshot", pa.int32()),
-        ("num_items", pa.int64()),
-        ("chance", pa.float64()),
-        ("status", pa.string()),
-        ("value", pa.float64()),
-        ("ci95_low", pa.float64()),
-        ("ci95_high", pa.float64()),
-        ("accuracy_micro", pa.float64()),
-        ("mde", pa.float64()),
-        ("change", pa.float64()),
-        ("change_ci95_low", pa.float64()),
-        ("change_ci95_high", pa.float64()),
-        ("change_p_holm", pa.float64()),
-        ("change_significant", pa.bool_()),
-        ("rule", pa.string()),
-        ("accuracy_sum", pa.float64()),  # acc of lm-evaluation-harness
-        ("accuracy_norm", pa.float64()),  # its acc_norm
-        ("accuracy_exact", pa.float64()),
-        ("majority", pa.float64()),
-        ("num_clusters", pa.int64()),
-        ("mde_paired", pa.float64()),
+        column("run", pa.string(), "Name of the run of the report."),
+        column("run_version", pa.string(), "Its version."),
+        column("model", pa.string(), "Milestone or baseline."),
+        column("kind", pa.string(), "What the row is of: a milestone, a re-run or a quoted baseline."),
+        column("tokens", pa.int64(), "Trained on."),
+        column("step", pa.int64(), "Optimizer step."),
+        column("source", pa.string(), "Where a quoted number stands."),
+        column("measure", pa.string(), "Task, category, average or loss."),
+        column("measure_kind", pa.string(), "What the measure is."),
+        column("num_fewshot", pa.int32(), "Solved rows before a question."),
+        column("num_items", pa.int64(), "Items scored."),
+        column("chance", pa.float64(), "What guessing gets."),
+        column("status", pa.string(), "Whether it was scored."),
+        column("value", pa.float64(), "The measure's value."),
+        column("ci95_low", pa.float64(), "Lower end of its 95% interval."),
+        column("ci95_high", pa.float64(), "Upper end."),
+        column("accuracy_micro", pa.float64(), "Over all items together, where a task has categories."),
+        column("mde", pa.float64(), "Smallest difference found with 80% power between independent models."),
+        column("change", pa.float64(), "Since the milestone before."),
+        column("change_ci95_low", pa.float64(), "Lower end of the change's paired 95% interval."),
+        column("change_ci95_high", pa.float64(), "Upper end."),
+        column("change_p_holm", pa.float64(), "Its p-value, corrected (Holm)."),
+        column("change_significant", pa.bool_(), "The p-value is below 0.05."),
+        column("rule", pa.string(), "By which an option is picked."),
+        column("accuracy_sum", pa.float64(), "By total log-probability: acc of lm-evaluation-harness."),
+        column("accuracy_norm", pa.float64(), "By log-probability per character: its acc_norm."),
+        column("accuracy_exact", pa.float64(), "In generation: share of texts that are an answer."),
+        column("majority", pa.float64(), "Accuracy of always choosing the option that is right most often."),
+        column("num_clusters", pa.int64(), "Of items that go together."),
+        column("mde_paired", pa.float64(), "Smallest change that the paired test finds with 80% power."),
     ]
 )
 

@@ -69,6 +69,13 @@ def check_shards(folder: Path, *, quick: bool = False) -> Iterator[tuple[str, st
         yield from zip(beside, pool.map(check_beside, beside))
 
 
+def quarantine_reasons(path: Path) -> list[tuple[str, int]]:
+    """The most frequent reasons in a `quarantine.jsonl`, each with the number of its records."""
+    with path.open("rb") as lines:
+        reasons = Counter(orjson.loads(x)["reason"].partition(":")[0].partition(" at byte ")[0] for x in lines)
+    return reasons.most_common(_TOP_REASONS)
+
+
 def summary(folder: Path, seconds: float | None = None) -> str:
     """One line on what became of a dataset's raw files.
 
@@ -77,11 +84,7 @@ def summary(folder: Path, seconds: float | None = None) -> str:
     """
     info = read_json(folder / DATASET)
     totals, skipped = info["totals"], len(info.get("skipped", {}))
-    reasons: Counter[str] = Counter()
-    with (folder / QUARANTINE).open("rb") as lines:
-        for line in lines:
-            reasons[orjson.loads(line)["reason"].partition(":")[0].partition(" at byte ")[0]] += 1
-    top = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common(_TOP_REASONS))
+    top = ", ".join(f"{count:,} {reason}" for reason, count in quarantine_reasons(folder / QUARANTINE))
     parts = [
         f"{totals['files']:,} files" + (f" and {skipped:,} left out" if skipped else ""),
         f"{totals['documents']:,} documents",

@@ -1,8 +1,7 @@
 """Where every token of a dataset came from, so that shards and their provenance alone give the documents again.
 
-`NNNNNNNN.provenance.parquet` beside a shard has one row for each (sample, document) pair: `sample` (number in the
-dataset), `start` and `length` (tokens in the sample), `file`, `record` (of the raw file), `document_start` (token of
-the document where the row's part starts). Documents follow one another without gaps, across samples and shards.
+`NNNNNNNN.provenance.parquet` beside a shard has one row for each (sample, document) pair, of `COLUMNS`. Documents
+follow one another without gaps, across samples and shards.
 """
 
 from dataclasses import dataclass
@@ -15,6 +14,15 @@ import pyarrow.parquet as pq
 from openlm_pipeline.errors import DataError, MissingInputError
 from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.manifest import check_hash
+
+COLUMNS = {
+    "sample": "Number of the sample in the dataset.",
+    "start": "Token of the sample where the row's part starts.",
+    "length": "Tokens of the part.",
+    "file": "Name of the raw file.",
+    "record": "Number in the raw file, blank lines not counted.",
+    "document_start": "Token of the document where the part starts.",
+}
 
 
 @dataclass(frozen=True)

@@ -211,11 +211,7 @@ def _gather(order: DocumentOrder, begin: int, end: int, streams: _Streams) -> tu
 
 
 def _provenance(order: DocumentOrder, spans: _Spans, begin: int, end: int, width: int) -> pa.Table:
-    """One row for each (sample, document) pair among the tokens begin..end.
-
-    Columns: `sample` (number in the dataset), `start` and `length` (tokens in the sample), `file`, `record` (number in
-    the raw file, blank lines not counted), `document_start` (token of the document where the span starts).
-    """
+    """One row for each (sample, document) pair among the tokens begin..end; `shards.provenance.COLUMNS` has them."""
     cuts = np.union1d(spans.begin, np.arange(begin, end, width))  # each span lies in one document and one sample
     owner = np.searchsorted(spans.begin, cuts, side="right") - 1
     return pa.table(

@@ -1,10 +1,13 @@
 """One job makes everything from raw files to the report; running it again does only what is not done."""
 
+import base64
 import json
+import re
 import shutil
 import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
+from xml.etree import ElementTree
 
 import dagster as dg
 import pyarrow.parquet as pq
@@ -79,13 +82,60 @@ def test_metadata_says_what_was_made_in_numbers(finished):
     assert checkpoint["step"] * 256 == checkpoint["tokens"] >= 40_000
     assert 0 < checkpoint["loss"] < made[f"checkpoint/tiny/{FIRST}"]["loss"]
     assert checkpoint["tokens_per_second"] > 0
-    rows = [row.data for row in checkpoint["loss_curve"].records]
+    rows = [row.data for row in checkpoint["records"].records]
     assert rows[-1]["loss"] == checkpoint["loss"]
     assert 5 < len(rows) <= 40
     assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
     assert 0 <= made[f"scorecard/tiny/{LAST}"]["average"] <= 1
     assert made["report/tiny"]["scorecards"] == 2
     assert "| " in made["report/tiny"]["report"]
+
+
+def test_what_people_ask_first_comes_first_and_tables_last(finished):
+    events = [e.step_materialization_data.materialization for e in finished.all_events if e.is_step_materialization]
+    order = {m.asset_key.to_user_string(): list(m.metadata) for m in events}
+    checkpoint, scorecard, report = order[CHECKPOINTS[1]], order[SCORECARDS[1]], order["report/tiny"]
+    assert checkpoint[:3] == ["loss", "loss_curve", "tokens"] and checkpoint[-1] == "records"
+    assert scorecard[:3] == ["score", "change", "average"] and scorecard[-1] == "wrong_items"
+    for names in (checkpoint, scorecard):
+        asked = [name for name in names if name in ("tokens", "data", "parameters", "run_folder", "path")]
+        assert asked == ["tokens", "data", "parameters", "run_folder", "path"]
+    assert report[0] == "averages" and report[-1] == "report"
+
+
+def _svg(markdown: str) -> ElementTree.Element:
+    """The picture that a text of Markdown holds."""
+    return ElementTree.fromstring(
+        base64.b64decode(re.fullmatch(r"!\[.*\]\(data:image/svg\+xml;base64,(.*)\)", markdown)[1])
+    )
+
+
+def test_a_checkpoint_has_its_loss_against_tokens_as_a_picture(finished):
+    made = _materialized(finished)[CHECKPOINTS[1]]
+    words = [element.text for element in _svg(made["loss_curve"]).iter() if element.tag.endswith("text")]
+    assert f"training {made['loss']:.2f}" in words
+    assert "40K" in words
+
+
+def test_a_scorecard_shows_what_was_wrong_and_shards_what_they_hold(finished):
+    made = _materialized(finished)
+    rows = [row.data for row in made[SCORECARDS[1]]["wrong_items"].records]
+    assert {row["task"] for row in rows} <= {"last_word/0-shot", "choice/1-shot"}
+    assert rows and all(row["question"] and row["right"] and row["answered"] != row["right"] for row in rows)
+    number = made[SCORECARDS[1]]["average"]
+    assert re.fullmatch(rf"all_tasks {number:.3f} ± 0\.\d{{3}} \(95%\)", made[SCORECARDS[1]]["score"])
+    assert f" since {FIRST}, 95% " in made[SCORECARDS[1]]["change"]
+    texts = [row.data["text"] for row in made["shards/tiny_text"]["texts"].records]
+    raw = "".join((finished.pipeline.home / "raw" / "tiny_text" / f"{n}.jsonl").read_text() for n in "ab")
+    documents = [json.loads(line)["text"] for line in raw.splitlines()]
+    parts = [part for text in texts for part in text.split("<|endoftext|>") if part]
+    assert len(texts) == 2 and all(any(part in document for document in documents) for part in parts)
+
+
+def test_columns_say_what_they_hold(finished):
+    made = _materialized(finished)
+    for name in ("shards/tiny_text", SCORECARDS[0], "report/tiny"):
+        assert [c.name for c in made[name]["dagster/column_schema"].columns if not c.description] == [], name
 
 
 def test_tables_and_places_come_from_the_files_themselves(finished):
