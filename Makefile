@@ -24,10 +24,16 @@ help:
 	@echo "make foundry  build LLM Foundry's own environment in .foundry, for --backend foundry"
 	@echo "make lint   ruff and the import-direction check"
 
-# The mark is made last, so that a broken install is done again.
+# The mark is made last, so that a broken install is done again. Shown of pip's output are downloads of a megabyte and
+# more, and why it fails. Where Linux' /proc, which .env names, is missing, activating the environment sets DAGSTER_HOME.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@echo "installing the packages of constraints.txt; pip's whole output goes to $(VENV)/install.log"
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[dev]' 2>&1 \
+	  | tee $(VENV)/install.log | { done=1; while IFS= read -r line; do case "$$line" in \
+	    *Downloading*MB\)|*"Using cached"*MB\)) echo "$$line";; "Installing collected"*) echo "  unpacking, a minute or two";; \
+	    ERROR:*) echo "pip failed: $${line#ERROR: }" >&2;; "Successfully installed"*) done=0;; esac; done; exit $$done; }
+	@[ -e /proc/self/cwd ] || echo 'export DAGSTER_HOME="$${DAGSTER_HOME:-$(CURDIR)/.dagster}"' >>$(BIN)/activate
 	@touch $@
 
 setup: $(VENV)/.ready

@@ -59,6 +59,16 @@ def run(job_name: str, allow: Collection[str] = ()) -> int:
     if job_name in recipe_names():
         experiment = load_experiment(job_name)
         console.print(f"  report   file://{home.report(experiment.name, experiment.version) / 'report.html'}")
+    if job_name == "demo":
+        import torch
+
+        from openlm_pipeline.pipeline.generate import Writer
+
+        torch.set_num_threads(1)  # of so small a model a thread has too little to do for another to wait for it
+        writer = Writer(job_name, home)
+        for prompt in ("def ", "The function "):
+            text = "".join(writer.write(prompt, max_tokens=40, temperature=0.6)).replace("\n", "\n" + 11 * " ")
+            console.print(f"  sample   {text}", markup=False)
     console.print("  Dagster  openlm ui, then http://127.0.0.1:3000 (the graph, every run, all metadata)")
     return 0
 

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -67,7 +68,8 @@ class World:
 def raise_file_limit() -> None:
     """As many open files as the system allows this process: shards, sockets and compiled kernels are many."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    most = min(hard, 10_240) if sys.platform == "darwin" else hard  # OPEN_MAX; macOS refuses what it calls unlimited
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def stay_near_gpu(gpu: Any, devices: Path = Path("/sys/bus/pci/devices")) -> None:

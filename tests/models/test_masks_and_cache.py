@@ -6,7 +6,7 @@ from torch import Tensor
 
 from openlm_pipeline.models import create_model
 from openlm_pipeline.models.attention import KVCache, document_mask
-from openlm_pipeline.models.config import ModelConfig
+from openlm_pipeline.models.config import NORMS, ModelConfig
 from openlm_pipeline.models.transformer import Transformer
 
 SMALL = ModelConfig(hidden_dim=48, n_layers=2, n_heads=3, seq_len=32, vocab_size=61)
@@ -76,3 +76,19 @@ def test_tokens_one_by_one_and_in_pieces_give_the_logits_of_all_at_once(model: T
         assert cache.length == 20
     with pytest.raises(ValueError, match="room for 20 positions, and 21"):
         model(IDS[:, :1], cache=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_gives_the_logits_of_all_at_once_in_every_variant(norm: str, kind: str):
+    variants = [
+        {"qk_norm": True, "ffn": "gelu", "post_embed_norm": True},
+        {"ffn": "gemma_geglu", "weight_tying": True, "n_kv_heads": 1},
+        {"qk_norm": True, "qk_norm_per_head": True, "rope_freq_dtype": "bfloat16", "ffn_hidden_dim": 40},
+    ]
+    for variant in variants:
+        model = create_model(SMALL.model_copy(update={"norm": norm, "positional_embedding": kind, **variant})).eval()
+        cache = KVCache(model.config, batch_size=2, max_len=20)
+        parts = [model(ids, cache=cache) for ids in IDS.split([9, *[1] * 11], dim=1)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), model(IDS), rtol=0, atol=1e-5)

@@ -25,6 +25,7 @@ from openlm_pipeline.errors import (
 )
 from openlm_pipeline.models import init
 from openlm_pipeline.runs import machine
+from train import distributed
 from train.distributed import leave_process_group, start, stay_near_gpu
 from train.optimizers import make_optimizer
 from train.parallel import build_model
@@ -332,6 +333,16 @@ def test_a_process_stays_on_the_cpus_of_its_gpus_node_where_it_may_use_some(tmp_
             assert os.sched_getaffinity(0) == left
     finally:
         os.sched_setaffinity(0, allowed)
+
+
+@pytest.mark.parametrize(("platform", "limit"), [("darwin", 10_240), ("linux", 2**63 - 1)])
+def test_as_many_files_may_be_open_as_the_system_grants(platform: str, limit: int, monkeypatch):
+    unlimited, asked = 2**63 - 1, []
+    monkeypatch.setattr(distributed.sys, "platform", platform)
+    monkeypatch.setattr(distributed.resource, "getrlimit", lambda kind: (256, unlimited))
+    monkeypatch.setattr(distributed.resource, "setrlimit", lambda kind, limits: asked.append(limits))
+    distributed.raise_file_limit()
+    assert asked == [(limit, unlimited)]
 
 
 def test_days_on_a_cpu_are_refused_by_the_trainer_itself(small: SmallRun, monkeypatch, capsys):
