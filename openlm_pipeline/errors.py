@@ -3,6 +3,15 @@
 `exit_code` is what the `openlm` command returns when such an error ends it.
 """
 
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(name: str, known: Iterable[str], otherwise: str = "there are") -> str:
+    """The name that was meant, as the end of an error: `did you mean 'x'?`, or all that there are."""
+    near = difflib.get_close_matches(name, names := list(known), n=1)
+    return f"did you mean {near[0]!r}?" if near else f"{otherwise}: {', '.join(names) or 'none'}"
+
 
 class OpenLMError(Exception):
     """Base of every expected failure; its text is shown without a traceback."""

@@ -5,7 +5,6 @@ nothing heavy at their top. The packages stand here as strings, so that a recipe
 To add a choice: one new file in the package, with one class under `@REGISTRY.register("name")`. See docs/extending.md.
 """
 
-import difflib
 import importlib
 import inspect
 import pkgutil
@@ -14,7 +13,7 @@ from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import AfterValidator
 
-from openlm_pipeline.errors import ConfigError
+from openlm_pipeline.errors import ConfigError, nearest
 
 T = TypeVar("T")
 
@@ -100,11 +99,8 @@ class Registry(Generic[T]):
         Raises:
             ValueError: there is none; the message names the nearest.
         """
-        if name not in self._entries:
-            near = difflib.get_close_matches(name, self.names, n=1)
-            if name not in self._entries:
-                hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(self.names)}"
-                raise ValueError(f"there is no {self.kind} {name!r}; {hint}")
+        if name not in self._entries and name not in (names := self.names):  # which loads them
+            raise ValueError(f"there is no {self.kind} {name!r}; {nearest(name, names)}")
         return name
 
     def lines(self) -> Iterator[str]:

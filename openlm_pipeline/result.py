@@ -1,12 +1,11 @@
 """What every stage of the pipeline gives back, how it reports, and what it does only with consent."""
 
-import difflib
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from openlm_pipeline.errors import ConfigError, ConsentError
+from openlm_pipeline.errors import ConfigError, ConsentError, nearest
 
 CONSENTS = {
     "supersede": "set aside what was made from other settings or data, and make it again",
@@ -78,9 +77,7 @@ def parse_allow(names: str | Collection[str] | None) -> frozenset[str]:
     found = [name.strip() for text in texts for name in text.split(",") if name.strip()]
     for name in found:
         if name not in CONSENTS:
-            near = difflib.get_close_matches(name, CONSENTS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(CONSENTS)}"
-            raise ConfigError(f"there is no consent {name!r} to allow; {hint}")
+            raise ConfigError(f"there is no consent {name!r} to allow; {nearest(name, CONSENTS)}")
     return frozenset(found)
 
 

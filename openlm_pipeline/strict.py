@@ -1,6 +1,5 @@
 """Typed settings, frozen, that refuse unknown keys; and the YAML files that people write them in."""
 
-import difflib
 import math
 import os
 import re
@@ -11,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from openlm_pipeline.errors import ConfigError
+from openlm_pipeline.errors import ConfigError, nearest
 
 
 class Strict(BaseModel):
@@ -30,9 +29,7 @@ class Strict(BaseModel):
         if isinstance(data, dict):
             for key in data:
                 if key not in (keys := cls.keys()):
-                    near = difflib.get_close_matches(str(key), keys, n=1)
-                    hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(keys) or 'none'}"
-                    raise ValueError(f"unknown key {key!r}; {hint}")
+                    raise ValueError(f"unknown key {key!r}; {nearest(str(key), keys, 'valid keys')}")
         return data
 
 

@@ -5,7 +5,6 @@ published table with its source. A row whose stated average is not the mean of i
 file says so beside it.
 """
 
-import difflib
 import functools
 from collections.abc import Sequence
 from decimal import ROUND_HALF_UP, Decimal
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from openlm_pipeline.errors import ConfigError
+from openlm_pipeline.errors import ConfigError, nearest
 from openlm_pipeline.strict import Strict, explain, read_mapping
 from openlm_pipeline.units import Tokens
 
@@ -113,9 +112,7 @@ def quoted_baselines(names: Sequence[str] | None = None) -> list[QuotedBaseline]
     known = dict.fromkeys(name for row in rows for name in (row.name, row.family))
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-            raise ConfigError(f"there is no quoted baseline {name!r}; {hint}")
+            raise ConfigError(f"there is no quoted baseline {name!r}; {nearest(name, known, 'known')}")
     return [row for row in rows if row.name in names or row.family in names]
 
 

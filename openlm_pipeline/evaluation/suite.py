@@ -6,7 +6,6 @@ configuration files of OpenLM's and LLM Foundry's evaluation scripts load too: t
 left out and named in `Suite.ignored`.
 """
 
-import difflib
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
-from openlm_pipeline.errors import ConfigError
+from openlm_pipeline.errors import ConfigError, nearest
 from openlm_pipeline.evaluation.suite_files import read_suite_file, suite_path
 from openlm_pipeline.evaluation.task_types import TaskType
 from openlm_pipeline.fingerprint import Neutral, fingerprint, settings_tree
@@ -121,11 +120,9 @@ class IclTask(Strict):
         if kind is not None:
             kind = next((name for name, known in types.items() if kind in known.old_names), kind)
             if kind not in types:
-                near = difflib.get_close_matches(str(kind), types, n=1)
                 raise ValueError(
                     f"task {data.get('label')!r} has icl_task_type {kind!r}, which this harness does not score; "
-                    + (f"did you mean {near[0]!r}? " if near else "")
-                    + f"it scores {', '.join(types)}. Leave the task out"
+                    f"{nearest(str(kind), types, 'it scores')} Leave the task out"
                 )
             data["icl_task_type"] = kind
         if isinstance(metrics := data.get("metric_names"), (list, tuple)):
@@ -265,9 +262,7 @@ class Part:
         labels = [task.label for task in suite.icl_tasks]
         for name in self.tasks:
             if name not in labels:
-                near = difflib.get_close_matches(name, labels, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(labels)}"
-                raise ConfigError(f"suite {suite.name} has no task {name!r}; {hint}")
+                raise ConfigError(f"suite {suite.name} has no task {name!r}; {nearest(name, labels, 'it has')}")
         if not self.tasks:
             return suite
         kept = tuple(task for task in suite.icl_tasks if task.label in self.tasks)

@@ -4,7 +4,6 @@ A key that changes scores is followed or refused; one that only says how to run 
 tasks themselves is `suite.py`'s.
 """
 
-import difflib
 import math
 import re
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from openlm_pipeline.errors import ConfigError
+from openlm_pipeline.errors import ConfigError, nearest
 from openlm_pipeline.strict import Strict, expand_variables, explain, read_mapping
 
 SHIPPED = Path(__file__).parent / "suites"
@@ -96,8 +95,7 @@ def suite_path(name_or_path: str) -> Path:
             raise ConfigError(f"there is no suite file {path}")
         return path
     if name_or_path not in suite_names():
-        near = difflib.get_close_matches(name_or_path, suite_names(), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(suite_names())}"
+        hint = nearest(name_or_path, suite_names(), "known")
         raise ConfigError(f"there is no suite {name_or_path!r}; {hint} A suite of your own is given by its .yaml path")
     return SHIPPED / f"{name_or_path}.yaml"
 

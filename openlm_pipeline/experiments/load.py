@@ -1,6 +1,5 @@
 """Find and load recipes: YAML files with `extends`, `${VAR:-default}` and `key=value` overrides."""
 
-import difflib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from openlm_pipeline.errors import ConfigError
+from openlm_pipeline.errors import ConfigError, nearest
 from openlm_pipeline.experiments.spec import Experiment
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.strict import Origin, expand_variables, explain, place, read_mapping
@@ -66,8 +65,7 @@ def _find(recipe: str) -> Path:
         return path
     known = recipe_paths()
     if recipe not in known:
-        near = difflib.get_close_matches(recipe, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        hint = nearest(recipe, known, "known")
         raise ConfigError("; ".join([f"there is no recipe {recipe!r}; {hint}", *lost_files().values()]))
     return known[recipe]
 

@@ -4,12 +4,11 @@ Sizes and aliases are those of open_lm's `model_configs/*.json`. Norm, qk-norm, 
 there; here they are fields, so that a checkpoint always says what it is.
 """
 
-import difflib
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from openlm_pipeline.errors import ConfigError
+from openlm_pipeline.errors import ConfigError, nearest
 from openlm_pipeline.strict import Strict, explain
 
 NORMS = (
@@ -160,9 +159,8 @@ def model_config(name: str) -> ModelConfig:
     try:
         return MODELS[ALIASES.get(name, name)]
     except KeyError:
-        near = difflib.get_close_matches(name, [*MODELS, *ALIASES], n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"there is no model {name!r}{hint} (`openlm models` lists them)") from None
+        hint = nearest(name, [*MODELS, *ALIASES])
+        raise ConfigError(f"there is no model {name!r}; {hint} (`openlm models` lists them)") from None
 
 
 def resolve_model(settings: dict[str, Any]) -> ModelConfig:

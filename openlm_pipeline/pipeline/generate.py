@@ -13,6 +13,7 @@ from openlm_pipeline.evaluation.subject import default_device, milestone_subject
 from openlm_pipeline.evaluation.tasks import prefix_ids
 from openlm_pipeline.experiments import load_experiment, recipe_names
 from openlm_pipeline.pipeline.items import milestone_named
+from openlm_pipeline.pipeline.overview import find_run
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.tokenizers.engine import load_reference
@@ -127,5 +128,7 @@ def _checkpoint(named: str, home: Home) -> Checkpoint | None:
         label = milestone_named(load_experiment(str(run.experiment_file)), wanted)
         saved = [c for c in saved if c.milestone == label]
     if not saved:
+        if not known:
+            find_run(home, name, version)
         raise MissingInputError(f"there is no checkpoint {named} in {run.path}; `openlm train {name}` makes it")
     return saved[-1] if wanted else ([c for c in saved if c.milestone] or saved)[-1]

@@ -1,10 +1,9 @@
 """The runs of a home: which there are, what state each is in, how far and how good it is. Only looks."""
 
-import difflib
 from pathlib import Path
 from typing import Any
 
-from openlm_pipeline.errors import MissingInputError, OpenLMError
+from openlm_pipeline.errors import MissingInputError, OpenLMError, nearest
 from openlm_pipeline.experiments import Experiment, load_experiment
 from openlm_pipeline.pipeline.evaluation import CARD
 from openlm_pipeline.runs import ledger
@@ -32,9 +31,7 @@ def find_run(home: Home, name: str, version: str | None = None) -> RunFolder:
     version, known = version or of_name, run_folders(home)
     if not (runs := [run for run in known if run.path.parent.name == name]):
         names = sorted({run.path.parent.name for run in known})
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names) or 'none yet'}"
-        raise MissingInputError(f"there is no run {name!r} in {home.root / 'runs'}; {hint}")
+        raise MissingInputError(f"there is no run {name!r} in {home.root / 'runs'}; {nearest(name, names)}")
     if not version:
         return max(runs, key=lambda run: (".superseded-" not in run.path.name, _written(run)))
     if not (runs := {run.path.name: run for run in runs}).get(version):
