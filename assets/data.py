@@ -1,5 +1,6 @@
 """From raw files to shards: `corpus/embedded`, `raw_files/*`, `tokenizer/*`, `tokenized/*`, `shards/*`."""
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -341,11 +342,12 @@ def _shards_metadata(dataset: Dataset, made: StageResult) -> dict[str, object]:
     facts = metadata(made) | table(sorted(made.path.glob("*.provenance.parquet")), COLUMNS)
     if (made.path / shards.entries[0].tar).exists():  # they may be in a store alone
         decode = load_any(tokenizer_file(Home.from_env().tokenizer(dataset.tokenizer.name))).decode
-        texts = {
-            n: decode(shards[n][:_SHOWN_TOKENS].tolist(), skip_special_tokens=False) for n in (0, len(shards) // 2)
-        }
-        rows = [dg.TableRecord({"sample": n, "text": text}) for n, text in texts.items()]
-        facts["texts"] = dg.MetadataValue.table(rows)
+        with contextlib.suppress(DataError):  # of a damaged shard, which the check of checksums names
+            texts = {
+                n: decode(shards[n][:_SHOWN_TOKENS].tolist(), skip_special_tokens=False) for n in (0, len(shards) // 2)
+            }
+            rows = [dg.TableRecord({"sample": n, "text": text}) for n, text in texts.items()]
+            facts["texts"] = dg.MetadataValue.table(rows)
     facts["size_bytes"] = sum(entry.bytes for entry in shards.entries)
     if url := published_url(dataset):
         facts["dagster/uri"] = public(url)
