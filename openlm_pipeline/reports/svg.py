@@ -99,9 +99,9 @@ def inline_svg(figure: Figure, name: str, description: str) -> str:
 def markdown_image(svg: str, description: str) -> str:
     """What `inline_svg` made as an image of Markdown that needs no file, in the light colours of our pages.
 
-    Numbers have one decimal, for less than half of the size.
+    Coordinates have one decimal, for less than half of the size; text stays as it is.
     """
-    svg = re.sub(r"(\d\.\d)\d+|font-family: [^;]*; ", r"\1", svg)
+    svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d)\d{3,}|font-family: [^;]*; ", r"\1", tag[0]), svg)
     colours = re.search(r":root \{.*?\}", (Path(__file__).parent / "style.css").read_text(), re.DOTALL)[0]
     style = f"<style>{colours} svg {{ color: var(--ink); background: var(--paper); font-family: sans-serif }}</style>"
     whole = svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace("<title>", f"{style}<title>", 1)
