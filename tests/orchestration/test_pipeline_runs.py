@@ -113,10 +113,7 @@ def _svg(markdown: str) -> ElementTree.Element:
 def test_a_checkpoint_has_its_loss_against_tokens_as_a_picture(finished):
     made = _materialized(finished)[CHECKPOINTS[1]]
     words = [element.text for element in _svg(made["loss_curve"]).iter() if element.tag.endswith("text")]
-    (drawn,) = [
-        float(word.removeprefix("training ")) for word in words if word.startswith("training ") and word[9].isdigit()
-    ]
-    assert drawn == pytest.approx(made["loss"], abs=0.006)
+    assert f"training {made['loss']:.2f}" in words
     assert "40K" in words
 
 
