@@ -63,6 +63,14 @@ def free_slots_of_ended_runs(instance: dg.DagsterInstance) -> None:
                 storage.free_concurrency_slots_for_run(run_id)
 
 
+@dg.executor(name="in_process", config_schema=dg.in_process_executor.config_schema)
+def executor(context: dg.InitExecutorContext) -> dg.Executor:
+    """Dagster's in-process executor, for runs that find the slots of dead ones free: no daemon need be there."""
+    fail_dead_runs(context.instance)
+    free_slots_of_ended_runs(context.instance)
+    return dg.in_process_executor.executor_creation_fn(context)
+
+
 def dead_run_sensor() -> dg.SensorDefinition:
     """Fails dead runs wherever a daemon runs; the daemon itself frees their slots."""
 

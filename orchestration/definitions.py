@@ -15,7 +15,7 @@ from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.pipeline.recipes import load_recipes
 from orchestration.automation import alert_sensors, checkpoint_sensor, gap_schedule
-from orchestration.dead_runs import dead_run_sensor
+from orchestration.dead_runs import dead_run_sensor, executor
 from orchestration.jobs import dataset_job, derive_job, evaluation_job, failing_job, recipe_job, training_job
 from orchestration.live import live_logger
 
@@ -69,7 +69,7 @@ def build_definitions(experiments: list[Experiment], not_loaded: Mapping[str, st
         sensors=[*([checkpoint_sensor(scored)] if scored else []), *alert_sensors(), dead_run_sensor()],
         schedules=[gap_schedule(scored)] if scored else [],
         resources={"dask": DaskResource(), "run_end": RunEnd()},
-        executor=dg.in_process_executor,
+        executor=executor,
         loggers={"live": live_logger, "console": dg.colored_console_logger},
     )
 

@@ -47,9 +47,13 @@ class World:
             check()
         except DataError as e:
             mine = e
-        found: list[DataError | None] = [None] * self.size
-        dist.all_gather_object(found, mine, group=self.cpu_group)
-        return next((error for error in found if error), None)
+        return next((error for error in self.of_all(mine) if error), None)
+
+    def of_all(self, value: Any) -> list[Any]:
+        """What each rank gave, by rank; nothing large."""
+        found = [value] * self.size
+        dist.all_gather_object(found, value, group=self.cpu_group)
+        return found
 
     def from_rank0(self, make):
         """Call `make()` on rank 0 and give its result, or raise its error, on every rank."""

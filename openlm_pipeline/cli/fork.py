@@ -41,6 +41,7 @@ def fork(
     from openlm_pipeline.experiments.load import user_folders
     from openlm_pipeline.fingerprint import differences
     from openlm_pipeline.pipeline.new_recipe import fork as make_fork
+    from openlm_pipeline.pipeline.recipes import check_beside
     from openlm_pipeline.runs.identity import settings_identity
     from openlm_pipeline.runs.parent import pin_latest
     from openlm_pipeline.storage.home import Home
@@ -61,4 +62,8 @@ def fork(
         console.print(f"  {line}", markup=False)
     if folder.absolute() not in [f.absolute() for f in user_folders()]:
         console.print(f"export OPENLM_RECIPES={folder}  # so that {name} is known by its name", markup=False)
+    try:
+        check_beside(made.experiment)
+    except ConfigError as e:
+        console.print(f"warning: commands run it, and the graph leaves it out: {e}", markup=False)
     console.print(f"`openlm plan {name}` says what it takes, `openlm launch {name}` starts it", markup=False)

@@ -53,22 +53,22 @@ def derive(recipe: str, overrides: Sequence[str], name: str | None = None) -> Ne
         made = f"{made[:_LONGEST_NAME]}_{hashlib.sha256(made.encode()).hexdigest()[:8]}"
     described = f"{recipe} with {', '.join(overrides)}" if overrides else recipe
     document = {"extends": recipe, "name": name or made, "version": "v1", "description": described}
-    return _new_recipe(document, overrides, folder)
+    new = _new_recipe(document, overrides, folder)
+    check_beside(new.experiment)
+    return new
 
 
 def _new_recipe(document: dict[str, Any], overrides: Sequence[str], folder: Path) -> NewRecipe:
     """
     Raises:
-        ConfigError: a setting is wrong, or another recipe has that name or means something else by a name inside it.
+        ConfigError: a setting is wrong, or another recipe has that name.
     """
     whole = apply_overrides(document, overrides)
     path, text = folder / f"{whole['name']}.yaml", yaml.safe_dump(whole, sort_keys=False)
     there = recipe_paths().get(path.stem, path)
     if there.exists() and there.read_text() != text:
         raise ConfigError(f"there is a recipe {path.stem} already: {there}; give the new one another name")
-    experiment = check_document(document, there, overrides)
-    check_beside(experiment)
-    return NewRecipe(there, experiment, text)
+    return NewRecipe(there, check_document(document, there, overrides), text)
 
 
 def fork(
@@ -83,7 +83,7 @@ def fork(
         pinned: the run has a milestone there, whether the recipe has or not.
 
     Raises:
-        ConfigError: the recipe has no such milestone or none after it, or as `derive`.
+        ConfigError: the recipe has no such milestone or none after it, a setting is wrong, or the name is taken.
     """
     parent = load_experiment(recipe)
     if milestone not in parent.milestones and not pinned:

@@ -4,15 +4,18 @@ import os
 import socket
 import subprocess
 import sys
+import uuid
 
 import dagster as dg
 import psutil
 from tiny_pipeline import TinyPipeline, environment
+from waiting import wait_until
 
 from orchestration.dead_runs import PROCESS_TAG, dead_run_sensor, fail_dead_runs, free_slots_of_ended_runs
 
 HOLDS_A_SLOT = """
 import sys
+import uuid
 import dagster as dg
 
 @dg.op(pool="training")
@@ -66,3 +69,21 @@ def test_only_runs_of_this_machine_whose_process_is_another_now_are_failed(tmp_p
     used_again = started(socket.gethostname(), 1000)
     instance.create_run_for_job(empty, status=dg.DagsterRunStatus.STARTED)  # its steps have not begun
     assert fail_dead_runs(instance) == [used_again]
+
+
+def test_a_launched_run_goes_on_after_a_killed_one_without_a_daemon(finished, tmp_path, instance_of):
+    pipeline = finished.copy(tmp_path / "pipeline")
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", HOLDS_A_SLOT],
+        env=environment(pipeline), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout.readline() == "held\n"
+        process.kill()
+    launch = [sys.executable, "-W", "ignore", "-m", "dagster", "job", "launch", "-m", "openlm_pipeline.cli.definitions"]
+    run_id = str(uuid.uuid4())
+    with (tmp_path / "log").open("wb") as log:
+        launch += ["-j", "tiny_checkpoints", "--run-id", run_id]
+        subprocess.run(launch, env=environment(pipeline), stdout=log, stderr=log, check=True, timeout=100)
+    instance = instance_of(pipeline)
+    wait_until(lambda: instance.get_run_by_id(run_id).is_finished, seconds=100)
+    assert instance.get_run_by_id(run_id).status == dg.DagsterRunStatus.SUCCESS

@@ -132,6 +132,9 @@ class Alone(World):
     def from_rank0(self, make: Callable[[], Any]) -> Any:
         return make()
 
+    def of_all(self, value: Any) -> list[Any]:
+        return [value]
+
 
 def real(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, whose tensors have values."""

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import psutil
 import torch
-import torch.distributed as dist
 
 from openlm_pipeline.runs.environment import code_version
 from train.hooks import HOOKS, Hook
@@ -28,8 +27,7 @@ class Ledger(Hook):
         super().__init__(trainer)
         world, created, now = trainer.world, psutil.Process().create_time(), time.time()
         device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
-        ranks: list[tuple[str, str]] = [("", "")] * world.size
-        dist.all_gather_object(ranks, (socket.gethostname(), device), group=world.cpu_group)
+        ranks = world.of_all((socket.gethostname(), device))
         self._open = world.rank == 0
         what = {
             # Python and torch were imported for this alone where torchrun started it.
