@@ -1,24 +1,67 @@
 """Every command that the README shows works: run where it is quick, else stopped at its missing input."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
+import typer
 from commands import openlm
 
+from openlm_pipeline.cli.main import app, with_repeated_options
 from openlm_pipeline.experiments import load_experiment
 
 ROOT = Path(__file__).parents[1]
 
 
-def commands() -> list[str]:
-    """The lines of the README's code blocks that start with a program of ours."""
-    blocks = (ROOT / "README.md").read_text().split("```")[1::2]
+def commands(page: str = "README.md") -> list[str]:
+    """The lines of a page's code blocks that start with a program of ours."""
+    blocks = (ROOT / page).read_text().split("```")[1::2]
     lines = [line.strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line.split(" ")[0] in ("openlm", "torchrun", "make", "dagster")]
+
+
+def leaves(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    """The commands of `openlm` that have none below them, by their words."""
+    for name, below in getattr(command, "commands", {}).items():
+        yield from leaves(below, (*path, name))
+    if not hasattr(command, "commands"):
+        yield path, command
+
+
+COMMANDS = dict(leaves(typer.main.get_command(app)))
+
+
+def examples() -> list[str]:
+    """All that `--help` and the pages of docs/ show of `openlm`."""
+    helps = [" ".join(part.split()) for command in COMMANDS.values() for part in (command.help or "").split("\n\n")]
+    found = [m[1] for line in helps if (m := re.match(r"(?:Examples?: )?(?:[A-Z_]+=\S+ )*(openlm .*)", line))]
+    pages = sorted(p.relative_to(ROOT) for p in (ROOT / "docs").glob("*.md"))
+    return sorted({*found, *(line for page in pages for line in commands(page) if line.startswith("openlm "))})
+
+
+RUN = ("plan", "runs", "show", "logs", "stop", "cost", "env", "report", "items", "compare", "gc", "baselines")
+RUN = (*RUN, "shards", "export", "generate", "fork")
+"""Commands whose examples end at once where nothing was made yet; the others' are parsed."""
+ANSWERS = (0, 3)
+"""Exit codes of a command that did it, or named the input that is missing."""
+
+
+@pytest.mark.parametrize("line", examples())
+def test_examples_of_docs_and_help_are_right(line, tmp_path, monkeypatch):
+    arguments = shlex.split(line.partition(" > ")[0], comments=True)[1:]
+    words = tuple(arguments[: 1 + (arguments[0] == "shards")])
+    COMMANDS[words].make_context(" ".join(words), with_repeated_options(arguments[len(words) :]))
+    if words[0] in RUN:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "README.md").write_text("")
+        result = openlm(*arguments, variables={**variables(tmp_path), "COLUMNS": "200"})
+        assert result.returncode in ANSWERS and "Traceback" not in result.stderr, result.stderr
 
 
 def variables(home: Path) -> dict[str, str]:
@@ -40,7 +83,8 @@ def test_openlm_commands_work_or_name_the_missing_input(line, tmp_path, monkeypa
     arguments = shlex.split(line)[1:]
     monkeypatch.chdir(ROOT)
     result = openlm(*arguments, variables={**variables(tmp_path), "COLUMNS": "200"})
-    needs_input = any(a.startswith(("pretrain_", "/data/")) for a in arguments) and "--dry-run" not in arguments
+    missing = ("pretrain_", "/data/", *(["demo"] if arguments[0] in ("show", "cost", "generate") else []))
+    needs_input = any(a.startswith(missing) for a in arguments) and "--dry-run" not in arguments
     assert result.returncode == (3 if needs_input else 0), result.stderr + result.stdout
     if needs_input:
         assert result.stderr.startswith("error: ")
