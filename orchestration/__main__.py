@@ -16,6 +16,7 @@ from openlm_pipeline.result import ALLOW_TAG, CONSENTS, parse_allow
 from openlm_pipeline.runs.programs import dagster_home
 from openlm_pipeline.storage.home import Home
 from orchestration.dead_runs import PROCESS_TAG, fail_dead_runs, free_slots_of_ended_runs, this_process
+from orchestration.live import is_interrupt
 
 
 def _database_error(error: BaseException | None) -> str | None:
@@ -52,6 +53,12 @@ def run(job_name: str, allow: Collection[str] = ()) -> int:
             run_config={"loggers": {"live": {}}},
             tags={PROCESS_TAG: this_process(), **({ALLOW_TAG: ",".join(sorted(allow))} if allow else {})},
         )
+        was_stopped = any(is_interrupt(e.step_failure_data.error) for e in result.all_events if e.is_step_failure)
+        if was_stopped:  # which Dagster has as a failed step
+            instance.report_run_canceled(instance.get_run_by_id(result.run_id), "It was stopped from the terminal.")
+    if was_stopped:
+        console.print(f"{job_name} was stopped. Run the same command again: it goes on from here.")
+        return 130
     if not result.success:
         console.print(f"{job_name} did not finish. Run the same command again: what is done stays done.")
         return 1

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from typing import Any
 
 import dagster as dg
 from rich.console import Console
@@ -47,9 +48,16 @@ def _describe(event: dg.DagsterEvent, fields: dict) -> str | None:
         return f"{check.asset_key.to_user_string()} {check.check_name}: {'passed' if check.passed else 'FAILED'}"
     if event.event_type_value == "STEP_FAILURE":
         error = event.event_specific_data
+        if is_interrupt(error.error):
+            return f"{fields.get('step_key')}: stopped"
         failure = error.user_failure_data
         return f"{fields.get('step_key')}: {failure.description if failure else error.error.message.strip()}"
     return str(fields.get("step_key"))
+
+
+def is_interrupt(error: Any) -> bool:
+    """Whether what Dagster recorded of a step's error is a signal that asked to stop."""
+    return error is not None and error.cls_name == dg.DagsterExecutionInterruptedError.__name__
 
 
 @dg.logger

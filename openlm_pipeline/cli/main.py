@@ -5,7 +5,6 @@ another run or a consent is missing, 6 training ended early, 7 another process i
 130 interrupted.
 """
 
-import subprocess
 import sys
 import time
 from gc import freeze
@@ -36,7 +35,7 @@ from openlm_pipeline.cli.ui import ui
 from openlm_pipeline.errors import ConfigError, OpenLMError
 from openlm_pipeline.experiments import Experiment, load_experiment
 from openlm_pipeline.result import parse_allow
-from openlm_pipeline.runs.programs import starting
+from openlm_pipeline.runs.programs import attend, starting
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.units import format_tokens, parse_tokens
 
@@ -89,7 +88,7 @@ def demo(allow: Allow = None) -> None:
     """
     consents = [f"--allow={name}" for name in sorted(parse_allow(allow))]
     command = [sys.executable, *starting("orchestration"), "demo", *consents]
-    raise typer.Exit(subprocess.run(command, check=False).returncode)
+    raise typer.Exit(attend(command))
 
 
 @app.command()

@@ -7,12 +7,15 @@ path, which puts their folder before all others that imports are looked for in, 
 
 import os
 import runpy
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import openlm_pipeline
 
 _PACKAGE = Path(openlm_pipeline.__file__).parent
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAFE_PATH = {"PYTHONSAFEPATH": "1"}
 """Environment in which Python (3.11 and later) looks for no import in the working folder."""
 
@@ -26,6 +29,20 @@ def programs_folder() -> Path:
 def starting(name: str) -> list[str]:
     """What follows `python` in the command that starts the program `train` or `orchestration`."""
     return [str(Path(__file__).absolute()), name]
+
+
+def attend(command: list[str]) -> int:
+    """Run a program to its end, and pass on to it alone what asks this process to end; its exit code.
+
+    In a session of its own, so that Ctrl-C does not reach the helpers of Dagster, which would print tracebacks.
+    """
+    with subprocess.Popen(command, start_new_session=True) as process:
+        before = {number: signal.signal(number, lambda n, _: process.send_signal(n)) for number in _PASSED_ON}
+        try:
+            return process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def look_there_first() -> None:

@@ -1,12 +1,16 @@
 """A run that is terminated at the worst moment: when Dagster handles an output, and our generator stands still."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import dagster as dg
 import pytest
 from tiny_pipeline import LABELS, REPOSITORY, FinishedPipeline, environment
+from waiting import wait_until
 
 from openlm_pipeline.runs.folder import RunFolder
 
@@ -47,3 +51,31 @@ def test_training_is_stopped_before_the_process_ends(finished: FinishedPipeline,
     outcome = run.read_outcome()
     assert outcome["status"] == "preempted"
     assert (run.checkpoints / f"step-{outcome['step']:08d}" / "COMPLETE").exists()
+
+
+RUNS_TINY = "import sys; from openlm_pipeline.runs.programs import attend, starting; "
+RUNS_TINY += "sys.exit(attend([sys.executable, *starting('orchestration'), 'tiny', '--allow', 'repeat_data']))"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_end_a_job_in_one_line_and_cancel_its_run(number, finished, tmp_path, instance_of):
+    """Ctrl-C reaches the process group of a terminal, SIGTERM the one process; `openlm demo` starts its job so."""
+    pipeline = finished.copy(tmp_path / "pipeline")
+    recipe = pipeline.root / "recipes" / "tiny.yaml"
+    recipe.write_text(recipe.read_text().replace("[10K, 40K]", "[10K, 40K, 20M]"))
+    metrics = RunFolder(pipeline.run_folder).metrics_file
+    size = metrics.stat().st_size
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", RUNS_TINY], env=environment(pipeline), cwd=tmp_path,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    ) as process:  # fmt: skip
+        wait_until(lambda: metrics.stat().st_size > size, process, seconds=120)
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+        said, _ = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in said, said
+    assert said.splitlines()[-1] == "tiny was stopped. Run the same command again: it goes on from here."
+    assert RunFolder(pipeline.run_folder).read_outcome()["status"] == "preempted"
+    instance = instance_of(pipeline)
+    assert instance.get_runs(limit=1)[0].status == dg.DagsterRunStatus.CANCELED
+    pools = instance.event_log_storage
+    assert all(not pools.get_concurrency_info(name).active_run_ids for name in pools.get_concurrency_keys())
