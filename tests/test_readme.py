@@ -41,7 +41,7 @@ def examples() -> list[str]:
     """All that `--help` and the pages of docs/ show of `openlm`."""
     helps = [" ".join(part.split()) for command in COMMANDS.values() for part in (command.help or "").split("\n\n")]
     found = [m[1] for line in helps if (m := re.match(r"(?:Examples?: )?(?:[A-Z_]+=\S+ )*(openlm .*)", line))]
-    pages = sorted(p.relative_to(ROOT) for p in (ROOT / "docs").glob("*.md"))
+    pages = sorted(p.relative_to(ROOT) for p in (ROOT / "docs").glob("*.md") if "tutorial" not in p.name)
     return sorted({*found, *(line for page in pages for line in commands(page) if line.startswith("openlm "))})
 
 
