@@ -166,11 +166,14 @@ def place(path: Path) -> dict[str, Any]:
     }
 
 
-def table(parquets: Sequence[Path], about: Mapping[str, str] = {}) -> dict[str, Any]:
+def table(
+    parquets: Sequence[Path], about: Mapping[str, str] = {}, columns_key: str = "dagster/column_schema"
+) -> dict[str, Any]:
     """Columns and number of rows of a table in one or more Parquet files, as they say themselves; {} for none.
 
     Args:
         about: descriptions of columns of files that don't have them.
+        columns_key: Dagster shows its own above all else, where a page may have something that people want more.
     """
     if not parquets:
         return {}
@@ -186,7 +189,7 @@ def table(parquets: Sequence[Path], about: Mapping[str, str] = {}) -> dict[str, 
         for field in pq.read_schema(parquets[0])
     ]
     return {
-        "dagster/column_schema": dg.TableSchema(columns),
+        columns_key: dg.TableSchema(columns),
         "dagster/row_count": sum(pq.read_metadata(path).num_rows for path in parquets),
     }
 

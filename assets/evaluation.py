@@ -80,7 +80,10 @@ def _events(
         links = {**made_from(experiment), **run_links(experiment)}
         wrong = [dg.TableRecord(row) for row in wrong_items(experiment, Home.from_env(), key.path[-1])]
     first = shown({name: made.facts[name] for name in _FIRST})
-    tables = {**table([items]), **({"wrong_items": dg.MetadataValue.table(wrong)} if wrong else {})}
+    tables = {
+        **table([items], columns_key="columns"),
+        **({"wrong_items": dg.MetadataValue.table(wrong)} if wrong else {}),
+    }
     yield dg.MaterializeResult(
         metadata={**first, **links, **files, **metadata(made), **tables},
         data_version=dg.DataVersion(made.version),

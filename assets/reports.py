@@ -53,7 +53,7 @@ def report_asset(experiment: Experiment) -> dg.AssetsDefinition:
                 **facts,
                 **run_links(experiment),
                 **metadata(made),
-                **table([made.path.with_name("table.parquet")]),
+                **table([made.path.with_name("table.parquet")], columns_key="columns"),
                 "report": dg.MetadataValue.md(text),
             },
             data_version=dg.DataVersion(made.version),

@@ -34,6 +34,8 @@ _OBSERVATIONS, _GROWTH, _OBSERVE_SECONDS = 200, 0.2, 5.0
 _SKIPPED_TOLD = 50
 """Steps left out that have a line of their own. Dagster keeps every event and line for good."""
 _PICTURE_POINTS = 120
+_PICTURE_INCHES = 4.4
+"""Its letters are read in a dialog of Dagster, which is narrow."""
 _TABLE_ROWS = 40
 _CHECKS = (
     ("finite_loss", "Every loss of training and validation up to the milestone."),
@@ -126,7 +128,7 @@ def _standing(experiment: Experiment, records: list[dict[str, Any]]) -> dict[str
     facts = {k: of[-1][k] for k, of in (("loss", training), ("validation_loss", validated)) if of}
     tokens = records[-1]["tokens"]
     reached = [t for _, t in experiment.labelled_milestones() if t <= tokens]
-    picture = markdown_image(loss_chart(records, reached, _PICTURE_POINTS), "loss against tokens")
+    picture = markdown_image(loss_chart(records, reached, _PICTURE_POINTS, _PICTURE_INCHES), "loss against tokens")
     return {**facts, "loss_curve": dg.MetadataValue.md(picture), "tokens": tokens}
 
 

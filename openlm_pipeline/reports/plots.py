@@ -32,12 +32,15 @@ def series(records: Records, key: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array(tokens, dtype=float), np.array([by_tokens[t] for t in tokens])
 
 
-def loss_chart(records: Records, milestones: Sequence[int], points: int = _MAX_POINTS) -> str | None:
+def loss_chart(
+    records: Records, milestones: Sequence[int], points: int = _MAX_POINTS, width: float = _WIDTH_INCHES
+) -> str | None:
     """Training loss against tokens with the validation losses; None without any loss.
 
     Args:
         points: records beyond so many are drawn as the mean and the range of equal runs of them, so that no spike is
             hidden.
+        width: in inches.
     """
     tokens, loss = series(records, "loss")
     held_out = {k.partition("/")[2]: series(records, k) for r in records for k in r if k.startswith(f"{_HELD_OUT}/")}
@@ -46,7 +49,7 @@ def loss_chart(records: Records, milestones: Sequence[int], points: int = _MAX_P
     if not len(tokens) and not held_out:
         return None
     with drawing_style():
-        figure = Figure(figsize=(_WIDTH_INCHES, 3.3), layout="constrained")
+        figure = Figure(figsize=(width, 3.3), layout="constrained")
         ax = figure.subplots()
         ends = []
         if len(tokens):

@@ -134,8 +134,12 @@ def test_a_scorecard_shows_what_was_wrong_and_shards_what_they_hold(finished):
 
 def test_columns_say_what_they_hold(finished):
     made = _materialized(finished)
-    for name in ("shards/tiny_text", SCORECARDS[0], "report/tiny"):
-        assert [c.name for c in made[name]["dagster/column_schema"].columns if not c.description] == [], name
+    for name, key in (
+        ("shards/tiny_text", "dagster/column_schema"),
+        (SCORECARDS[0], "columns"),
+        ("report/tiny", "columns"),
+    ):
+        assert [c.name for c in made[name][key].columns if not c.description] == [], name
 
 
 def test_tables_and_places_come_from_the_files_themselves(finished):
@@ -146,10 +150,10 @@ def test_tables_and_places_come_from_the_files_themselves(finished):
         "report/tiny": [home / "reports" / "tiny" / "v1" / "table.parquet"],
     }
     for name, files in tables.items():
-        schema = made[name]["dagster/column_schema"]
+        schema = made[name]["dagster/column_schema" if name.startswith("shards") else "columns"]
         assert [(c.name, c.type) for c in schema.columns] == [(f.name, str(f.type)) for f in pq.read_schema(files[0])]
         assert made[name]["dagster/row_count"] == sum(pq.read_table(file).num_rows for file in files) > 0
-    required = {c.name for c in made[SCORECARDS[0]]["dagster/column_schema"].columns if not c.constraints.nullable}
+    required = {c.name for c in made[SCORECARDS[0]]["columns"].columns if not c.constraints.nullable}
     assert {"run", "task", "metric"} <= required
     assert made["tokenized/tiny_text[a.jsonl]"]["dagster/partition_row_count"] == 30
     for name, facts in made.items():
