@@ -163,8 +163,11 @@ def _next(experiment: "Experiment", state: str, scored: bool) -> str:
     if state in ("running", "queued"):
         return f"`openlm logs {name} -f` follows it; `openlm stop {name}` has it save and stop"
     if state == "completed":
+        is_next = scored or experiment.evaluation is None
         return (
-            f"`openlm report {name}` writes its report" if scored else f"`openlm evaluate {name}` scores its milestones"
+            f"`openlm report {name}` writes its report"
+            if is_next
+            else f"`openlm evaluate {name}` scores its milestones"
         )
     return f"`openlm launch {name}` or `openlm train {name}` {'begins' if state == 'not begun' else 'resumes'} it"
 
