@@ -13,7 +13,7 @@ from typing import Any
 import dagster as dg
 from pydantic import PrivateAttr
 
-from openlm_pipeline.errors import ConfigError, OpenLMError
+from openlm_pipeline.errors import ConfigError, OpenLMError, disk_trouble
 from openlm_pipeline.experiments import Dataset, Experiment
 from openlm_pipeline.fingerprint import Tree, fingerprint, short
 from openlm_pipeline.pools import DaskSettings
@@ -253,3 +253,7 @@ def user_errors() -> Iterator[None]:
         yield
     except OpenLMError as e:
         raise dg.Failure(description=str(e), allow_retries=False) from e
+    except OSError as e:
+        if (said := disk_trouble(e)) is None:
+            raise
+        raise dg.Failure(description=said, allow_retries=False) from e

@@ -4,6 +4,7 @@
 """
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -11,6 +12,23 @@ def nearest(name: str, known: Iterable[str], otherwise: str = "there are") -> st
     """The name that was meant, as the end of an error: `did you mean 'x'?`, or all that there are."""
     near = difflib.get_close_matches(name, names := list(known), n=1)
     return f"did you mean {near[0]!r}?" if near else f"{otherwise}: {', '.join(names) or 'none'}"
+
+
+_WAYS_ON = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some space, or set OPENLM_HOME to a larger disk"),
+    **dict.fromkeys(
+        (errno.EROFS, errno.EACCES, errno.EPERM), "Have it writable, or set OPENLM_HOME to a place that is"
+    ),
+    **dict.fromkeys((errno.EIO, errno.ESTALE), "Look at the disk, or the connection to it"),
+}
+
+
+def disk_trouble(error: OSError) -> str | None:
+    """What the person who runs a command must know of a disk that takes or gives nothing; None of another error."""
+    if (way_on := _WAYS_ON.get(error.errno)) is None:
+        return None
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror}. {way_on}; then run the same command again, and what is done stays done"
 
 
 class OpenLMError(Exception):

@@ -32,7 +32,7 @@ from openlm_pipeline.cli.runs import cost, logs, runs, stop
 from openlm_pipeline.cli.shards import shards_app
 from openlm_pipeline.cli.show import show
 from openlm_pipeline.cli.ui import ui
-from openlm_pipeline.errors import ConfigError, OpenLMError
+from openlm_pipeline.errors import ConfigError, OpenLMError, disk_trouble
 from openlm_pipeline.experiments import Experiment, load_experiment
 from openlm_pipeline.result import parse_allow
 from openlm_pipeline.runs.programs import attend, starting
@@ -325,11 +325,17 @@ def with_repeated_options(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     """Run the command; expected errors end it with one message and their exit code."""
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         app(with_repeated_options(sys.argv[1:]))
     except OpenLMError as e:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {e}", markup=False)
+        errors.print(f"error: {e}", markup=False)
         sys.exit(e.exit_code)
+    except OSError as e:
+        if (said := disk_trouble(e)) is None:
+            raise
+        errors.print(f"error: {said}", markup=False)
+        sys.exit(OpenLMError.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:

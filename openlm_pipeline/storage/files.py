@@ -1,6 +1,7 @@
 """Files that are either whole or not there: atomic writes, hashes, locks. Local paths only."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -128,14 +129,15 @@ def folder_lock(folder: Path, doing: str) -> Iterator[None]:
 
 def is_held(folder: Path) -> bool:
     """Whether a live process holds `folder_lock` of a folder, which is not made for the asking."""
-    if not (folder / ".lock").is_file():
-        return False
-    lock = FileLock(folder / ".lock")
+    lock = folder / ".lock"
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
+        # FileLock would have to write. NFS locks for one alone what is open for writing.
+        with lock.open("r+b" if os.access(lock, os.W_OK) else "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
-    lock.release()
+    except FileNotFoundError:
+        return False
     return False
 
 
