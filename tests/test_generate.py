@@ -52,7 +52,7 @@ def test_a_seed_gives_the_same_text_and_each_sample_has_its_own(finished):
         (["tiny", "--prompt", "word " * 60], 2, "shorten the prompt"),
         (["tiny@20K"], 2, "recipe tiny has no milestone 20K"),
         (["tiny/v9"], 3, "no checkpoint tiny/v9"),
-        (["no_such"], 3, "no checkpoint no_such"),
+        (["no_such"], 3, "there is no run 'no_such'"),
         (["tiny", "--greedy", "--num-samples", "2"], 2, "--greedy"),
         (["tiny", "--device", "nowhere"], 2, "--device nowhere"),
     ],
