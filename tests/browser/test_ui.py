@@ -26,7 +26,7 @@ def test_the_graph_shows_every_asset_and_one_click_makes_one(pipeline):
         page = ui.page
         open_graph(page, ui.address)
         drawn = page.locator("svg foreignObject")
-        for text in ("data", "tiny", "tiny_bpe", *LABELS):
+        for text in ("tokenized", "shards", "tiny_scores", "tiny_bpe", *LABELS):
             drawn.filter(has_text=text).first.wait_for()
         names = Counter(
             name for text in graph_texts(page) for name in ("tiny_text", "tiny_bpe", *LABELS) if text.startswith(name)
