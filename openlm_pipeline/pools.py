@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError, model_validator
 from openlm_pipeline.errors import ClusterError, ConfigError, DataError, MissingInputError
 from openlm_pipeline.result import ProgressLine, Say
 from openlm_pipeline.strict import Strict, expand_variables, explain, read_mapping
+from openlm_pipeline.waits import waiting_for
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -211,7 +212,8 @@ class DaskSettings(Strict):
         with contextlib.ExitStack() as stack:
             try:
                 if self.address:
-                    _ask(self.address, self.wait_seconds)
+                    with waiting_for(f"the Dask scheduler at {self.address}, up to {self.wait_seconds:g} s"):
+                        _ask(self.address, self.wait_seconds)
                 where = self.address or stack.enter_context(self._start())
                 client = stack.enter_context(Client(where, timeout=self.wait_seconds))
             except (OSError, ValueError) as e:
@@ -221,7 +223,8 @@ class DaskSettings(Strict):
                 ) from e
             report(ProgressLine(f"Dask dashboard: {client.dashboard_link}", {"dask_dashboard": client.dashboard_link}))
             try:
-                client.wait_for_workers(1, timeout=self.wait_seconds)
+                with waiting_for(f"a first Dask worker, up to {self.wait_seconds:g} s"):
+                    client.wait_for_workers(1, timeout=self.wait_seconds)
             except TimeoutError as e:
                 raise MissingInputError(
                     f"no Dask worker came within {self.wait_seconds:g} s; look at the cluster's queue and logs, or "

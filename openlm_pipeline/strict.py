@@ -113,7 +113,11 @@ def _line(node: yaml.Node, keys: Sequence[object]) -> int | None:
 def explain(error: ValidationError, where: str, origins: Sequence[Origin] = ()) -> ConfigError:
     """One line for each thing that is wrong, with its path in the document `where`, and its place in `origins`."""
     lines = []
-    for item in error.errors():
+    errors = error.errors()
+    for item in errors:
+        depth = len(item["loc"])
+        if item["type"] == "too_short" and any(e["loc"][:depth] == item["loc"] for e in errors if e is not item):
+            continue  # pydantic counts only the items that are right
         path = ".".join(str(part) for part in item["loc"])
         message = item["msg"].removeprefix("Value error, ")
         lines.append((f"{path}: {message}" if path else message) + place(origins, item["loc"], message))

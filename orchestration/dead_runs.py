@@ -6,11 +6,25 @@ ended; neither looks at a run whose code server died too.
 
 import os
 import socket
+import time
+from collections.abc import Iterator
 
 import dagster as dg
 import psutil
+from dagster._core.events import DagsterEvent
+from dagster._core.execution.api import ExecuteRunWithPlanIterable
+from dagster._core.execution.context.system import PlanExecutionContext, PlanOrchestrationContext
+from dagster._core.execution.context_creation_job import PlanExecutionContextManager
+from dagster._core.execution.plan.execute_plan import inner_plan_execution_iterator
+from dagster._core.execution.plan.instance_concurrency_context import InstanceConcurrencyContext
+from dagster._core.execution.plan.plan import ExecutionPlan
+from dagster._core.executor.in_process import InProcessExecutor
+
+from openlm_pipeline.result import Say
 
 PROCESS_TAG = "openlm/process"
+_SLOT_SECONDS = 3.0
+"""Between two looks for a free slot."""
 _CLOCK_SECONDS = 60.0
 """By how much the clock may have been set since a process began."""
 
@@ -63,12 +77,67 @@ def free_slots_of_ended_runs(instance: dg.DagsterInstance) -> None:
                 storage.free_concurrency_slots_for_run(run_id)
 
 
+class _Claims(InstanceConcurrencyContext):
+    """Pool slots of a run, which says whom it waits for, and takes those of dead runs."""
+
+    def __init__(self, instance: dg.DagsterInstance, run: dg.DagsterRun, say: Say) -> None:
+        super().__init__(instance, run)
+        self._instance, self._say, self._said = instance, say, set[str]()
+
+    def claim(self, concurrency_key: str, step_key: str, step_priority: int = 0) -> bool:
+        """Whether the step has its slot; asked again every few seconds."""
+        asks_now = time.time() > self._pending_timeouts.get(step_key, 0.0)
+        if claimed := super().claim(concurrency_key, step_key, step_priority):
+            return claimed
+        if asks_now:
+            fail_dead_runs(self._instance)
+            free_slots_of_ended_runs(self._instance)
+        if step_key not in self._said:
+            self._said.add(step_key)
+            ids = self._instance.event_log_storage.get_concurrency_info(concurrency_key).active_run_ids
+            runs = [run for run_id in sorted(ids) if (run := self._instance.get_run_by_id(run_id))]
+            held = ", ".join(f"{run.job_name} (run {run.run_id})" for run in runs)
+            self._say(f"{step_key} waits for a slot of pool {concurrency_key}" + (f", held by {held}" if held else ""))
+        return False
+
+    def interval_to_next_pending_claim_check(self) -> float:
+        """Seconds; Dagster's own are never above 0, and its executor keeps a CPU core busy until a slot is free."""
+        due = [self._pending_timeouts[step] for step in self.pending_claim_steps()]
+        return min(_SLOT_SECONDS, max(0.0, min(due, default=0.0) - time.time()))
+
+
+class _InProcess(InProcessExecutor):
+    """Dagster's, with slots as `_Claims` has them."""
+
+    def execute(self, plan_context: PlanOrchestrationContext, execution_plan: ExecutionPlan) -> Iterator[DagsterEvent]:
+        def steps(execution_plan: ExecutionPlan, job_context: PlanExecutionContext) -> Iterator[DagsterEvent]:
+            with _Claims(job_context.instance, job_context.dagster_run, job_context.log.info) as claims:
+                yield from inner_plan_execution_iterator(job_context, execution_plan, claims)
+
+        yield from ExecuteRunWithPlanIterable(
+            execution_plan=execution_plan,
+            iterator=steps,
+            execution_context_manager=PlanExecutionContextManager(
+                job=plan_context.job,
+                retry_mode=plan_context.retry_mode,
+                execution_plan=execution_plan,
+                run_config=plan_context.run_config,
+                dagster_run=plan_context.dagster_run,
+                instance=plan_context.instance,
+                raise_on_error=plan_context.raise_on_error,
+                output_capture=plan_context.output_capture,
+                step_dependency_config=self.step_dependency_config,
+            ),
+        )
+
+
 @dg.executor(name="in_process", config_schema=dg.in_process_executor.config_schema)
 def executor(context: dg.InitExecutorContext) -> dg.Executor:
     """Dagster's in-process executor, for runs that find the slots of dead ones free: no daemon need be there."""
     fail_dead_runs(context.instance)
     free_slots_of_ended_runs(context.instance)
-    return dg.in_process_executor.executor_creation_fn(context)
+    made = dg.in_process_executor.executor_creation_fn(context)
+    return _InProcess(made.retries, made.step_dependency_config)
 
 
 def dead_run_sensor() -> dg.SensorDefinition:

@@ -44,6 +44,7 @@ from openlm_pipeline.errors import DataError, TrainingError
 from openlm_pipeline.models.init import parameter_name
 from openlm_pipeline.models.transformer import Transformer
 from openlm_pipeline.storage.files import write_json
+from openlm_pipeline.waits import waiting_for
 from train.distributed import World
 from train.optimizers import Optimizers
 
@@ -151,7 +152,8 @@ class Saver:
         """
         if self._in_flight is not None:
             in_flight, self._in_flight = self._in_flight, None
-            in_flight.result()
+            with waiting_for(f"a checkpoint to be written to {self.folder}"):
+                in_flight.result()
 
     def save(
         self,

@@ -94,7 +94,7 @@ def evaluate(
 
     Examples:
 
-    openlm evaluate demo --milestone 400K
+    openlm evaluate demo@400K
 
     openlm evaluate --checkpoint epoch_64.pt --model open_lm_1b --eval-yaml openlm
 
@@ -111,6 +111,8 @@ def evaluate(
         raise ConfigError("give a recipe, or --checkpoint with a model to score")
     say = scoring.on_first_process(_printer())
     if recipe is not None:
+        recipe, at, one = recipe.partition("@")
+        milestone = [*(milestone or []), *([one] if at else [])]
         changes = [*(overrides or []), *([f"evaluation.batch_tokens={batch_tokens}"] if batch_tokens else [])]
         _evaluate_recipe(recipe, changes, milestone, baseline, say, {"part": part, "device": device})
         return

@@ -51,6 +51,8 @@ def items(
     from openlm_pipeline.reports.render import items_page
     from openlm_pipeline.storage.home import Home
 
+    recipe, _, one = recipe.partition("@")
+    milestones = milestones or one or None
     experiment = load_experiment(recipe, overrides or [])
     labels = milestone_range(experiment, flipped or milestones)
     found = look_at_items(

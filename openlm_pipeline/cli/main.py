@@ -21,6 +21,7 @@ from openlm_pipeline.cli.env import env
 from openlm_pipeline.cli.evaluate import evaluate
 from openlm_pipeline.cli.export import export
 from openlm_pipeline.cli.fork import fork
+from openlm_pipeline.cli.fsck import fsck
 from openlm_pipeline.cli.gc import gc
 from openlm_pipeline.cli.generate import generate
 from openlm_pipeline.cli.items import items
@@ -50,7 +51,7 @@ app = typer.Typer(
 )
 console = Console(highlight=False, soft_wrap=True)
 app.add_typer(shards_app, name="shards")
-_COMMANDS = (plan, launch, fork, download, evaluate, report, compare, items, generate, baselines, export, gc, ui)
+_COMMANDS = (plan, launch, fork, download, evaluate, report, compare, items, generate, baselines, export, fsck, gc, ui)
 for command in (*_COMMANDS, runs, show, logs, stop, cost, env):
     app.command()(command)
 

@@ -29,7 +29,7 @@ def definitions_option() -> list[str]:
 
 
 def ui(
-    port: Annotated[int, typer.Option(help="Port on this machine.", envvar="PORT")] = 3000,
+    port: Annotated[int, typer.Option(help="Port on this machine.", envvar="PORT", min=1, max=65535)] = 3000,
     host: Annotated[str, typer.Option(help="Address to listen on: who reaches it may start runs.")] = "127.0.0.1",
 ) -> None:
     """Start the Dagster UI and its daemon, until Ctrl-C.

@@ -74,6 +74,15 @@ class Ledger:
             write_text(self._sums_path, "\n".join([*others, *ours]) + "\n")
 
 
+def recorded_downloads(folder: Path) -> dict[str, RemoteFile]:
+    """What was brought to a folder whole, by name; for those who only look.
+
+    Raises:
+        ConfigError, DataError: `downloads.json` is damaged.
+    """
+    return Ledger(folder).files
+
+
 class Part:
     """NAME.part and NAME.part.json."""
 

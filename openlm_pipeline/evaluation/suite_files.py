@@ -96,7 +96,7 @@ def suite_path(name_or_path: str) -> Path:
         return path
     if name_or_path not in suite_names():
         hint = nearest(name_or_path, suite_names(), "known")
-        raise ConfigError(f"there is no suite {name_or_path!r}; {hint} A suite of your own is given by its .yaml path")
+        raise ConfigError(f"there is no suite {name_or_path!r}, and one of your own is given by its .yaml path; {hint}")
     return SHIPPED / f"{name_or_path}.yaml"
 
 

@@ -65,7 +65,7 @@ def _find(recipe: str) -> Path:
         return path
     known = recipe_paths()
     if recipe not in known:
-        hint = nearest(recipe, known, "known")
+        hint = "it is a folder" if Path(recipe).is_dir() else nearest(recipe, known, "known")
         raise ConfigError("; ".join([f"there is no recipe {recipe!r}; {hint}", *lost_files().values()]))
     return known[recipe]
 

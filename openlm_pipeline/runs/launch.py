@@ -135,8 +135,12 @@ def train_run(
                 requeues += 1
                 report(f"training was interrupted and resumes from its last checkpoint; {job.ending().splitlines()[0]}")
             else:
-                reason = outcome.get("reason", outcome["status"]) + "\n" if outcome else ""
-                raise TrainingError(f"training of {experiment.name} ended early: {reason}{job.ending()}")
+                how, said = job.ending(), (outcome or {}).get("reason")
+                if said:  # the log would say it again, amid what torchrun prints
+                    how = f"{said} ({how.splitlines()[0]}; `openlm logs {experiment.name}` has the rest)"
+                elif outcome:
+                    how = f"{outcome['status']}\n{how}"
+                raise TrainingError(f"training of {experiment.name} ended early: {how}")
             job = None
 
 

@@ -28,6 +28,7 @@ from openlm_pipeline.errors import DataError, IdentityError, OpenLMError
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.storage import copies, remote
 from openlm_pipeline.storage.home import Home
+from openlm_pipeline.waits import waiting_for
 
 _LAST_ATTEMPTS = 3
 _RECORDS = (
@@ -120,7 +121,9 @@ class Uploads:
         """Wait until all is there; after some attempts say what is not."""
         for attempt in range(1, _LAST_ATTEMPTS + 1):
             result: Future[bool] = self._pool.submit(self._send_waiting)
-            if result.result() and not self.steps:
+            with waiting_for(f"checkpoints and records to be copied to {remote.public(self.url)}"):
+                sent = result.result()
+            if sent and not self.steps:
                 break
             if attempt < _LAST_ATTEMPTS:
                 threading.Event().wait(self.pause_seconds)

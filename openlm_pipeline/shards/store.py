@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.storage.files import sha256_file, write_text
+from openlm_pipeline.waits import waiting_for
 
 FETCHED = ".fetched"
 _THREADS = 4
@@ -78,7 +79,8 @@ class ShardStore:
                     os.utime(path)
                     return path
             future = self._running.get(k) or self._start(k)
-        future.result()
+        with waiting_for(f"shard {path}, which is being brought"):
+            future.result()
         return path
 
     @contextlib.contextmanager

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from openlm_pipeline.errors import ConfigError
+
 if TYPE_CHECKING:
     from openlm_pipeline.storage.sync import HomeSync
 
@@ -31,11 +33,13 @@ class Home:
         `OPENLM_HOME_CACHE`, or `./openlm_home_cache`.
 
         Raises:
-            ConfigError: no installed library speaks the URL's protocol, or a password is in it.
+            ConfigError: it is a file, no installed library speaks the URL's protocol, or a password is in it.
         """
         value = os.environ.get("OPENLM_HOME") or DEFAULT_HOME
         if "://" not in value:
-            return cls(Path(value).absolute())
+            if (root := Path(value).absolute()).is_file():
+                raise ConfigError(f"OPENLM_HOME names {root}, which is a file; name a folder")
+            return cls(root)
         from openlm_pipeline.storage.remote import (  # slow to import, and a local home needs none of it
             file_system,
             is_remote,

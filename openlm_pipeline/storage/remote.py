@@ -19,6 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError, OpenLMError
 from openlm_pipeline.storage.files import TMP_SUFFIX, atomic_writer, sha256_stream
+from openlm_pipeline.waits import waiting_for
 
 _ATTEMPTS = 3
 _BLOCK_BYTES = 1 << 20
@@ -120,7 +121,8 @@ def storage_errors(file: str, deed: str) -> Iterator[None]:
         DataError: anything else.
     """
     try:
-        yield
+        with waiting_for(f"the storage of {file}", "storage"):
+            yield
     except OpenLMError:
         raise
     except Exception as e:  # noqa: BLE001 - the errors of storage libraries have no base in common

@@ -6,6 +6,7 @@ What is there already is not sent again, so a push that was cut resumes where it
 last push or pull is never overwritten by a pull. A store has no locks: let one machine at a time work on a run.
 """
 
+import contextlib
 import os
 import re
 import secrets
@@ -20,6 +21,7 @@ from filelock import FileLock
 from openlm_pipeline.errors import DataError, MissingInputError
 from openlm_pipeline.storage import copies, remote
 from openlm_pipeline.storage.files import TMP_SUFFIX, read_json, sha256_file, write_json
+from openlm_pipeline.waits import waiting_for
 
 MARK = ".artefact.json"
 _OWN_MARKS = ("run.json", "tokenizer_info.json", "scorecard.json", "manifest.jsonl", "COMPLETE")
@@ -103,10 +105,17 @@ class HomeSync:
     def _name(self, folder: Path) -> str:
         return folder.relative_to(self.root).as_posix()
 
-    def _lock(self, folder: Path) -> FileLock:
+    @contextlib.contextmanager
+    def _lock(self, folder: Path) -> Iterator[None]:
         path = self.root / _STATE / self._name(folder)
         path.mkdir(parents=True, exist_ok=True)
-        return FileLock(path / ".lock")
+        lock = FileLock(path / ".lock")
+        with waiting_for(f"another process that copies {folder} to or from {remote.public(self.url)}"):
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _note(self, folder: Path) -> Path:
         """What was the same here and there after the last push or pull."""

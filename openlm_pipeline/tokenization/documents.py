@@ -33,12 +33,12 @@ from openlm_pipeline.corpus.reader import (
     check_bad_fraction,
     quarantine_writer,
 )
-from openlm_pipeline.errors import DataError
+from openlm_pipeline.errors import DataError, OpenLMError
 from openlm_pipeline.experiments import Dataset
 from openlm_pipeline.fingerprint import Tree, fingerprint, settings_tree
 from openlm_pipeline.pools import TaskProgress
 from openlm_pipeline.shards.format import SampleFormat
-from openlm_pipeline.storage.files import atomic_writer, read_json, read_sealed, write_json, write_sealed
+from openlm_pipeline.storage.files import atomic_writer, read_json, read_sealed, sha256_file, write_json, write_sealed
 from openlm_pipeline.storage.remote import sha256_url
 from openlm_pipeline.tokenizers.engine import load_reference, make_engine, special_strings
 from openlm_pipeline.tokenizers.engines import Encoded, EncodingError
@@ -226,6 +226,31 @@ def results(folder: Path) -> list[FileTokens]:
     """
     paths = sorted(path for path in folder.rglob("*.json") if not path.name.endswith(_LEFT_OUT))
     return [FileTokens(**read_sealed(path)) for path in paths if ".part-" not in path.name]
+
+
+def check_streams(folder: Path, *, quick: bool = False) -> Iterator[tuple[Path, str | None]]:
+    """Check the files of each raw file that is finished; yields (its `F.json`, what is wrong or None).
+
+    Args:
+        quick: only that they are there, and what `F.json` says of itself.
+    """
+    for path in sorted(folder.rglob("*.json")):
+        if path.name.endswith(_LEFT_OUT) or ".part-" in path.name:
+            continue
+        try:
+            made = FileTokens(**read_sealed(path))
+            paths = _Paths.of(path.parent, path.name.removesuffix(".json"))
+            recorded = {paths.tokens: made.tokens_sha256, paths.documents: made.index_sha256}
+            recorded |= {paths.offsets: made.offsets_sha256, paths.quarantine: None}
+            for file, sha256 in recorded.items():
+                if not file.exists() and (sha256 or file == paths.quarantine):
+                    raise DataError(f"{file} is missing")
+                if sha256 and not quick and sha256_file(file) != sha256:
+                    raise DataError(f"{file} does not have its recorded sha256: it is damaged")
+        except (OpenLMError, TypeError, OSError) as e:
+            yield path, f"{path}: {e}" if isinstance(e, TypeError) else str(e)
+        else:
+            yield path, None
 
 
 def _note(folder: Path, name: str) -> Path:

@@ -4,10 +4,12 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import uuid
 
 import dagster as dg
 import psutil
+import pytest
 from tiny_pipeline import TinyPipeline, environment
 from waiting import wait_until
 
@@ -71,19 +73,31 @@ def test_only_runs_of_this_machine_whose_process_is_another_now_are_failed(tmp_p
     assert fail_dead_runs(instance) == [used_again]
 
 
-def test_a_launched_run_goes_on_after_a_killed_one_without_a_daemon(finished, tmp_path, instance_of):
-    pipeline = finished.copy(tmp_path / "pipeline")
+@pytest.mark.parametrize("killed", ["before", "while it waits"])
+def test_a_launched_run_goes_on_after_a_killed_one_without_a_daemon(finished, tmp_path, instance_of, killed):
+    pipeline, run_id = finished.copy(tmp_path / "pipeline"), str(uuid.uuid4())
     with subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", HOLDS_A_SLOT],
         env=environment(pipeline), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         assert process.stdout.readline() == "held\n"
-        process.kill()
-    launch = [sys.executable, "-W", "ignore", "-m", "dagster", "job", "launch", "-m", "openlm_pipeline.cli.definitions"]
-    run_id = str(uuid.uuid4())
-    with (tmp_path / "log").open("wb") as log:
-        launch += ["-j", "tiny_checkpoints", "--run-id", run_id]
-        subprocess.run(launch, env=environment(pipeline), stdout=log, stderr=log, check=True, timeout=100)
-    instance = instance_of(pipeline)
+        if killed == "before":
+            process.kill()
+            process.wait()
+        launch = [sys.executable, "-W", "ignore", "-m", "dagster", "job", "launch"]
+        launch += ["-m", "openlm_pipeline.cli.definitions", "-j", "tiny_checkpoints", "--run-id", run_id]
+        with (tmp_path / "log").open("wb") as log:
+            subprocess.run(launch, env=environment(pipeline), stdout=log, stderr=log, check=True, timeout=100)
+        instance = instance_of(pipeline)
+        if killed != "before":
+            said = "waits for a slot of pool training, held by holding (run "
+            wait_until(lambda: any(said in e.user_message for e in instance.all_logs(run_id)), seconds=100)
+            waiting = psutil.Process(
+                instance.all_logs(run_id, of_type=dg.DagsterEventType.RUN_START)[-1].dagster_event.pid
+            )
+            before = sum(waiting.cpu_times()[:2])
+            time.sleep(4)
+            assert sum(waiting.cpu_times()[:2]) - before < 1
+            process.kill()
     wait_until(lambda: instance.get_run_by_id(run_id).is_finished, seconds=100)
     assert instance.get_run_by_id(run_id).status == dg.DagsterRunStatus.SUCCESS

@@ -114,7 +114,7 @@ def test_a_job_is_created_found_again_and_deleted(tmp_path: Path, cluster: Kuber
 @pytest.mark.drill
 def test_a_failed_job_shows_its_log_and_the_next_takes_its_place(tmp_path: Path, cluster: KubernetesServer):
     small = SmallRun(tmp_path, (2,))
-    with pytest.raises(TrainingError, match=r"embedding has 100 rows[\s\S]*The end of the log of pod pod"):
+    with pytest.raises(TrainingError, match=r"embedding has 100 rows[\s\S]*`openlm logs"):
         list(watch(small, [], "model.vocab_size=100"))
     assert len(cluster.objects) == 1
     events = list(watch(small, []))

@@ -15,6 +15,7 @@ from openlm_pipeline.errors import DataError
 from openlm_pipeline.ordering import order_of
 from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.storage.file_hashes import FileHashes
+from openlm_pipeline.waits import waiting_for
 from train.hooks import HOOKS, Hook
 
 if TYPE_CHECKING:
@@ -66,8 +67,9 @@ class ShardChecks(Hook):
         if self._unsure:
             if self._pool:
                 self._checking = self._pool.submit(self._check, self.trainer.step)
-            while self.trainer.world.any(bool(self._checking and wait([self._checking], _POLL_SECONDS).not_done)):
-                pass
+            with waiting_for("the hashes of the shards that this milestone has read"):
+                while self.trainer.world.any(bool(self._checking and wait([self._checking], _POLL_SECONDS).not_done)):
+                    pass
             if problem := self.trainer.world.first_error(self._finish):
                 raise problem
         return {}

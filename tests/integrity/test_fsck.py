@@ -1,0 +1,68 @@
+"""`openlm fsck` finds every damaged and every missing file, and what it sets aside is made again, the same."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from commands import openlm
+
+LAST = "runs/tiny/v1/checkpoints/step-00000157"
+MENDED = {  # file: the command that makes it again
+    "tokenizers/tiny_bpe/tokenizer.json": "tokenize tiny",
+    "tokenized/tiny_text/v1/a.jsonl.tokens": "tokenize tiny",
+    "tokenized/tiny_text/v1/a.jsonl.documents": "tokenize tiny",
+    "tokenized/tiny_text/v1/a.jsonl.offsets": "tokenize tiny",
+    "shards/tiny_text/v1/00000001.tar": "tokenize tiny",
+    "shards/tiny_text/v1/00000001.sums": "tokenize tiny",
+    "shards/tiny_text/v1/00000001.provenance.parquet": "tokenize tiny",
+    "shards/tiny_text/v1/dataset.json": "tokenize tiny",
+    f"{LAST}/checkpoint.json": "train tiny --allow remake; evaluate tiny",
+    "scorecards/tiny/v1/t0040K/scorecard.json": "evaluate tiny@40K",
+    "scorecards/tiny/v1/t0040K/items.parquet": "evaluate tiny@40K",
+    "scorecards/tiny/v1/t0040K/tasks/choice-1shot.parquet": "evaluate tiny@40K",
+}
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def found(pipeline, *options: str) -> list[dict]:
+    ended = openlm("fsck", "--json", *options, variables=pipeline.variables)
+    assert ended.returncode == (4 if ended.stdout else 0), ended.stderr
+    return [json.loads(line) for line in ended.stdout.splitlines()]
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("how", [flip, Path.unlink], ids=["flipped", "deleted"])
+def test_each_damaged_file_is_found_and_made_again(finished, tmp_path, how):
+    pipeline = finished.copy(tmp_path)
+    assert found(pipeline) == []
+    before = {name: sha256(pipeline.home / name) for name in MENDED}
+    for name, command in MENDED.items():
+        path = pipeline.home / name
+        how(path)
+        damaged = found(pipeline)
+        assert damaged and all(d["harms"] and d["mends"] for d in damaged), name
+        assert any(path.name in d["what"] or path.name in d["path"] for d in damaged), (name, damaged)
+        found(pipeline, "--repair")
+        for each in command.split("; "):
+            ended = openlm(*each.split(), variables=pipeline.variables)
+            assert ended.returncode == 0, (name, ended.stderr)
+        assert found(pipeline) == [], name
+        if not name.startswith(("runs", "scorecards")):  # those hold times
+            assert sha256(path) == before[name], name
+
+
+def test_a_milestone_that_is_gone_is_missed(finished, tmp_path):
+    pipeline = finished.copy(tmp_path)
+    shutil.rmtree(pipeline.home / "runs/tiny/v1/checkpoints/step-00000040")
+    (damage,) = found(pipeline)
+    assert "t0010K, which is not there" in damage["what"]
