@@ -29,6 +29,9 @@ def _records(until: int, first: int = 0):
             "lr": 1e-3,
             "grad_norm": 1.0,
             "tokens_per_second": 9e5,
+            "tokens_per_second_per_gpu": 9e5,
+            "step_seconds": SECONDS_PER_RECORD / 10,
+            "time": number * SECONDS_PER_RECORD,
         }
 
 
