@@ -132,11 +132,16 @@ def _standing(records: list[dict[str, Any]]) -> dict[str, Any]:
     return {**facts, "loss_curve": picture and dg.MetadataValue.md(picture), "tokens": records[-1]["tokens"]}
 
 
+def _cost(folder: RunFolder) -> dict[str, Any]:
+    """Of the run so far; `gpu_hours` of a milestone is of what came since the one before."""
+    return {"run_gpu_hours": ledger.facts(folder).get("gpu_hours")}
+
+
 def _observe(context: dg.AssetExecutionContext, experiment: Experiment, folder: RunFolder, skipped: int) -> None:
     """Loss and speed on the milestone that is being trained, while it is; the description is the terminal's line."""
     if not (records := folder.read_metrics()):
         return
-    facts = _standing(records) | {"skipped_steps": skipped}
+    facts = {**_standing(records), **_cost(folder), "skipped_steps": skipped}
     ahead = [label for label, tokens in experiment.labelled_milestones() if tokens >= facts["tokens"]]
     label = ahead[0] if ahead else [name for name, _ in experiment.labelled_milestones()][-1]
     latest = next((r for r in reversed(records) if "loss" in r), {})
@@ -161,7 +166,8 @@ def _milestone(
     facts = {
         **shown(_standing(records)),
         **made_from(experiment, event.label),
-        **shown({"tokens_per_second": training[-1]["tokens_per_second"], **ledger.facts(folder, event.label)}),
+        **shown({"tokens_per_second": training[-1]["tokens_per_second"], **_cost(folder)}),
+        **shown(ledger.facts(folder, event.label)),
         **metadata(result),
         "records": _table(training),
     }

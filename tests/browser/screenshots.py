@@ -50,7 +50,10 @@ def of_demo(folder: Path, home: Path, dagster_home: Path) -> None:
         page.get_by_role("button", name="Confirm").or_(page.get_by_text("Launched run")).first.wait_for()
         if (confirm := page.get_by_role("button", name="Confirm")).is_visible():
             confirm.click()
-        page.get_by_role("button", name="View").or_(page.get_by_role("link", name="View")).first.click()
+        page.get_by_text("Launched run").first.wait_for()
+        with dg.DagsterInstance.from_config(str(dagster_home)) as instance:
+            (run,) = instance.get_runs(limit=1)
+        page.goto(f"{address}/runs/{run.run_id}")
         page.get_by_text("RUN_FAILURE").first.wait_for()
         save(page, "ui-refused")
     variables["OPENLM_ONLY"] = "demo"
