@@ -1,11 +1,8 @@
 """What all assets share: keys, pools, metadata, and errors for the person who must act."""
 
 import contextlib
-import functools
 import os
 import re
-import shutil
-import subprocess
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,8 @@ from openlm_pipeline.experiments import Dataset, Experiment
 from openlm_pipeline.fingerprint import Tree, fingerprint, short
 from openlm_pipeline.pools import DaskSettings
 from openlm_pipeline.result import ALLOW_TAG, StageResult, parse_allow
-from openlm_pipeline.runs.folder import WANDB_URL
+from openlm_pipeline.runs import ledger
+from openlm_pipeline.runs.folder import WANDB_URL, RunFolder
 from openlm_pipeline.shards.opening import open_dataset
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.units import format_tokens
@@ -142,12 +140,16 @@ def code_version(tree: Tree) -> str:
 
 
 def shown(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Facts as Dagster metadata: numbers stay numbers, so that the UI plots them, and web addresses can be clicked."""
+    """Facts as Dagster metadata: web addresses can be clicked, and numbers, of six digits, are plotted by the UI."""
 
     def value(fact: Any) -> Any:
+        if isinstance(fact, float):
+            return float(f"{fact:.6g}")
         if isinstance(fact, str) and fact.startswith(("http://", "https://")):
             return dg.MetadataValue.url(fact)
-        return fact if isinstance(fact, (int, float, str)) else dg.MetadataValue.json(fact)
+        if isinstance(fact, dict):
+            return dg.MetadataValue.json({k: value(v) for k, v in fact.items()})
+        return fact if isinstance(fact, (int, str, dg.MetadataValue)) else dg.MetadataValue.json(fact)
 
     return {k: value(v) for k, v in facts.items() if v is not None and v != [] and v != {}}
 
@@ -194,28 +196,22 @@ def table(
     }
 
 
-def made_from(experiment: Experiment) -> dict[str, Any]:
-    """Size of the model, datasets with their shares and tokens, and the commit of the checkout that runs this."""
+def made_from(experiment: Experiment, label: str) -> dict[str, Any]:
+    """Where to look at a milestone's run; datasets with their shares and tokens, size of the model, and the trainer's
+    machine and commit."""
     from openlm_pipeline.models import count_parameters
 
     datasets, home = experiment.training_datasets(), Home.from_env()
+    folder = RunFolder(home.run(experiment.name, experiment.version))
     whole = sum(d.source.weight for d in datasets)
     data = [
         f"{d.name} {d.version}: {d.source.weight / whole:.0%} of what is read, it has "
         f"{format_tokens(open_dataset(d, home).info['totals']['tokens'], 4)} tokens"
         for d in datasets
     ]
-    facts = {"parameters": count_parameters(experiment.model_config_resolved()), "commit": _commit()}
-    return {"data": dg.MetadataValue.md("\n\n".join(data)), **shown(facts)}
-
-
-@functools.cache
-def _commit() -> str | None:
-    root = Path(__file__).parents[1]
-    if not (root / ".git").exists() or not shutil.which("git"):
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    facts = {"data": dg.MetadataValue.md("\n\n".join(data)), **ledger.trained_on(folder, label)}
+    facts |= {"parameters": count_parameters(experiment.model_config_resolved())}
+    return {**run_links(experiment), **shown(facts)}
 
 
 def run_links(experiment: Experiment) -> dict[str, Any]:

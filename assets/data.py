@@ -209,8 +209,7 @@ def _report_files(
             "text_bytes": file.text_bytes,
             **({} if file.special_strings is None else {"special_strings": file.special_strings}),
             "engine": file.engine,
-            "seconds": file.seconds,
-            "tokens_per_second": file.tokens / max(file.seconds, 1e-3),
+            **shown({"seconds": file.seconds, "tokens_per_second": file.tokens / max(file.seconds, 1e-3)}),
         }
         context.log_event(
             dg.AssetMaterialization(tokenized_key(dataset), partition=file.name, metadata=facts, tags=tags)

@@ -11,7 +11,6 @@ from assets.common import (
     code_version,
     made_from,
     metadata,
-    run_links,
     scorecard_key,
     scores_group,
     shown,
@@ -24,7 +23,6 @@ from openlm_pipeline.evaluation.suite import HARNESS_VERSION, Suite, load_suite
 from openlm_pipeline.experiments import Baseline, Experiment
 from openlm_pipeline.fingerprint import settings_tree
 from openlm_pipeline.pipeline import evaluation as scoring
-from openlm_pipeline.pipeline.evaluation import CARD
 from openlm_pipeline.pipeline.items import wrong_items
 from openlm_pipeline.result import StageResult
 from openlm_pipeline.storage.home import Home
@@ -74,18 +72,19 @@ def _events(
         ),
     ]
     items = made.path / _ITEMS
-    files = {"scorecard": dg.MetadataValue.path(str(made.path / CARD)), "items": dg.MetadataValue.path(str(items))}
     links, wrong = {}, []
     if experiment:
-        links = {**made_from(experiment), **run_links(experiment)}
-        wrong = [dg.TableRecord(row) for row in wrong_items(experiment, Home.from_env(), key.path[-1])]
+        links = made_from(experiment, key.path[-1])
+        rows = wrong_items(experiment, Home.from_env(), key.path[-1])
+        # A row for each text: Dagster's page has room for one wide column.
+        wrong = [dg.TableRecord({"what": what, "text": text}) for row in rows for what, text in row.items() if text]
     first = shown({name: made.facts[name] for name in _FIRST})
     tables = {
         **table([items], columns_key="columns"),
         **({"wrong_items": dg.MetadataValue.table(wrong)} if wrong else {}),
     }
     yield dg.MaterializeResult(
-        metadata={**first, **links, **files, **metadata(made), **tables},
+        metadata={**first, **links, **metadata(made), **tables},
         data_version=dg.DataVersion(made.version),
         check_results=results[:checks],
     )

@@ -1,7 +1,5 @@
 """`report/<run>`: the page over all scorecards of a run."""
 
-import re
-
 import dagster as dg
 
 from assets.common import (
@@ -39,21 +37,26 @@ def report_asset(experiment: Experiment) -> dg.AssetsDefinition:
         description="Table of milestones, accuracy and loss against tokens, provenance: Markdown, HTML, CSV, Parquet.",
     )
     def report(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        from openlm_pipeline.reports.svg import markdown_image  # matplotlib is slow to import
+        import pyarrow.parquet as pq  # slow to import, as matplotlib is
+
+        from openlm_pipeline.reports.curves import series, small_picture
 
         with user_errors():
             made = reporting.make_report(experiment, Home.from_env(), context.log.info)
         pages = {"report_page": made.path, "items_page": made.path.with_name("items.html")}
         facts = {name: dg.MetadataValue.path(str(page)) for name, page in pages.items() if page.exists()}
-        if chart := re.search(r'<svg [^>]*aria-label="Average .*?</svg>', made.path.read_text(), re.DOTALL):
-            facts = {"averages": dg.MetadataValue.md(markdown_image(chart[0], "average accuracy"))} | facts
+        rows = pq.read_table(tabular := made.path.with_name("table.parquet")).to_pylist()
+        averages = [r for r in rows if (r["kind"], r["measure_kind"]) == ("milestone", "average")]
+        headline = [r for r in averages if r["measure"] == averages[0]["measure"]]
+        if picture := small_picture("average against tokens", series(headline, "value")):
+            facts = {"averages": dg.MetadataValue.md(picture)} | facts
         text = made.path.with_name("report.md").read_text()
         return dg.MaterializeResult(
             metadata={
                 **facts,
                 **run_links(experiment),
                 **metadata(made),
-                **table([made.path.with_name("table.parquet")], columns_key="columns"),
+                **table([tabular], columns_key="columns"),
                 "report": dg.MetadataValue.md(text),
             },
             data_version=dg.DataVersion(made.version),

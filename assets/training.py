@@ -15,7 +15,6 @@ from assets.common import (
     code_version,
     made_from,
     metadata,
-    run_links,
     shards_key,
     shown,
     user_errors,
@@ -29,13 +28,11 @@ from openlm_pipeline.runs.launch import MilestoneReached, MilestoneReused, StepS
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.units import format_tokens, milestone_label
 
-_OBSERVATIONS, _GROWTH, _OBSERVE_SECONDS = 200, 0.2, 5.0
-"""Observations of a run: their number at even distances, how the distance grows until then, and the least one."""
+_OBSERVATIONS, _MOST_OBSERVATIONS, _GROWTH, _OBSERVE_SECONDS = 500, 700, 0.2, 5.0
+"""Observations of a run that is not set back (20 minutes apart in one of a week) and of any; how the distance grows
+until they are even; the least distance."""
 _SKIPPED_TOLD = 50
 """Steps left out that have a line of their own. Dagster keeps every event and line for good."""
-_PICTURE_POINTS = 120
-_PICTURE_INCHES = 4.4
-"""Its letters are read in a dialog of Dagster, which is narrow."""
 _TABLE_ROWS = 40
 _CHECKS = (
     ("finite_loss", "Every loss of training and validation up to the milestone."),
@@ -79,7 +76,7 @@ def checkpoint_assets(experiment: Experiment) -> dg.AssetsDefinition:
         ],
     )
     def train(context: dg.AssetExecutionContext, run_end: RunEnd):
-        import openlm_pipeline.reports.plots  # noqa: F401 - a second, which the first milestone would come later
+        import openlm_pipeline.reports.curves  # noqa: F401 - a second, which the first milestone would come later
 
         home = Home.from_env()
         selected = {label for label in labels if checkpoint_key(run, label) in context.selected_asset_keys}
@@ -103,47 +100,55 @@ def checkpoint_assets(experiment: Experiment) -> dg.AssetsDefinition:
 
 
 class _Distances:
-    """When a run is observed: soon at first, then at growing distances, about `_OBSERVATIONS` times over all tokens."""
+    """When a run is observed: soon at first, then at growing distances up to even ones.
+
+    What is trained again after a crash is observed again, from what is left of `_MOST_OBSERVATIONS`.
+    """
 
     def __init__(self, until: int) -> None:
-        self._longest = until / _OBSERVATIONS
+        self._until, self._left = until, _MOST_OBSERVATIONS
         self._first = self._last = 0
         self._at = -math.inf
 
     def due(self, tokens: int, now: float) -> bool:
         """Whether to observe at so many tokens and seconds; then the next is due later."""
-        gap = min(self._longest, _GROWTH * (self._last - self._first))
-        if now - self._at < _OBSERVE_SECONDS or tokens < self._last + gap:
+        self._last = min(self._last, tokens)
+        evenly = max(self._until / _OBSERVATIONS, (self._until - self._last) / max(1, self._left))
+        gap = min(evenly, _GROWTH * abs(self._last - self._first))
+        if not self._left or now - self._at < _OBSERVE_SECONDS or tokens < self._last + gap:
             return False
-        self._first, self._last, self._at = self._first or tokens, tokens, now
+        self._first, self._last, self._at, self._left = self._first or tokens, tokens, now, self._left - 1
         return True
 
 
-def _standing(experiment: Experiment, records: list[dict[str, Any]]) -> dict[str, Any]:
+def _standing(records: list[dict[str, Any]]) -> dict[str, Any]:
     """What people ask of a run first: its losses, in numbers and as a picture against tokens."""
-    from openlm_pipeline.reports.plots import loss_chart  # matplotlib is slow to import
-    from openlm_pipeline.reports.svg import markdown_image
+    from openlm_pipeline.reports.curves import series, small_picture  # matplotlib is slow to import
 
     training, validated = ([r for r in records if kind in r] for kind in ("loss", "validation_loss"))
     facts = {k: of[-1][k] for k, of in (("loss", training), ("validation_loss", validated)) if of}
-    tokens = records[-1]["tokens"]
-    reached = [t for _, t in experiment.labelled_milestones() if t <= tokens]
-    picture = markdown_image(loss_chart(records, reached, _PICTURE_POINTS, _PICTURE_INCHES), "loss against tokens")
-    return {**facts, "loss_curve": dg.MetadataValue.md(picture), "tokens": tokens}
+    curves = (series(records, k) for k in ("loss", "validation_loss"))
+    picture = small_picture("loss against tokens, that of held-out text as dots", *curves)
+    return {**facts, "loss_curve": picture and dg.MetadataValue.md(picture), "tokens": records[-1]["tokens"]}
+
+
+def _cost(folder: RunFolder) -> dict[str, Any]:
+    """Of the run so far; `gpu_hours` of a milestone is of what came since the one before."""
+    return {"run_gpu_hours": ledger.facts(folder).get("gpu_hours")}
 
 
 def _observe(context: dg.AssetExecutionContext, experiment: Experiment, folder: RunFolder, skipped: int) -> None:
     """Loss and speed on the milestone that is being trained, while it is; the description is the terminal's line."""
     if not (records := folder.read_metrics()):
         return
-    facts = _standing(experiment, records) | {"skipped_steps": skipped}
+    facts = {**_standing(records), **_cost(folder), "skipped_steps": skipped}
     ahead = [label for label, tokens in experiment.labelled_milestones() if tokens >= facts["tokens"]]
     label = ahead[0] if ahead else [name for name, _ in experiment.labelled_milestones()][-1]
     latest = next((r for r in reversed(records) if "loss" in r), {})
     facts |= {k: v for k, v in latest.items() if k not in ("time", "tokens") and not isinstance(v, dict)}
     numbers = [f"{k} {facts[k]:,.4g}" for k in ("loss", "validation_loss", "tokens_per_second") if k in facts]
     said = f"{format_tokens(facts['tokens'])} tokens, {', '.join(numbers)}"
-    context.log_event(dg.AssetObservation(checkpoint_key(experiment.name, label), said, metadata=facts))
+    context.log_event(dg.AssetObservation(checkpoint_key(experiment.name, label), said, metadata=shown(facts)))
 
 
 def _milestone(
@@ -159,10 +164,9 @@ def _milestone(
     records = [r for r in folder.read_metrics() if r["step"] <= event.checkpoint.step]
     training = [r for r in records if "loss" in r]
     facts = {
-        **_standing(experiment, records),
-        **made_from(experiment),
-        **run_links(experiment),
-        "tokens_per_second": training[-1]["tokens_per_second"],
+        **shown(_standing(records)),
+        **made_from(experiment, event.label),
+        **shown({"tokens_per_second": training[-1]["tokens_per_second"], **_cost(folder)}),
         **shown(ledger.facts(folder, event.label)),
         **metadata(result),
         "records": _table(training),
@@ -181,7 +185,7 @@ def _milestone(
                 asset_key=key,
                 check_name="finite_loss",
                 passed=all(map(math.isfinite, losses)),
-                metadata={"records": len(losses), "last_loss": training[-1]["loss"]},
+                metadata=shown({"records": len(losses), "last_loss": training[-1]["loss"]}),
             ),
             dg.AssetCheckResult(
                 asset_key=key,
@@ -199,4 +203,4 @@ def _table(records: list[dict[str, Any]]) -> dg.MetadataValue:
     every = -(-len(records) // _TABLE_ROWS)
     rows = records[::-1][::every][::-1]
     columns = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second")
-    return dg.MetadataValue.table([dg.TableRecord({c: r[c] for c in columns}) for r in rows])
+    return dg.MetadataValue.table([dg.TableRecord(shown({c: r[c] for c in columns})) for r in rows])

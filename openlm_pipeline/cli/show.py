@@ -78,9 +78,7 @@ def _run(experiment: "Experiment", home: "Home", folder: "RunFolder", price: flo
     for code in dict.fromkeys(s["code"] for s in sessions):
         yield "code", code
     if sessions:
-        last = sessions[-1]
-        devices = ", ".join(f"{count} x {name}" for name, count in last["devices"].items())
-        yield "machine", f"{devices} on {', '.join(last['hosts'])}, {last['software']}"
+        yield "machine", ledger.machine(sessions[-1])
         ends = [s["end"]["status"] if s["end"] else "killed" for s in sessions]
         if state == "running" and sessions[-1]["end"] is None:
             ends[-1] = "running"

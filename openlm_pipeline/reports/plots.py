@@ -10,37 +10,23 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from openlm_pipeline.reports.curves import Curve, Records, series
 from openlm_pipeline.reports.svg import ACCENT, INK, MUTED, RULE, SECOND, drawing_style, inline_svg
 from openlm_pipeline.reports.table import Cell, Column, Row, Table
 from openlm_pipeline.units import format_tokens
 
-Records = Sequence[Mapping[str, Any]]
-Curves = Mapping[str, tuple[np.ndarray, np.ndarray]]
-"""Model -> tokens and values."""
+Curves = Mapping[str, Curve]
+"""By model."""
 
 _HELD_OUT = "validation_loss"
 _WIDTH_INCHES = 9.6
 _MAX_POINTS = 800
 
 
-def series(records: Records, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and finite values of `key`, in order of tokens; of a step done twice (a resume) the last record counts."""
-    by_tokens = {
-        int(r["tokens"]): float(r[key]) for r in records if r.get(key) is not None and math.isfinite(float(r[key]))
-    }
-    tokens = sorted(by_tokens)
-    return np.array(tokens, dtype=float), np.array([by_tokens[t] for t in tokens])
-
-
-def loss_chart(
-    records: Records, milestones: Sequence[int], points: int = _MAX_POINTS, width: float = _WIDTH_INCHES
-) -> str | None:
+def loss_chart(records: Records, milestones: Sequence[int]) -> str | None:
     """Training loss against tokens with the validation losses; None without any loss.
 
-    Args:
-        points: records beyond so many are drawn as the mean and the range of equal runs of them, so that no spike is
-            hidden.
-        width: in inches.
+    Many records are drawn as the mean and the range of equal runs of them, so that no spike is hidden.
     """
     tokens, loss = series(records, "loss")
     held_out = {k.partition("/")[2]: series(records, k) for r in records for k in r if k.startswith(f"{_HELD_OUT}/")}
@@ -49,11 +35,11 @@ def loss_chart(
     if not len(tokens) and not held_out:
         return None
     with drawing_style():
-        figure = Figure(figsize=(width, 3.3), layout="constrained")
+        figure = Figure(figsize=(_WIDTH_INCHES, 3.3), layout="constrained")
         ax = figure.subplots()
         ends = []
         if len(tokens):
-            _line(ax, tokens, loss, INK, points)
+            _line(ax, tokens, loss, INK)
             ends.append((loss[-1], f"training {loss[-1]:.2f}", INK))
         for (name, (val_tokens, val_loss)), marker in zip(held_out.items(), cycle("osD^v")):
             ax.plot(val_tokens, val_loss, marker + ":", color=ACCENT, linewidth=0.9, markersize=4.5, zorder=4)
@@ -293,10 +279,10 @@ def _spaced(tokens: Sequence[int], apart: float) -> list[int]:
     return kept[::-1]
 
 
-def _line(ax: Axes, tokens: np.ndarray, values: np.ndarray, colour: str, points: int = _MAX_POINTS) -> None:
-    """All records, or their mean within a band from the least to the greatest where there are more than `points`."""
-    if len(tokens) > points:
-        parts = np.array_split(np.arange(len(tokens)), points)
+def _line(ax: Axes, tokens: np.ndarray, values: np.ndarray, colour: str) -> None:
+    """All records, or above `_MAX_POINTS` their mean within a band from the least to the greatest."""
+    if len(tokens) > _MAX_POINTS:
+        parts = np.array_split(np.arange(len(tokens)), _MAX_POINTS)
         middle = np.array([tokens[p].mean() for p in parts])
         low, high = (np.array([f(values[p]) for p in parts]) for f in (np.min, np.max))
         ax.fill_between(middle, low, high, color=colour, alpha=0.18, linewidth=0)

@@ -17,10 +17,11 @@ from openlm_pipeline.evaluation.baselines import QuotedBaseline
 from openlm_pipeline.evaluation.scorecard import Scorecard
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.reports.compare import Comparison, curves_of
+from openlm_pipeline.reports.curves import series
 from openlm_pipeline.reports.headline import Headline, headline
 from openlm_pipeline.reports.items import ItemsOfTask, clipped
 from openlm_pipeline.reports.noise import seed_noise
-from openlm_pipeline.reports.plots import average_chart, comparison_chart, loss_chart, pace_chart, series, task_charts
+from openlm_pipeline.reports.plots import average_chart, comparison_chart, loss_chart, pace_chart, task_charts
 from openlm_pipeline.reports.rows import milestones_table
 from openlm_pipeline.reports.summary import (
     Facts,

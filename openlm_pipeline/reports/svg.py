@@ -3,12 +3,10 @@
 The same figure gives the same bytes: no dates, no random ids, no settings of the user's `matplotlibrc`.
 """
 
-import base64
 import contextlib
 import io
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from xml.etree import ElementTree
 
 import matplotlib
@@ -94,18 +92,6 @@ def inline_svg(figure: Figure, name: str, description: str) -> str:
     root.insert(0, title)
     root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": description}
     return ElementTree.tostring(root, encoding="unicode")
-
-
-def markdown_image(svg: str, description: str) -> str:
-    """What `inline_svg` made as an image of Markdown that needs no file, in the light colours of our pages.
-
-    Coordinates have one decimal, for less than half of the size; text stays as it is.
-    """
-    svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d)\d{3,}|font-family: [^;]*; ", r"\1", tag[0]), svg)
-    colours = re.search(r":root \{.*?\}", (Path(__file__).parent / "style.css").read_text(), re.DOTALL)[0]
-    style = f"<style>{colours} svg {{ color: var(--ink); background: var(--paper); font-family: sans-serif }}</style>"
-    whole = svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace("<title>", f"{style}<title>", 1)
-    return f"![{description}](data:image/svg+xml;base64,{base64.b64encode(whole.encode()).decode()})"
 
 
 def _local(qualified: str) -> str:

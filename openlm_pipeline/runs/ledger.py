@@ -6,6 +6,7 @@ for that. Of what an earlier release trained without a ledger, the steps alone a
 """
 
 import heapq
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -161,6 +162,26 @@ def facts(run: RunFolder, milestone: str | None = None) -> dict[str, Any]:
             return made.facts(before, checkpoint.step)
         before = checkpoint.step if checkpoint.milestone else before
     return {} if milestone else made.facts()
+
+
+def machine(session: dict[str, Any]) -> str:
+    """What the `start` of a process says of devices, hosts and software."""
+    devices = ", ".join(f"{count} x {name}" for name, count in session["devices"].items())
+    return f"{devices} on {', '.join(session['hosts'])}, {session['software']}"
+
+
+def trained_on(run: RunFolder, milestone: str) -> dict[str, str]:
+    """Machine and commit of the process that trained the last step of a milestone, where they are recorded."""
+    step = next((c.step for c in run.saved() if c.milestone == milestone), 0)
+    began: dict[str, Any] = {}
+    last = began
+    for event in run.read_ledger():
+        if event["event"] == "start":
+            began = event
+        elif event["event"] == "resume" and event["step"] < step:
+            last = began
+    commit = re.search(r"\((.+)\)", last.get("code", ""))
+    return ({"machine": machine(last)} if last else {}) | ({"commit": commit[1]} if commit else {})
 
 
 def sentence(of: dict[str, Any]) -> str:

@@ -8,8 +8,9 @@ import matplotlib
 import pytest
 
 from openlm_pipeline.reports import milestones_table, write_report
+from openlm_pipeline.reports.curves import series, small_picture
 from openlm_pipeline.reports.headline import headline
-from openlm_pipeline.reports.plots import _apart, loss_chart, series
+from openlm_pipeline.reports.plots import _apart, loss_chart
 
 VOID = {"meta", "wbr", "br", "link", "img", "input", "hr"}
 
@@ -244,3 +245,16 @@ def test_a_chart_of_a_long_run_stays_small_and_keeps_its_spike():
     svg = loss_chart(records, [])
     assert len(svg) < 200_000
     assert ">80<" in svg  # the axis reaches the spike
+
+
+@pytest.mark.parametrize("count", [1, 2, 11, 600_000])
+def test_a_small_picture_fits_where_dagster_shows_it_at_once(count):
+    values = [1e-9 + 9e9 * (i % 2) for i in range(count)]
+    curve = series([{"tokens": 1_600_000_000_000 * i // count, "loss": v} for i, v in enumerate(values, 1)], "loss")
+    assert "data:image/svg" in small_picture("loss against tokens", curve)
+    assert len(small_picture("loss against tokens, that of held-out text as dots", curve, curve)) < 1000
+
+
+def test_there_is_no_small_picture_of_nothing():
+    none = series([{"tokens": 1, "loss": float("nan")}], "loss")
+    assert small_picture("loss", none, none) is None
