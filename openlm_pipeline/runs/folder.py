@@ -216,7 +216,14 @@ class RunFolder:
         self._append(self.metrics_file, record)
 
     def append_ledger(self, event: str, **what: Any) -> None:
-        """As `append_metrics`; the event has its place among the records of `metrics.jsonl`, whatever clocks say."""
+        """As `append_metrics`; the event has its place among the records of `metrics.jsonl`, whatever clocks say.
+
+        Raises:
+            TrainingError: as `append_metrics`.
+            DataError: at a start, some of both is lost.
+        """
+        if event == "start":
+            self._check_metrics()  # once there are more, nobody could tell that some were lost
         if self.metrics_file.exists():
             with self.metrics_file.open("rb") as f:
                 os.fsync(f.fileno())  # the ledger promises that they are there
