@@ -66,8 +66,8 @@ def state_of(experiment: Experiment, home: Home, run: RunFolder) -> tuple[str, s
         said.append(f"its cluster can't be asked: {e}")
     if is_held(run.path / "launch"):
         return "running", "its trainer is starting"
-    ended = [event for event in run.read_ledger()[-1:] if event["event"] == "end"]
-    if outcome := run.read_outcome() or next(iter(ended), None):
+    last = run.read_ledger()[-1:]
+    if outcome := run.read_outcome() or next((event for event in last if event["event"] == "end"), None):
         return outcome["status"], "; ".join([*([outcome["reason"]] if "reason" in outcome else []), *said])
     if run.has_begun or run.ledger_file.exists():
         return "stopped", "; ".join(["its process is gone without a word, as after a kill", *said])

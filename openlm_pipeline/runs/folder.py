@@ -359,7 +359,11 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("rb") as f:  # opened, as NFS may know of an older size until then
+            return f.seek(0, os.SEEK_END)
+    except FileNotFoundError:
+        return 0
 
 
 def _check_size(path: Path, promised: int, by: str) -> None:

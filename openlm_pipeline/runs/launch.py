@@ -71,13 +71,14 @@ def passed_over(experiment: Experiment, run: RunFolder) -> dict[str, str]:
         path = run.checkpoints / folder_name(experiment.steps(tokens))
         if label in found or not path.exists():
             continue
-        on = f"`openlm train {experiment.name}` makes it again, if its files can't be brought back from a copy"
-        try:
-            if (run.path / "run.json").exists() and read_checkpoint(path).milestone != label:
+        what = f"{run.path / 'run.json'} is missing, which says whose it is"
+        if (run.path / "run.json").exists():
+            try:
+                read_checkpoint(path)
                 continue  # a rotating one is where the milestone will be
-            what = f"{run.path / 'run.json'} is missing, which says whose it is"
-        except OpenLMError as e:
-            what = str(e)
+            except OpenLMError as e:
+                what = str(e)
+        on = f"`openlm train {experiment.name}` makes it again, if its files can't be brought back from a copy"
         why[label] = f"milestone {label} is passed over: {what}; {on}"
     return why
 
