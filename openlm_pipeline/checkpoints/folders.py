@@ -17,11 +17,21 @@ from openlm_pipeline.errors import DataError, IdentityError, MissingInputError
 from openlm_pipeline.fingerprint import fingerprint
 from openlm_pipeline.result import refusal, refuse
 from openlm_pipeline.storage.copies import describe_file
-from openlm_pipeline.storage.files import read_json, set_aside, sha256_file, write_json, write_text
+from openlm_pipeline.storage.files import (
+    read_json,
+    read_sealed,
+    rename,
+    set_aside,
+    sha256_file,
+    write_json,
+    write_text,
+)
 
 INFO = "checkpoint.json"
 COMPLETE = "COMPLETE"
 MODEL_CONFIG = "model_config.json"
+RECIPE_SHA256 = "experiment_sha256"
+"""What `run.json` says of the run's `experiment.yaml`."""
 _UNFINISHED = ".tmp-"
 KEEP_DAMAGED = "To keep it, bring back its files from a copy"
 """The way on from a damaged milestone without training it again."""
@@ -92,7 +102,7 @@ def publish(tmp: Path, path: Path) -> None:
     """Put a folder that has all of a checkpoint but its mark in its place, and mark it."""
     if path.exists():
         _delete(path)
-    tmp.rename(path)
+    rename(tmp, path)
     write_text(path / COMPLETE, "")
 
 
@@ -142,6 +152,19 @@ def checked_info(info: Any, path: Path, name: str) -> Checkpoint:
         return Checkpoint(path=path, **info)
     except (TypeError, AttributeError) as e:
         raise DataError(f"{name} is not a checkpoint's description: {e}") from e
+
+
+def recipe_of(run: Path) -> Path | None:
+    """`experiment.yaml` of a run folder, the resolved recipe; None where there is none.
+
+    Raises:
+        DataError: it is not the one that `run.json` was written with.
+    """
+    path, record = run / "experiment.yaml", run / "run.json"
+    recorded = read_sealed(record).get(RECIPE_SHA256) if record.exists() else None
+    if recorded and (not path.is_file() or sha256_file(path) != recorded):
+        raise DataError(f"{path} is not the one that {record} was written with; `openlm train` writes it again")
+    return path if path.is_file() else None
 
 
 def list_checkpoints(folder: Path, run_fingerprint: str, warn: Callable[[str], None]) -> list[Checkpoint]:

@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from openlm_pipeline.checkpoints.folders import INFO, Checkpoint, read_checkpoint
+from openlm_pipeline.checkpoints.folders import INFO, Checkpoint, read_checkpoint, recipe_of
 from openlm_pipeline.checkpoints.llama import check_llama, has_exact_frequencies, llama_config, llama_state
 from openlm_pipeline.checkpoints.loading import load_checkpoint
 from openlm_pipeline.checkpoints.model_card import model_card
@@ -21,7 +21,9 @@ from openlm_pipeline.checkpoints.weights_digest import digest_of_parts, local_pa
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
 from openlm_pipeline.models.config import MODELS, ModelConfig
 from openlm_pipeline.models.transformer import Transformer
+from openlm_pipeline.storage.export_record import write_record
 from openlm_pipeline.storage.files import atomic_writer, read_json, write_json, write_text
+from openlm_pipeline.tokenizers.tokenizer import local_file
 
 EOT = "<|endoftext|>"
 _PADDING = "<|padding|>"
@@ -89,6 +91,7 @@ def export_openlm(
     path = folder / f"epoch_{epoch}.pt"
     document = {**head, "state_dict": model.state_dict(), "evaluation_metrics": metrics, "shard_shuffle_seed": None}
     _save(path, {**document, "model_config": config.model_dump()})  # last: OpenLM's --resume latest looks for it
+    write_record(out, {"checkpoint": _origin(model, checkpoint)}, folder.glob("*.pt"))
     return path
 
 
@@ -159,11 +162,12 @@ def export_huggingface(
     data = [source["name"] for source in recipe.get("sources", [])]
     has = {"with_remote_code": not llama, "with_tokenizer": bool(special)}
     write_text(out / "README.md", model_card(out.resolve().name, config, export, data, licence=licence, **has))
-    write_json(out / "export.json", export)
     write_json(out / "generation_config.json", special)
     write_json(out / "config.json", settings)
     for path in out.glob("*.safetensors*"):
         path.chmod(0o644)  # safetensors writes files that only their owner may read
+    kinds = ("*.safetensors*", "config.json", "tokenizer.json", "*.py")
+    write_record(out, export, (path for kind in kinds for path in out.glob(kind)))
     return out
 
 
@@ -184,8 +188,8 @@ def _open(
 
 def _recipe(checkpoint: Checkpoint) -> dict[str, Any]:
     """The resolved recipe of the checkpoint's run, in the run folder, two levels up; empty if it is not there."""
-    path = checkpoint.path.parent.parent / "experiment.yaml"
-    return yaml.safe_load(path.read_text()) if path.is_file() else {}
+    path = recipe_of(checkpoint.path.parent.parent)
+    return yaml.safe_load(path.read_text()) if path else {}
 
 
 def _digest(weights: dict[str, Tensor]) -> str:
@@ -277,8 +281,7 @@ def _huggingface_config(config: ModelConfig) -> dict[str, Any]:
 
 def _write_tokenizer(path: Path, out: Path, eot: str, config: ModelConfig) -> dict[str, int]:
     """Copy the tokenizer and describe it; the ids of its special tokens under transformers' names."""
-    path = path / "tokenizer.json" if path.is_dir() else path
-    if not path.is_file():
+    if not path.exists() or not (path := local_file(str(path))):
         raise MissingInputError(f"there is no tokenizer at {path}")
     tokenizer = read_json(path)
     try:

@@ -20,6 +20,8 @@ from openlm_pipeline.checkpoints.llama import LLAMAS, settings_of_llama
 from openlm_pipeline.errors import DataError, MissingInputError
 from openlm_pipeline.models.config import ModelConfig, not_dense
 from openlm_pipeline.models.openlm_settings import settings_of_flags, settings_of_params_txt
+from openlm_pipeline.storage.export_record import check_file, recorded_files
+from openlm_pipeline.storage.file_hashes import FileHashes
 from openlm_pipeline.storage.files import read_json
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
@@ -53,6 +55,15 @@ class WeightFiles:
     """Whether the names in `state` are Llama's."""
 
 
+def check_export(path: Path) -> None:
+    """Compare a Hugging Face folder, or OpenLM's `checkpoints/*.pt`, with the record of `openlm export`, if it has one;
+    errors as of `check_file`."""
+    hashes, folder = FileHashes(), path if path.is_dir() else path.parent.parent
+    for name, recorded in recorded_files(folder).items():
+        if path in (folder, folder / name):
+            check_file(folder / name, recorded, hashes.sha256)
+
+
 def read_weight_files(path: Path) -> WeightFiles:
     """Read a `.pt` file, a `.safetensors` file, or a Hugging Face folder.
 
@@ -61,6 +72,7 @@ def read_weight_files(path: Path) -> WeightFiles:
         DataError: a file is damaged, holds more than tensors and plain data, or is another kind of model's.
         ConfigError: the model is one that is not built here.
     """
+    check_export(path)
     if path.is_dir():
         return _read_huggingface(path)
     if not path.is_file():

@@ -173,7 +173,7 @@ def _evaluate_recipe(
     from openlm_pipeline.pipeline import evaluation as scoring
     from openlm_pipeline.pipeline import training as stages
     from openlm_pipeline.pipeline.items import milestone_named
-    from openlm_pipeline.runs.launch import milestone_checkpoints
+    from openlm_pipeline.runs.launch import milestone_checkpoints, passed_over
     from openlm_pipeline.storage.home import Home
 
     experiment, home = load_experiment(recipe, overrides), Home.from_env()
@@ -182,9 +182,9 @@ def _evaluate_recipe(
     if unknown := [b for b in baseline or [] if b not in known]:
         raise ConfigError(f"recipe {experiment.name} has no baseline {unknown[0]}; it has {', '.join(known) or 'none'}")
     if not labels and not baseline:
-        labels = list(milestone_checkpoints(experiment, stages.open_run(experiment, home))) or [
-            next(experiment.labelled_milestones())[0]
-        ]
+        run = stages.open_run(experiment, home)
+        there = [*milestone_checkpoints(experiment, run), *passed_over(experiment, run)]  # the latter are errors
+        labels = there or [next(experiment.labelled_milestones())[0]]
     for wanted in baseline or ([] if milestone else known):
         say(f"scorecard: {scoring.score_baseline(experiment, home, wanted, say, **how).path}")
     for label in labels:

@@ -23,7 +23,7 @@ from openlm_pipeline.corpus.download_folder import Ledger, Part, is_taken
 from openlm_pipeline.corpus.download_sources import RemoteFile, TransferError, is_http, open_source, public_url
 from openlm_pipeline.errors import ConfigError, DataError, IdentityError, MissingInputError, OpenLMError
 from openlm_pipeline.result import Say
-from openlm_pipeline.storage.files import folder_lock
+from openlm_pipeline.storage.files import folder_lock, rename
 
 _MAX_FILES = 1_000_000
 _MAX_WAIT_SECONDS = 60.0
@@ -316,7 +316,7 @@ class _Download:
             )
         entry = remote.model_copy(update={"size_bytes": part.size(), "sha256": hashes["sha256"]})
         self.ledger.add(target.name, entry)
-        part.path.replace(self.folder / target.name)
+        rename(part.path, self.folder / target.name)
         part.remove()
         return entry
 

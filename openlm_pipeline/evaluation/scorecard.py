@@ -4,9 +4,10 @@ Everything is derived from the per-item tables. A task without scores has an emp
 that it belongs to are then empty too: none is ever taken over fewer tasks than it is defined by.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -26,8 +27,10 @@ from openlm_pipeline.evaluation.scores import (
 )
 from openlm_pipeline.evaluation.suite import HARNESS_VERSION, IclTask, Suite, task_name
 from openlm_pipeline.fingerprint import Neutral
-from openlm_pipeline.storage.files import write_text
+from openlm_pipeline.storage.files import read_sealed, sha256_file, write_sealed
 from openlm_pipeline.strict import Strict
+
+_ITEMS_SHA256 = "items_sha256"
 
 
 class Provenance(Strict):
@@ -100,16 +103,14 @@ class Scorecard(Provenance):
         made = (d for d in every if (d.measure, d.against) == (measure, against))
         return next((d for d in made if d.delta is not None), None)
 
-    def to_json(self) -> str:
-        return self.model_dump_json(indent=2) + "\n"
-
     @classmethod
     def from_json(cls, text: str | bytes) -> "Scorecard":
         """Raises DataError if the text is no scorecard."""
         try:
             return cls.model_validate_json(text)
         except ValidationError as e:
-            raise DataError(f"not a scorecard of this version: {e}. Score again; finished tasks are reused") from e
+            wrong = "; ".join(f"{'.'.join(map(str, w['loc']))}: {w['msg']}" for w in e.errors())
+            raise DataError(f"not a scorecard of this version: {wrong}. Score again; finished tasks are reused") from e
 
 
 def _select(table: pa.Table, task: IclTask, k: int) -> pa.Table:
@@ -230,20 +231,39 @@ def save_scorecard(out_dir: Path, scorecard: Scorecard) -> Path:
     Raises:
         MissingInputError: the items are not there; a scorecard does not stand without them.
     """
-    if not (out_dir / "items.parquet").is_file():
+    items = out_dir / "items.parquet"
+    if not items.is_file():
         raise MissingInputError(f"{out_dir} has no items.parquet, which the scorecard is derived from")
     path = out_dir / "scorecard.json"
-    write_text(path, scorecard.to_json())
+    write_sealed(path, {**scorecard.model_dump(mode="json"), _ITEMS_SHA256: sha256_file(items)})
     return path
 
 
+def _read(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise MissingInputError(f"{path} does not exist: this checkpoint has not been scored")
+    return read_sealed(path)
+
+
 def load_scorecard(path: Path) -> Scorecard:
-    """Raises MissingInputError if there is no such file, DataError if it is no scorecard."""
+    """Raises MissingInputError if there is no such file, DataError if it is damaged or no scorecard."""
+    fields = _read(path)
+    fields.pop(_ITEMS_SHA256, None)
     try:
-        text = path.read_bytes()
-    except FileNotFoundError:
-        raise MissingInputError(f"{path} does not exist: this checkpoint has not been scored") from None
-    try:
-        return Scorecard.from_json(text)
+        return Scorecard.from_json(json.dumps(fields))
     except DataError as e:
         raise DataError(f"{path}: {e}") from e
+
+
+def check_items(card: Path) -> None:
+    """Compare `items.parquet` with what the `scorecard.json` beside it was derived from.
+
+    Raises:
+        MissingInputError: one of the two is not there.
+        DataError: the scorecard is damaged, or the items are others; earlier releases did not say which.
+    """
+    recorded, items = _read(card).get(_ITEMS_SHA256), card.with_name("items.parquet")
+    if not items.exists():
+        raise MissingInputError(f"{items} is missing, which {card.name} sums up; `openlm evaluate` makes it again")
+    if recorded is not None and sha256_file(items) != recorded:
+        raise DataError(f"{items} is not what {card.name} sums up: it is damaged. `openlm evaluate` makes it again")

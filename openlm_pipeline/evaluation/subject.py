@@ -11,10 +11,10 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from openlm_pipeline.checkpoints.folders import INFO, Checkpoint, read_checkpoint
+from openlm_pipeline.checkpoints.folders import INFO, Checkpoint, read_checkpoint, recipe_of
 from openlm_pipeline.checkpoints.llama import LLAMAS, llama_differences
 from openlm_pipeline.checkpoints.loading import find_model_config, load_checkpoint
-from openlm_pipeline.checkpoints.weight_files import weight_parts
+from openlm_pipeline.checkpoints.weight_files import check_export, weight_parts
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
 from openlm_pipeline.evaluation.huggingface import HuggingFaceModel
 from openlm_pipeline.evaluation.model import NativeModel, Precision, ScoringModel
@@ -179,10 +179,9 @@ def _named_tokenizer(source: str) -> Tokenizer:
 def _tokenizer_of_run(checkpoint: Path) -> Path | None:
     """The tokenizer with which the data of a run was made, where its home has it."""
     above = checkpoint.absolute().parents  # HOME/runs/NAME/VERSION/checkpoints/step-N
-    if not (checkpoint / INFO).is_file() or len(above) < 5 or not (above[1] / "experiment.yaml").is_file():
+    if not (checkpoint / INFO).is_file() or len(above) < 5 or not (recipe := recipe_of(above[1])):
         return None
-    name = read_mapping(above[1] / "experiment.yaml")["tokenizer"]["name"]
-    found = tokenizer_file(Home(above[4]).tokenizer(name))
+    found = tokenizer_file(Home(above[4]).tokenizer(read_mapping(recipe)["tokenizer"]["name"]))
     return found if found.is_file() else None
 
 
@@ -240,6 +239,7 @@ def open_subject(
         path = _downloaded(path_or_name, revision)
     elif revision is not None:
         raise ConfigError("--revision goes with a model of the Hugging Face hub")
+    check_export(path)
     config_file = path / "config.json"
     if config_file.is_file() and read_json(config_file).get("model_type") not in _OPENLM_TYPES:
         if model is not None or settings:

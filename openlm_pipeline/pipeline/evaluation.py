@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from openlm_pipeline.experiments import Baseline, Evaluation, Experiment
 from openlm_pipeline.fingerprint import fingerprint, settings_tree
 from openlm_pipeline.pipeline.training import open_run
 from openlm_pipeline.result import Say, StageResult
-from openlm_pipeline.runs.launch import milestone_checkpoints
+from openlm_pipeline.runs.launch import milestone_checkpoints, passed_over
 from openlm_pipeline.shards.opening import open_dataset
 from openlm_pipeline.storage.files import folder_lock, set_aside, write_json
 from openlm_pipeline.storage.home import Home
@@ -90,8 +90,16 @@ def _run_suite(
 
 
 def items_of(folder: Path | None) -> "pa.Table | None":
-    from openlm_pipeline.evaluation.items import read_items
+    """The items of a folder of scores; None where there are none.
 
+    Raises:
+        OpenLMError: they are damaged, or not those of the scorecard beside them.
+    """
+    from openlm_pipeline.evaluation.items import read_items
+    from openlm_pipeline.evaluation.scorecard import check_items
+
+    if folder and (folder / CARD).exists():
+        check_items(folder / CARD)
     return read_items(folder / _ITEMS)[0] if folder and (folder / _ITEMS).exists() else None
 
 
@@ -116,7 +124,10 @@ def _summed_up(
         warnings=result.warnings,
         num_rows=result.num_rows,
     )
-    there = load_scorecard(out / CARD) if not result.scored and (out / CARD).exists() else None
+    there = None
+    if not result.scored and (out / CARD).exists():
+        with suppress(DataError):  # it is written again
+            there = load_scorecard(out / CARD)
     if there != card and is_first_process():  # of the same items another release may say more
         save_scorecard(out, card)
     return card, there is not None and there.checkpoint_digest == card.checkpoint_digest
@@ -176,9 +187,8 @@ def score(
     run = open_run(experiment, home)
     checkpoint = milestone_checkpoints(experiment, run).get(label)
     if checkpoint is None:
-        raise MissingInputError(
-            f"milestone {label} is not in {run.checkpoints}; `openlm train {experiment.name}` makes it"
-        )
+        why = f"milestone {label} is not in {run.checkpoints}; `openlm train {experiment.name}` makes it"
+        raise MissingInputError(passed_over(experiment, run).get(label, why))
     home.pull(home.tokenizer(experiment.tokenizer.name))
     info = read_tokenizer_info(home.tokenizer(experiment.tokenizer.name))
     made_with = open_dataset(experiment.training_datasets()[0], home).info["tokenizer"]["sha256"]

@@ -12,7 +12,8 @@ from openlm_pipeline.checkpoints.folders import COMPLETE, INFO, Checkpoint, read
 from openlm_pipeline.corpus.download_folder import RECORD_NAME, recorded_downloads
 from openlm_pipeline.errors import DataError, OpenLMError
 from openlm_pipeline.evaluation.items import read_items
-from openlm_pipeline.evaluation.scorecard import load_scorecard
+from openlm_pipeline.evaluation.scorecard import check_items, load_scorecard
+from openlm_pipeline.pipeline.evaluation import CARD
 from openlm_pipeline.pipeline.overview import experiment_of, run_folders
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.shards.inspect import check_shards
@@ -138,6 +139,10 @@ def _runs(home: Home, quick: bool) -> Found:
             yield own, Damage(own, str(e), harms, f"bring {own.name} and experiment.yaml back from a copy", False)
             continue
         yield own, None
+        for path, read in ((run.metrics_file, run.read_metrics), (run.ledger_file, run.read_ledger)):
+            wrong = _refused(read)
+            harms = "the report and the run's figures leave out what is lost; weights and scores are as they were"
+            yield path, wrong and Damage(path, wrong, harms, "bring it back from a copy", False)
         sound: list[Checkpoint] = []
         for folder in sorted(run.checkpoints.glob("step-" + "[0-9]" * 8)):
             checkpoint, wrong = _checkpoint(folder, identity, quick)
@@ -175,16 +180,19 @@ def _gaps(run: RunFolder, milestones: Iterator[tuple[str, int]], sound: list[Che
 
 
 def _scorecards(home: Home, quick: bool) -> Found:
-    for folder in sorted({path.parent for path in (home.root / "scorecards").rglob("items.parquet")}):
+    marks = ("items.parquet", CARD)
+    for folder in sorted({path.parent for mark in marks for path in (home.root / "scorecards").rglob(mark)}):
         if ".superseded-" in str(folder):
             continue
         again = f"openlm evaluate {folder.parent.parent.name}@{folder.name}"
         if folder.parent.parent.name == "models":
             again = f"openlm evaluate --checkpoint ... --name {folder.parent.name}"
-        for path in sorted({folder / "items.parquet", *folder.glob("tasks/*.parquet")}):
-            wrong = _refused(read_items, path)
+        for path in [folder / "items.parquet", *sorted(folder.glob("tasks/*.parquet"))]:
+            wrong = (
+                _refused(read_items, path) or (path.parent == folder and _refused(check_items, folder / CARD)) or None
+            )
             yield path, wrong and Damage(path, wrong, "its scores can't be compared", f"{again} scores this again")
-        card = folder / "scorecard.json"
+        card = folder / CARD
         wrong = _refused(_of_its_checkpoint, home, folder)
         yield card, wrong and Damage(card, wrong, "the report leaves it out", f"{again}; finished tasks are reused")
 
@@ -194,13 +202,13 @@ def _of_its_checkpoint(home: Home, folder: Path) -> None:
     Raises:
         OpenLMError: the scorecard is not there, damaged, or of another checkpoint than the run has.
     """
-    card = load_scorecard(folder / "scorecard.json")
+    card = load_scorecard(folder / CARD)
     if card.milestone is None or card.run_version is None:
         return
     run = RunFolder(home.run(card.run, card.run_version))
     now = next((c for c in run.saved() if c.milestone == card.milestone), None)
     if now is not None and now.digest != card.checkpoint_digest:
-        raise DataError(f"{folder / 'scorecard.json'} scores another checkpoint than {now.path}")
+        raise DataError(f"{folder / CARD} scores another checkpoint than {now.path}")
 
 
 _CHECKS: tuple[Callable[[Home, bool], Found], ...] = (_raw, _tokenizers, _streams, _shards, _runs, _scorecards)

@@ -43,7 +43,7 @@ class Writer:
             self.end_ids = self.subject.model.end_ids or prefix_ids(self.subject.tokenizer)
             return
         run = RunFolder(checkpoint.path.parents[1])
-        folder = home.tokenizer(load_experiment(str(run.experiment_file)).tokenizer.name)
+        folder = home.tokenizer(run.experiment().tokenizer.name)
         home.pull(folder)
         info = read_tokenizer_info(folder)
         tokenizer_of_run = load_reference(tokenizer_file(folder))
@@ -125,7 +125,7 @@ def _checkpoint(named: str, home: Home) -> Checkpoint | None:
     if not saved and "/" in named and not known:
         return None
     if wanted not in ("", "latest") and saved:
-        label = milestone_named(load_experiment(str(run.experiment_file)), wanted)
+        label = milestone_named(run.experiment(), wanted)
         saved = [c for c in saved if c.milestone == label]
     if not saved:
         if not known:

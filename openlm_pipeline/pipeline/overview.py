@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from openlm_pipeline.errors import MissingInputError, OpenLMError, nearest
-from openlm_pipeline.experiments import Experiment, load_experiment
+from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.pipeline.evaluation import CARD
 from openlm_pipeline.runs import ledger
 from openlm_pipeline.runs.folder import RunFolder
@@ -50,7 +50,7 @@ def experiment_of(run: RunFolder) -> Experiment:
         OpenLMError: the folder does not say what it is.
     """
     _ = run.identity  # says so where it is damaged
-    return load_experiment(str(run.experiment_file))
+    return run.experiment()
 
 
 def state_of(experiment: Experiment, home: Home, run: RunFolder) -> tuple[str, str]:
@@ -66,7 +66,8 @@ def state_of(experiment: Experiment, home: Home, run: RunFolder) -> tuple[str, s
         said.append(f"its cluster can't be asked: {e}")
     if is_held(run.path / "launch"):
         return "running", "its trainer is starting"
-    if outcome := run.read_outcome():
+    last = run.read_ledger()[-1:]
+    if outcome := run.read_outcome() or next((event for event in last if event["event"] == "end"), None):
         return outcome["status"], "; ".join([*([outcome["reason"]] if "reason" in outcome else []), *said])
     if run.has_begun or run.ledger_file.exists():
         return "stopped", "; ".join(["its process is gone without a word, as after a kill", *said])
@@ -92,10 +93,9 @@ def summary(home: Home, run: RunFolder) -> dict[str, Any]:
         state, why = state_of(experiment, home, run)
         milestones = [c for c in run.saved() if c.milestone]
         scored = [s for c in reversed(milestones) if (s := scores(home, run, c.milestone))]
-        time = ledger.facts(run)
+        time, records = ledger.facts(run), [r for r in run.last_records() if "loss" in r]
     except OpenLMError as e:
         return row | {"state": "damaged", "why": str(e)}
-    records = [r for r in run.last_records() if "loss" in r]
     return row | {
         "state": state,
         "why": why,

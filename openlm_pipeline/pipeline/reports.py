@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openlm_pipeline import __version__
-from openlm_pipeline.errors import ConfigError, MissingInputError, OpenLMError
+from openlm_pipeline.errors import ConfigError, DataError, MissingInputError, OpenLMError
 from openlm_pipeline.experiments import Experiment, load_experiment, recipe_names
 from openlm_pipeline.fingerprint import differences
 from openlm_pipeline.pipeline.evaluation import (
@@ -33,7 +33,7 @@ from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.identity import settled
 from openlm_pipeline.runs.launch import milestone_checkpoints
 from openlm_pipeline.runs.parent import parent_folder
-from openlm_pipeline.storage.files import sha256_file, write_text
+from openlm_pipeline.storage.files import is_held, sha256_file, write_text
 from openlm_pipeline.storage.home import Home
 
 if TYPE_CHECKING:
@@ -67,24 +67,28 @@ def _cards(experiment: Experiment, home: Home) -> _Cards:
         known = {}
     for i, label in enumerate(labels):
         folder = home.scorecard(experiment.name, experiment.version, label)
-        if not (folder / CARD).exists():
+        if not (path := folder / CARD).exists():
+            if label in known:
+                without[label] = "not scored yet: `openlm evaluate` does it"
+            if (folder / "items.parquet").exists() and not is_held(folder):
+                raise MissingInputError(f"{path} is missing, though its items are there; `openlm evaluate` makes it")
             continue
-        card = load_scorecard(folder / CARD)
+        card = load_scorecard(path)
+        if (of := (card.run, card.run_version, card.milestone)) != (experiment.name, experiment.version, label):
+            raise DataError(f"{path} is the scorecard of {' '.join(map(str, of))}; `openlm evaluate` makes it again")
         if changed := known.get(label, staleness(card, suite, evaluation_of(experiment))):
             without[label] = f"its scorecard is of something else ({'; '.join(changed)}): `openlm evaluate` scores it"
             continue
-        items = items_of(folder)
-        if items is not None:
-            before, others = items_of_others(experiment, home, suite, labels[:i])
-            card = make_scorecard(
-                items,
-                before,
-                suite=suite,
-                provenance=Provenance(**card.model_dump(include=set(Provenance.model_fields))),
-                task_files={t.name: t.task_file_sha256 for t in card.tasks if t.task_file_sha256},
-                against=others,
-                warnings=card.warnings,
-            )
+        before, others = items_of_others(experiment, home, suite, labels[:i])
+        card = make_scorecard(
+            items_of(folder),
+            before,
+            suite=suite,
+            provenance=Provenance(**card.model_dump(include=set(Provenance.model_fields))),
+            task_files={t.name: t.task_file_sha256 for t in card.tasks if t.task_file_sha256},
+            against=others,
+            warnings=card.warnings,
+        )
         cards.append(card)
     baselines = []
     for baseline in evaluation_of(experiment).baselines:
@@ -149,7 +153,7 @@ def make_report(experiment: Experiment, home: Home, report: Say) -> StageResult:
     took = ledger.sentence(ledger.facts(run))
     provenance = {"run fingerprint": run.fingerprint, "openlm_pipeline": __version__, "training took": took}
     folders = {c.label: home.scorecard(experiment.name, experiment.version, c.label) for c in found.milestones}
-    shown = [label for label, folder in folders.items() if items_of(folder) is not None][-MOST_MILESTONES:]
+    shown = list(folders)[-MOST_MILESTONES:]
     items = look_at_items(experiment, home, shown) if shown else []
     reached = milestone_checkpoints(experiment, run)
     ahead = {f"checkpoint/{experiment.name}/{label}" for label, _ in experiment.labelled_milestones()}

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from openlm_pipeline.checkpoints.folders import COMPLETE, Checkpoint, read_checkpoint
+from openlm_pipeline.checkpoints.folders import COMPLETE, Checkpoint, read_checkpoint, recipe_of
 from openlm_pipeline.errors import DataError, MissingInputError
 from openlm_pipeline.evaluation.items import read_items
 from openlm_pipeline.fingerprint import differences
@@ -214,9 +214,9 @@ class Scan:
     def _milestones(self, folder: Path) -> set[str]:
         """Labels of the milestones that a run is to have; empty if it does not say."""
         try:
-            recorded = yaml.safe_load((folder / "experiment.yaml").read_text())
+            recorded = yaml.safe_load(recipe_of(folder).read_text())
             return {milestone_label(tokens) for tokens in recorded["milestones"]}
-        except (OSError, yaml.YAMLError, KeyError, TypeError):
+        except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, DataError):
             return set()
 
     def _shards(self, folder: Path) -> None:

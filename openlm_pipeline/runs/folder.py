@@ -8,25 +8,38 @@ of GPU.
 import json
 import os
 import time
+import zlib
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import orjson
 import yaml
 
-from openlm_pipeline.checkpoints.folders import Checkpoint, list_checkpoints
+from openlm_pipeline.checkpoints.folders import RECIPE_SHA256, Checkpoint, list_checkpoints, recipe_of
 from openlm_pipeline.errors import DataError, IdentityError, TrainingError
-from openlm_pipeline.experiments import Experiment
+from openlm_pipeline.experiments import Experiment, load_experiment
 from openlm_pipeline.fingerprint import Tree, differences, fingerprint
 from openlm_pipeline.result import Finding, refusal, refuse
 from openlm_pipeline.runs.identity import ends_later, extension_refusal, settled
-from openlm_pipeline.storage.files import atomic_writer, folder_lock, read_json, set_aside, write_json, write_text
+from openlm_pipeline.storage.files import (
+    folder_lock,
+    read_sealed,
+    set_aside,
+    sha256_file,
+    write_sealed,
+    write_text,
+)
 
 WANDB_URL = "wandb_url.txt"
 """File of the run folder with the address of its page, once wandb gave it one; there is none offline."""
 
+_CRC, _CRC_LENGTH = b', "crc32": "', 10
+"""What begins the end of each line of metrics and ledger, and the length of the rest: the line's sum, `"` and `}`."""
+_LEDGER_BYTES = "ledger_bytes"
 _MOST_RECORDS = 40_000
 """Twice as many losses are in memory at the most, 2.7 kB each."""
 
@@ -72,14 +85,22 @@ class RunFolder:
     def experiment_file(self) -> Path:
         return self.path / "experiment.yaml"
 
+    def experiment(self) -> Experiment:
+        """The resolved experiment of the run.
+
+        Raises:
+            OpenLMError: it is not there, or damaged.
+        """
+        return load_experiment(str(recipe_of(self.path) or self.experiment_file))
+
     @property
     def _record(self) -> dict[str, Any] | None:
         """What `claim` wrote; None where nobody did."""
         return self._claimed() if (self.path / "run.json").exists() else None
 
     def _claimed(self) -> dict[str, Any]:
-        record = read_json(path := self.path / "run.json")
-        if not isinstance(record, dict) or not {"fingerprint", "identity"} <= record.keys():
+        record = read_sealed(path := self.path / "run.json")
+        if not {"fingerprint", "identity"} <= record.keys():
             raise DataError(f"{path} is damaged: it does not say which run this is. Move its folder away")
         return record
 
@@ -175,33 +196,96 @@ class RunFolder:
             identity = before["identity"]  # its checkpoints have this fingerprint
         write_text(self.experiment_file, yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False))
         record = {"name": experiment.name, "version": experiment.version, "fingerprint": fingerprint(identity)}
+        record |= {RECIPE_SHA256: sha256_file(self.experiment_file)}
         record |= {"extended": extended} if extended else {}
-        write_json(self.path / "run.json", {**record, "identity": identity})
+        write_sealed(self.path / "run.json", {**record, "identity": identity})
+        vars(self).pop("_seed", None)
         return changed
+
+    @cached_property
+    def _seed(self) -> int:
+        """What the sums of the lines of its files begin with, so that another run's lines are none of its."""
+        record = self._record
+        return zlib.crc32(record["fingerprint"].encode()) if record else 0
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """
         Raises:
             TrainingError: there is no room for it, or it can't be written.
         """
-        _append(self.metrics_file, record)
+        self._append(self.metrics_file, record)
 
     def append_ledger(self, event: str, **what: Any) -> None:
-        """As `append_metrics`; the event has its place among the records of `metrics.jsonl`, whatever clocks say."""
-        place = self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
-        _append(self.ledger_file, {"event": event, **what, "metrics_bytes": place})
+        """As `append_metrics`; the event has its place among the records of `metrics.jsonl`, whatever clocks say.
+
+        Raises:
+            TrainingError: as `append_metrics`.
+            DataError: at a start, some of both is lost.
+        """
+        if event == "start":
+            self._check_metrics()  # once there are more, nobody could tell that some were lost
+        if self.metrics_file.exists():
+            with self.metrics_file.open("rb") as f:
+                os.fsync(f.fileno())  # the ledger promises that they are there
+        self._append(self.ledger_file, {"event": event, **what, "metrics_bytes": _size(self.metrics_file)})
+
+    def _append(self, path: Path, record: dict[str, Any]) -> None:
+        line = json.dumps({**record, "time": round(time.time(), 3)})
+        line = f'{line[:-1]}, "crc32": "{zlib.crc32(line.encode(), self._seed):08x}"}}\n'
+        try:
+            with path.open("ab+") as f:
+                if f.tell():
+                    f.seek(-1, os.SEEK_END)
+                    if f.read(1) != b"\n":  # a killed process left half a line
+                        line = "\n" + line
+                f.write(line.encode())
+        except OSError as e:
+            raise TrainingError(f"{path} can't be written: {e.strerror or e}") from e
 
     def read_ledger(self) -> list[dict[str, Any]]:
-        """The events in the order written; none where an earlier release trained."""
+        """The events in the order written; none where an earlier release trained.
+
+        Raises:
+            DataError: it is damaged, or shorter than `outcome.json` says.
+        """
+        _check_size(self.ledger_file, (self.read_outcome() or {}).get(_LEDGER_BYTES, 0), "outcome.json")
         if not self.ledger_file.exists():
             return []
         with self.ledger_file.open("rb") as f:
-            return list(_json_records(f))
+            return [event for _, event in self._sound(self.ledger_file, f)]
 
     def last_records(self, num_bytes: int = 1 << 16) -> list[dict[str, Any]]:
-        """The records in the last bytes of `metrics.jsonl`."""
-        size = self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
-        return self.new_metrics(max(0, size - num_bytes))[0]
+        """The records in the last bytes of `metrics.jsonl`; errors as of `records`."""
+        self._check_metrics()
+        if (start := _size(self.metrics_file) - num_bytes) <= 0:
+            return self.new_metrics(0)[0]
+        with self.metrics_file.open("rb") as f:
+            f.seek(start)
+            return self.new_metrics(start + len(f.readline()))[0]
+
+    def _check_metrics(self) -> None:
+        if ledger := self.read_ledger():
+            _check_size(self.metrics_file, ledger[-1]["metrics_bytes"], self.ledger_file.name)
+
+    def _sound(self, path: Path, lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Records, each with the bytes before its line, of a file whose writer may have been killed inside a line.
+
+        Raises:
+            DataError: a whole line is not what this run wrote; those of earlier releases have no sums.
+        """
+        place = 0
+        for line in lines:
+            text, _, crc = line.rstrip().rpartition(_CRC)
+            if len(crc) == _CRC_LENGTH:
+                text += b"}"
+                if f"{zlib.crc32(text, self._seed):08x}".encode() != crc[:8]:
+                    raise DataError(
+                        f"{path} is damaged, or another run's: {text[:40]!r}... is not a line as written. Bring "
+                        "it back from a copy, or delete this line"
+                    )
+            if (record := _parsed(text if len(crc) == _CRC_LENGTH else line)) is not None:
+                yield place, record
+            place += len(line)
 
     def new_metrics(self, offset: int) -> tuple[list[dict[str, Any]], int]:
         """The records of the whole lines after byte `offset`, as they were written, and where to continue from."""
@@ -211,7 +295,7 @@ class RunFolder:
             f.seek(offset)
             lines = f.read()
         whole = lines[: lines.rfind(b"\n") + 1]
-        return list(_json_records(whole.splitlines())), offset + len(whole)
+        return [r for _, r in self._sound(self.metrics_file, whole.splitlines())], offset + len(whole)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Records of losses by step, those of training and of validation.
@@ -221,7 +305,7 @@ class RunFolder:
         """
         kinds: list[dict[int, dict[str, Any]]] = [{}, {}]
         widths = [1, 1]
-        for record in filter(is_measurement, self._records()):
+        for record in filter(is_measurement, (r for _, r in self.records())):
             kind = "validation_loss" in record
             kinds[kind][record["step"] // widths[kind]] = record
             if len(kinds[kind]) > 2 * _MOST_RECORDS:
@@ -229,44 +313,36 @@ class RunFolder:
                 kinds[kind] = {place // 2: r for place, r in sorted(kinds[kind].items())}
         return sorted((r for steps in kinds for r in steps.values()), key=lambda r: (r["step"], "validation_loss" in r))
 
-    def _records(self) -> Iterator[dict[str, Any]]:
-        """All of `metrics.jsonl`, one at a time."""
+    def records(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """All of `metrics.jsonl`, one at a time, each with the byte at which its line begins.
+
+        Raises:
+            DataError: it is damaged, or shorter than the ledger says.
+        """
+        self._check_metrics()
         if self.metrics_file.exists():
             with self.metrics_file.open("rb") as f:
-                yield from _json_records(f)
+                yield from self._sound(self.metrics_file, f)
 
     def skipped_steps(self) -> list[dict[str, Any]]:
         """A record of each time that a step was left out, in the order written."""
-        return [r for r in self._records() if "skipped" in r]
+        return [r for _, r in self.records() if "skipped" in r]
 
     def write_outcome(
         self, status: Literal["completed", "preempted", "failed"], step: int, tokens: int, **why: str
     ) -> None:
         """Record how a training process ended; launchers read this, not exit codes. Any rank may do it."""
         record = {"status": status, "step": step, "tokens": tokens, **why}
-        with atomic_writer(self.path / "outcome.json", shared=True) as f:
-            f.write(json.dumps(record, indent=2).encode() + b"\n")
+        record |= {_LEDGER_BYTES: size} if (size := _size(self.ledger_file)) else {}
+        write_sealed(self.path / "outcome.json", record, shared=True)
 
     def read_outcome(self) -> dict[str, Any] | None:
         path = self.path / "outcome.json"
-        return read_json(path) if path.exists() else None
+        return read_sealed(path) if path.exists() else None
 
     def clear_outcome(self) -> None:
         for path in self.path.glob("outcome.json*"):
             path.unlink(missing_ok=True)
-
-
-def _append(path: Path, record: dict[str, Any]) -> None:
-    line = json.dumps({**record, "time": round(time.time(), 3)}) + "\n"
-    try:
-        with path.open("ab+") as f:
-            if f.tell():
-                f.seek(-1, os.SEEK_END)
-                if f.read(1) != b"\n":  # a killed process left half a line
-                    line = "\n" + line
-            f.write(line.encode())
-    except OSError as e:
-        raise TrainingError(f"{path} can't be written: {e.strerror or e}") from e
 
 
 def is_measurement(record: dict[str, Any]) -> bool:
@@ -274,10 +350,25 @@ def is_measurement(record: dict[str, Any]) -> bool:
     return "loss" in record or "validation_loss" in record
 
 
-def _json_records(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    """Records of a file whose writer may have been killed inside a line."""
-    for line in lines:
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            continue  # a line cut short by a kill, or the empty one that ended it: its step was not finished either
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """None of a line cut short by a kill, or the empty one that ended it: its step was not finished either."""
+    for loads in (orjson.loads, json.loads):  # the latter knows NaN
+        with suppress(ValueError):
+            return loads(line)
+    return None
+
+
+def _size(path: Path) -> int:
+    try:
+        with path.open("rb") as f:  # opened, as NFS may know of an older size until then
+            return f.seek(0, os.SEEK_END)
+    except FileNotFoundError:
+        return 0
+
+
+def _check_size(path: Path, promised: int, by: str) -> None:
+    if _size(path) < promised:
+        raise DataError(
+            f"{path} has {_size(path)} bytes, and {by} beside it says that it had {promised}: the rest is lost. Bring "
+            f"it back from a copy; to go on without, remove {by}"
+        )

@@ -14,8 +14,8 @@ from typing import Any
 
 import psutil
 
-from openlm_pipeline.checkpoints.folders import Checkpoint
-from openlm_pipeline.errors import BusyError, TrainingError
+from openlm_pipeline.checkpoints.folders import Checkpoint, folder_name, read_checkpoint
+from openlm_pipeline.errors import BusyError, OpenLMError, TrainingError
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.registry import LAUNCHERS
 from openlm_pipeline.result import Say
@@ -62,6 +62,25 @@ def milestone_checkpoints(experiment: Experiment, run: RunFolder) -> dict[str, C
     """The complete milestones of a run by label, those of the experiment only."""
     wanted = dict(experiment.labelled_milestones())
     return {c.milestone: c for c in run.saved() if c.milestone in wanted}
+
+
+def passed_over(experiment: Experiment, run: RunFolder) -> dict[str, str]:
+    """Label -> why, of each milestone of the experiment whose folder is there, and whose checkpoint does not count."""
+    found, why = milestone_checkpoints(experiment, run), {}
+    for label, tokens in experiment.labelled_milestones():
+        path = run.checkpoints / folder_name(experiment.steps(tokens))
+        if label in found or not path.exists():
+            continue
+        what = f"{run.path / 'run.json'} is missing, which says whose it is"
+        if (run.path / "run.json").exists():
+            try:
+                read_checkpoint(path)
+                continue  # a rotating one is where the milestone will be
+            except OpenLMError as e:
+                what = str(e)
+        on = f"`openlm train {experiment.name}` makes it again, if its files can't be brought back from a copy"
+        why[label] = f"milestone {label} is passed over: {what}; {on}"
+    return why
 
 
 def launcher_of(

@@ -7,12 +7,8 @@ for that. Of what an earlier release trained without a ledger, the steps alone a
 
 import heapq
 import re
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
-
-import orjson
 
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.units import format_seconds
@@ -148,7 +144,8 @@ def account(run: RunFolder) -> Account:
     """The time of a run up to the last sign of life in its folder."""
     made = Account(_start_step(run))
     events = ((event["metrics_bytes"], 0, event) for event in run.read_ledger())
-    for _, kind, what in heapq.merge(events, _placed_records(run), key=lambda placed: placed[:2]):
+    records = ((place, 1, record) for place, record in run.records())
+    for _, kind, what in heapq.merge(events, records, key=lambda placed: placed[:2]):
         (made.add_record if kind else made.add_event)(what)
     made._end_of_session()
     return made
@@ -206,15 +203,3 @@ def _start_step(run: RunFolder) -> int:
     """The step that a fork began after, of its parent's; else 0."""
     begun = run.identity.get("parent", {}).get("tokens", 0)
     return begun // run.identity["training"]["global_batch"]
-
-
-def _placed_records(run: RunFolder) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """Records of the metrics, each with the byte at which its line begins, and 1."""
-    if not run.metrics_file.exists():
-        return
-    place = 0
-    with run.metrics_file.open("rb") as f:
-        for line in f:
-            with suppress(orjson.JSONDecodeError):  # cut short by a kill
-                yield place, 1, orjson.loads(line)
-            place += len(line)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from openlm_pipeline.experiments import Experiment, load_experiment
+from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.result import Finding, refusal
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.storage.home import Home
@@ -30,7 +30,7 @@ def parent_rate(experiment: Experiment, home: Home) -> float | None:
     run = RunFolder(home.run(experiment.parent.run, experiment.parent.version))
     if not run.experiment_file.exists():
         return None
-    parent = load_experiment(str(run.experiment_file))
+    parent = run.experiment()
     return parent.learning_rates(parent.start_tokens())(parent.steps(experiment.parent.milestone))
 
 

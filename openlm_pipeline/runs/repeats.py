@@ -8,7 +8,7 @@ import numpy as np
 
 from openlm_pipeline.corpus.discovery import RawFile, discover
 from openlm_pipeline.errors import ConfigError, OpenLMError
-from openlm_pipeline.experiments import Dataset, Experiment, load_experiment
+from openlm_pipeline.experiments import Dataset, Experiment
 from openlm_pipeline.ordering import order_of
 from openlm_pipeline.ordering.samplings.openlm import ResampledOrder
 from openlm_pipeline.result import Finding, refusal
@@ -76,7 +76,7 @@ def read_by_parent(experiment: Experiment, home: Home, contents: Mapping[str, Co
     """Datasets of a fork that are others than its parent's, with files that the parent has read already."""
     if not experiment.parent or not (run := parent_folder(experiment, home)).experiment_file.exists():
         return
-    parent, known = load_experiment(str(run.experiment_file)), {d["manifest_sha256"] for d in run.identity["data"]}
+    parent, known = run.experiment(), {d["manifest_sha256"] for d in run.identity["data"]}
     theirs: dict[str, str] = {}
     for dataset in parent.training_datasets():
         try:

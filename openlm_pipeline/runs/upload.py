@@ -34,9 +34,9 @@ _LAST_ATTEMPTS = 3
 _RECORDS = (
     "run.json",
     "experiment.yaml",
-    "metrics.jsonl",
-    "ledger.jsonl",
     "outcome.json",
+    "ledger.jsonl",  # each says how long the next one is at least, so it is read before
+    "metrics.jsonl",
     "attention.json",
     "wandb_id.txt",
 )

@@ -6,6 +6,7 @@ manifest file: `shard-{0000..0099}.tar` stands for a hundred tars, `::` stands b
 tar has is taken from `sizes.json` or `manifest.jsonl` beside it, and is else counted once and noted in the cache.
 """
 
+import functools
 import hashlib
 import json
 import tarfile
@@ -24,6 +25,7 @@ from openlm_pipeline.shards.format import SampleFormat, write_shard
 from openlm_pipeline.shards.manifest import DATASET, MANIFEST, ShardEntry
 from openlm_pipeline.shards.openlm_formats import first_length, read_shard
 from openlm_pipeline.shards.store import FETCHED, ShardStore, only_one
+from openlm_pipeline.storage.export_record import check_file, recorded_files
 from openlm_pipeline.storage.files import read_json, write_json
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.storage.remote import download, is_remote, join, open_remote, public, storage_errors
@@ -78,13 +80,14 @@ def check_foreign(folder: Path, *, quick: bool = False) -> Iterator[tuple[str, s
     counts = _parse_counts(_read_manifest(str(folder)), str(folder / MANIFEST))
     paths = {shard: folder / f"{shard}.tar" for shard in counts}
     lengths = (length for path in paths.values() if path.exists() and (length := first_length(path)))
-    seq_len = next(lengths, 2) - 1
+    seq_len, recorded = next(lengths, 2) - 1, recorded_files(folder)
     for shard, path in paths.items():
         problem = None
         try:
             if not path.exists():
                 raise DataError(f"shard {path} is missing though the manifest lists it")
             if not quick:
+                check_file(path, recorded.get(path.name))
                 read_shard(path, seq_len=seq_len, vocab_size=1 << 31, eot_id=0, pad_id=0, num_samples=counts[shard])
         except DataError as e:
             problem = str(e)
@@ -141,7 +144,7 @@ def foreign_dataset(
         "identity": identity,
     }
     _claim(cache, info)
-    first = np.concatenate([[0], np.cumsum(num_samples)])
+    first, recorded = np.concatenate([[0], np.cumsum(num_samples)]), functools.cache(recorded_files)
 
     def bring(k: int, path: Path) -> None:
         source, fetched = urls[k], cache / FETCHED / f"{path.stem}.openlm.tar"
@@ -149,6 +152,7 @@ def foreign_dataset(
             download(source, fetched)
         try:
             local = fetched if is_remote(source) else Path(source)
+            check_file(local, recorded(local.parent).get(local.name))
             rows = read_shard(local, **settings, num_samples=entries[k].num_sequences)
         except DataError as e:
             raise DataError(f"shard {public(source)} can't be converted: {e}") from e
@@ -178,6 +182,8 @@ def _read(url: str) -> bytes:
 
 def _read_manifest(where: str) -> bytes:
     try:
+        if not is_remote(where):
+            check_file(Path(where) / MANIFEST, recorded_files(Path(where)).get(MANIFEST))
         return _read(join(where, MANIFEST))
     except MissingInputError as e:
         raise MissingInputError(f"there are no shards of OpenLM in {public(where)}: it has no {MANIFEST}") from e

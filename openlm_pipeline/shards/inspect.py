@@ -13,9 +13,9 @@ import orjson
 from openlm_pipeline.errors import ConfigError, DataError, IdentityError, MissingInputError
 from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.format import open_shard
-from openlm_pipeline.shards.manifest import DATASET, QUARANTINE, check_hash, recorded_beside
+from openlm_pipeline.shards.manifest import DATASET, QUARANTINE, check_hash, read_dataset, recorded_beside
 from openlm_pipeline.shards.provenance import provenance_path, read_spans
-from openlm_pipeline.storage.files import read_json, sha256_file
+from openlm_pipeline.storage.files import sha256_file
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.units import format_tokens
 
@@ -82,7 +82,9 @@ def summary(folder: Path, seconds: float | None = None) -> str:
     Args:
         seconds: that tokenizing and packing took, for the speed.
     """
-    info = read_json(folder / DATASET)
+    entries, info, _ = read_dataset(folder)
+    if recorded := recorded_beside(entries).get(QUARANTINE):
+        check_hash(folder / QUARANTINE, recorded)
     totals, skipped = info["totals"], len(info.get("skipped", {}))
     top = ", ".join(f"{count:,} {reason}" for reason, count in quarantine_reasons(folder / QUARANTINE))
     parts = [

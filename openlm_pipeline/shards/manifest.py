@@ -125,7 +125,8 @@ def read_version(folder: Path, entries: Sequence[ShardEntry] | None = None) -> s
 def finish_dataset(folder: Path, entries: list[ShardEntry], info: dict[str, Any]) -> None:
     """Write `dataset.json`, and then the manifest: the mark that the dataset is whole."""
     write_text(folder / DATASET, _info_text(info, entries))
-    beside = {name: sha256_file(folder / name) for name in (DATASET, DOCUMENTS) if (folder / name).exists()}
+    names = (DATASET, DOCUMENTS, QUARANTINE)
+    beside = {name: sha256_file(folder / name) for name in names if (folder / name).exists()}
     entries = [replace(entries[0], beside=beside), *entries[1:]]
     write_manifest(folder, entries)
 

@@ -19,12 +19,11 @@ from openlm_pipeline.shards.format import SampleFormat
 from openlm_pipeline.shards.manifest import MANIFEST, ShardEntry
 from openlm_pipeline.shards.openlm_formats import OpenLMFormat, write_openlm_shard
 from openlm_pipeline.shards.sums import open_checked
-from openlm_pipeline.storage.files import folder_lock, read_json, remove_leftovers, sha256_file, write_json, write_text
+from openlm_pipeline.storage.export_record import EXPORT, read_record, write_record
+from openlm_pipeline.storage.files import folder_lock, remove_leftovers, sha256_file, write_text
 
 EXPORT_VERSION = 1
 """Raised when the same shards would give other exported bytes."""
-
-_IDENTITY = "export.json"
 
 
 def export_shards(
@@ -69,7 +68,7 @@ def export_shards(
         if not reused:
             (out / MANIFEST).unlink(missing_ok=True)  # it would promise what is not there
             remove_leftovers(out)
-            write_json(out / _IDENTITY, identity)
+            write_record(out, identity)
             first = np.cumsum(dataset.shard_sizes) - dataset.shard_sizes
             calls: dict[str, Call] = {
                 dataset.entries[k].shard: (
@@ -92,6 +91,7 @@ def export_shards(
                         report(f"exported shard {name}, {done + len(targets) - len(calls)} of {len(targets)}")
             lines = [{"shard": e.shard, count_key: e.num_sequences} for e in dataset.entries]
             write_text(out / MANIFEST, "".join(json.dumps(line) + "\n" for line in lines))
+            write_record(out, identity, [*targets.values(), out / MANIFEST])
     facts = {
         "shards": len(targets),
         "samples": len(dataset),
@@ -102,8 +102,8 @@ def export_shards(
 
 
 def _check_folder(out: Path, identity: dict[str, object]) -> None:
-    if (out / _IDENTITY).exists():
-        if changed := differences(read_json(out / _IDENTITY), identity):
+    if (out / EXPORT).exists():
+        if changed := differences(read_record(out), identity):
             lines = "\n  ".join(changed)
             raise IdentityError(f"{out} holds another export:\n  {lines}\nGive another folder, or delete this one.")
     elif any(out.glob("*.tar")) or (out / MANIFEST).exists():

@@ -1,6 +1,7 @@
 """Files that are either whole or not there: atomic writes, hashes, locks. Local paths only."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -24,27 +25,54 @@ def atomic_writer(path: Path, *, shared: bool = False) -> Iterator[BinaryIO]:
     Args:
         shared: two workers may write it at once, as when one is taken for dead; `remove_leftovers` tidies up.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     tmp = path.with_name(f"{path.name}{'.' + secrets.token_hex(4) if shared else ''}{TMP_SUFFIX}")
     try:
         with tmp.open("wb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
-        tmp.replace(path)
+        rename(tmp, path)
     except BaseException:
         tmp.unlink(missing_ok=True)
         raise
 
 
-def write_text(path: Path, text: str) -> None:
-    with atomic_writer(path) as f:
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, each synced."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Give a file or folder, of whose content all is synced, its place: whatever dies, it stays there."""
+    source.replace(target)
+    for folder in {source.parent, target.parent}:
+        sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder reach the disk, where its file system can be asked to."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str, **how: bool) -> None:
+    with atomic_writer(path, **how) as f:
         f.write(text.encode())
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, **how: bool) -> None:
     """Write `value` as indented JSON, keys in the order given, atomically."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json.dumps(value, indent=2) + "\n", **how)
 
 
 def read_json(path: Path) -> Any:
@@ -65,9 +93,9 @@ def read_json(path: Path) -> Any:
 _SEAL = "seal_sha256"
 
 
-def write_sealed(path: Path, value: dict[str, Any]) -> None:
+def write_sealed(path: Path, value: dict[str, Any], **how: bool) -> None:
     """`write_json` of an object, with the hash of what it says as its last field."""
-    write_json(path, {**value, _SEAL: _seal(value)})
+    write_json(path, {**value, _SEAL: _seal(value)}, **how)
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
@@ -75,9 +103,11 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
     Raises:
         MissingInputError: there is no such file.
-        DataError: it is not JSON, or not what was written.
+        DataError: it is not a JSON object, or not what was written.
     """
     value = read_json(path)
+    if not isinstance(value, dict):
+        raise DataError(f"{path} is not a JSON object")
     seal = value.pop(_SEAL, None)
     if seal is not None and seal != _seal(value):
         raise DataError(f"{path} is damaged: it is not what was written; delete it, and it is made again")
@@ -146,7 +176,7 @@ def set_aside(folder: Path) -> Path:
     n = 1
     while (target := folder.with_name(f"{folder.name}.superseded-{n}")).exists():
         n += 1
-    folder.rename(target)
+    rename(folder, target)
     return target
 
 

@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from openlm_pipeline.errors import DataError, MissingInputError
 from openlm_pipeline.storage import copies, remote
-from openlm_pipeline.storage.files import TMP_SUFFIX, read_json, sha256_file, write_json
+from openlm_pipeline.storage.files import TMP_SUFFIX, read_json, rename, sha256_file, write_json
 from openlm_pipeline.waits import waiting_for
 
 MARK = ".artefact.json"
@@ -156,7 +156,7 @@ class HomeSync:
                 (folder / name).unlink(missing_ok=True)
             for name in names:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                (incoming / name).replace(folder / name)
+                rename(incoming / name, folder / name)
         finally:
             shutil.rmtree(incoming, ignore_errors=True)
 

@@ -12,7 +12,6 @@ never less than some 250 MiB for the engines.
 """
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -38,7 +37,15 @@ from openlm_pipeline.experiments import Dataset
 from openlm_pipeline.fingerprint import Tree, fingerprint, settings_tree
 from openlm_pipeline.pools import TaskProgress
 from openlm_pipeline.shards.format import SampleFormat
-from openlm_pipeline.storage.files import atomic_writer, read_json, read_sealed, sha256_file, write_json, write_sealed
+from openlm_pipeline.storage.files import (
+    atomic_writer,
+    read_json,
+    read_sealed,
+    rename,
+    sha256_file,
+    write_json,
+    write_sealed,
+)
 from openlm_pipeline.storage.remote import sha256_url
 from openlm_pipeline.tokenizers.engine import load_reference, make_engine, special_strings
 from openlm_pipeline.tokenizers.engines import Encoded, EncodingError
@@ -76,6 +83,7 @@ class _Tokens:
     index_sha256: str | None = None
     """The hash of `F.documents`; None as for `special_strings`."""
     offsets_sha256: str | None = None
+    quarantine_sha256: str | None = None
     special_strings: int | None = None
     """How often the string of a special token, such as `<|endoftext|>`, stands in a document; None in what a release
     before this field wrote."""
@@ -241,7 +249,7 @@ def check_streams(folder: Path, *, quick: bool = False) -> Iterator[tuple[Path, 
             made = FileTokens(**read_sealed(path))
             paths = _Paths.of(path.parent, path.name.removesuffix(".json"))
             recorded = {paths.tokens: made.tokens_sha256, paths.documents: made.index_sha256}
-            recorded |= {paths.offsets: made.offsets_sha256, paths.quarantine: None}
+            recorded |= {paths.offsets: made.offsets_sha256, paths.quarantine: made.quarantine_sha256}
             for file, sha256 in recorded.items():
                 if not file.exists() and (sha256 or file == paths.quarantine):
                     raise DataError(f"{file} is missing")
@@ -405,6 +413,7 @@ def tokenize_part(
         bad_bytes=reader.bad_bytes,
         index_sha256=index.sha256.hexdigest(),
         offsets_sha256=offsets.sha256.hexdigest(),
+        quarantine_sha256=sha256_file(paths.quarantine),
         special_strings=found,
     )
     write_sealed(paths.done, asdict(result))
@@ -458,11 +467,22 @@ def _renumbered(first_record: int, index: bytes) -> bytes:
     return rows.tobytes()
 
 
-def _append_quarantine(path: Path, out: BinaryIO, first_line: int) -> None:
-    with path.open("rb") as f:
-        for line in f:
-            bad = orjson.loads(line)
-            out.write(orjson.dumps({**bad, "line": bad["line"] + first_line}) + b"\n")
+def _append_quarantine(path: Path, recorded: str | None, out: BinaryIO, first_line: int) -> None:
+    for line in read_quarantine(path, recorded).splitlines():
+        bad = orjson.loads(line)
+        out.write(orjson.dumps({**bad, "line": bad["line"] + first_line}) + b"\n")
+
+
+def read_quarantine(path: Path, recorded: str | None) -> bytes:
+    """`F.quarantine.jsonl`, as the `F.json` beside it has its hash; None of an earlier release.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    content = path.read_bytes()
+    if recorded not in (None, hashlib.sha256(content).hexdigest()):
+        raise DataError(f"{path} is damaged: it is not what was written; delete it, and it is made again")
+    return content
 
 
 def join_parts(
@@ -493,7 +513,7 @@ def join_parts(
     if count == 1:
         hashes = parts[0].tokens_sha256, parts[0].index_sha256, parts[0].offsets_sha256
         for name in ("tokens", "documents", "offsets", "quarantine"):
-            os.replace(getattr(sources[0], name), getattr(final, name))  # noqa: PTH105 - the pair reads better
+            rename(getattr(sources[0], name), getattr(final, name))
     else:
         with (
             _hashed_writer(final.tokens) as tokens,
@@ -506,7 +526,7 @@ def join_parts(
                 _append(paths, paths.tokens, p.tokens_sha256, tokens)
                 _append(paths, paths.offsets, p.offsets_sha256, offsets)
                 _append(paths, paths.documents, p.index_sha256, index, partial(_renumbered, first_record))
-                _append_quarantine(paths.quarantine, quarantine, first_line)
+                _append_quarantine(paths.quarantine, p.quarantine_sha256, quarantine, first_line)
                 first_record, first_line = first_record + p.documents + p.quarantined, first_line + p.lines
         hashes = [written.sha256.hexdigest() for written in (tokens, index, offsets)]
     result = FileTokens(
@@ -519,6 +539,7 @@ def join_parts(
         seconds=round(sum(p.seconds for p in parts), 3),
         index_sha256=hashes[1],
         offsets_sha256=hashes[2],
+        quarantine_sha256=parts[0].quarantine_sha256 if count == 1 else sha256_file(final.quarantine),
         special_strings=added_up(p.special_strings for p in parts),
     )
     write_sealed(final.done, asdict(result))

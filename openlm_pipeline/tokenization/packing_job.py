@@ -37,7 +37,7 @@ from openlm_pipeline.storage.files import (
     sha256_file,
     write_json,
 )
-from openlm_pipeline.tokenization.documents import FileTokens, added_up, notes_of_left_out
+from openlm_pipeline.tokenization.documents import FileTokens, added_up, notes_of_left_out, read_quarantine
 from openlm_pipeline.tokenization.packing import (
     PACKING_VERSION,
     check_stream,
@@ -174,13 +174,16 @@ class _Packing:
             shard_bytes, all_bytes = dataset.samples_per_shard * record_bytes, totals["samples"] * record_bytes
             missing = {n: min(shard_bytes, all_bytes - n * shard_bytes) for n in numbers if n not in entries}
             entries |= self._make_shards(missing, pool, index=True)
-        with atomic_writer(self.folder / QUARANTINE) as out:
-            for f in self.files:
-                out.write((self.tokenized / f"{f.name}.quarantine.jsonl").read_bytes())
+        self._write_quarantine()
         in_shards = sum(e.tokens for e in entries.values()) - totals["padding_tokens"]
         if in_shards + totals["tail_tokens"] != totals["tokens"]:
             raise DataError(f"dataset {dataset.name}: {in_shards} tokens are in shards, which differs from {totals}")
         finish_dataset(self.folder, [entries[n] for n in numbers], info)
+
+    def _write_quarantine(self) -> None:
+        with atomic_writer(self.folder / QUARANTINE) as out:
+            for f in self.files:
+                out.write(read_quarantine(self.tokenized / f"{f.name}.quarantine.jsonl", f.quarantine_sha256))
 
     def recorded_info(self) -> dict[str, Any]:
         """`dataset.json` of the finished dataset, written again where it is damaged.
@@ -207,6 +210,8 @@ class _Packing:
         lost, index_lost = lost_files(self.folder, entries)
         if lost or index_lost:
             self._make_again(lost, index=index_lost)
+        if not (self.folder / QUARANTINE).exists():
+            self._write_quarantine()
         if not entries[0].sums_sha256:
             self._add_sums()
         return bool(lost)

@@ -113,16 +113,19 @@ def _train(spec: TokenizerSpec, files: list[RawFile], text_key: str, path: Path)
         f.write(tokenizer.to_str().encode())
 
 
-def _local_file(source: str) -> Path | None:
+def local_file(source: str) -> Path | None:
     """The file that a path names; None for a name on the hub.
 
     Raises:
         MissingInputError: it can be no name on the hub, and there is no such file.
+        DataError: it is one of a home, and damaged.
     """
     path = Path(source)
     if path.is_dir():
         path = path / _FILE
     if path.is_file():
+        if path.name == _FILE and path.with_name(_INFO).exists():
+            read_tokenizer_info(path.parent)
         return path
     if path.is_absolute() or source.startswith((".", "~")) or source.endswith(".json") or source.count("/") != 1:
         raise MissingInputError(
@@ -152,7 +155,7 @@ def fetch_tokenizer_json(source: str) -> bytes:
     Raises:
         MissingInputError: it is not there, or the hub cannot be reached.
     """
-    if path := _local_file(source):
+    if path := local_file(source):
         return path.read_bytes()
     from huggingface_hub import hf_hub_download
 
@@ -166,7 +169,7 @@ def check_reachable(source: str) -> None:
     Raises:
         MissingInputError: as that does.
     """
-    if _local_file(source):
+    if local_file(source):
         return
     from huggingface_hub import hf_hub_url, try_to_load_from_cache
 

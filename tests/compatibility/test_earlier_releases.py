@@ -214,7 +214,11 @@ def test_every_stage_reuses_a_home_of_the_first_release(old_home: Home) -> None:
     resolved = {name for name in rewritten if name.endswith("experiment.yaml")}
     touched = {name for name in rewritten if name.startswith(("tokenized/", "tokenizers/")) and name.endswith(".json")}
     summed_up = {name for name in rewritten if name.endswith("scorecard.json")}
-    assert rewritten == resolved | touched | summed_up
+    sealed = {name for name in rewritten if name.startswith("runs/") and name.endswith("run.json")}
+    assert rewritten == resolved | touched | summed_up | sealed
+    for name in sealed:
+        old, new = (json.loads(files[name]) for files in (before, after))
+        assert {**new, **old} == new and set(new) - set(old) == {"experiment_sha256", "seal_sha256"}
     for name in summed_up:  # the same items and scores; intervals, and what else is said of them, may be others
         scores = [[(t["task"], t["accuracy"]) for t in json.loads(c[name])["tasks"]] for c in (before, after)]
         assert scores[0] == scores[1]

@@ -82,7 +82,7 @@ def test_domains_stand_beside_accuracies(scored, write_rows, task_rows, ending: 
     assert [c.category for c in card.categories] == ["a", "b"]
     by_name = {a.name: a for a in card.averages}
     assert by_name["held_out_text"].value == pytest.approx(sum(parts) / 2) == card.tasks[1].bits_per_byte
-    assert Scorecard.from_json(card.to_json()) == card
+    assert Scorecard.from_json(card.model_dump_json()) == card
 
 
 @pytest.mark.parametrize(

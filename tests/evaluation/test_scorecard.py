@@ -275,7 +275,7 @@ def test_a_baseline_has_a_scorecard_without_a_milestone():
     named = Provenance(run="pythia_1b", checkpoint_digest="weights", tokenizer="own")
     scorecard = make_scorecard(items, None, suite=Suite(name="s", icl_tasks=(MC,)), provenance=named, task_files=FILES)
     assert (scorecard.label, scorecard.milestone, scorecard.tokens) == ("pythia_1b", None, None)
-    assert Scorecard.from_json(scorecard.to_json()) == scorecard
+    assert Scorecard.from_json(scorecard.model_dump_json()) == scorecard
 
 
 def test_another_suite_is_not_compared():
@@ -295,7 +295,7 @@ def test_one_item_has_no_standard_error_but_a_scorecard():
     scorecard = card((MC,), rows(MC, [True]))
     assert scorecard.tasks[0].standard_error is None
     assert (scorecard.average, scorecard.headline.ci_low) == (1.0, wilson_interval(1, 1)[0])
-    assert Scorecard.from_json(scorecard.to_json()) == scorecard
+    assert Scorecard.from_json(scorecard.model_dump_json()) == scorecard
 
 
 def test_saved_beside_its_items_and_loaded_equal(tmp_path):

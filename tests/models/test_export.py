@@ -23,6 +23,8 @@ from openlm_pipeline.checkpoints.weights_digest import digest_of_parts, local_pa
 from openlm_pipeline.errors import ConfigError, MissingInputError
 from openlm_pipeline.models import create_model
 from openlm_pipeline.models.config import ModelConfig
+from openlm_pipeline.storage.export_record import read_record
+from openlm_pipeline.storage.files import read_sealed
 
 TINY = ModelConfig(hidden_dim=48, n_layers=2, n_heads=3, seq_len=32, vocab_size=61)
 IDS = torch.randint(0, 61, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -239,15 +241,13 @@ def test_an_average_is_exported_in_place_of_the_weights(tmp_path: Path):
     found = of_file(tmp_path / "hf")
     for name, value in load_model(checkpoint, average="ema_0.5_1").named_parameters():
         assert torch.equal(found[name], value)
-    said = json.loads((tmp_path / "hf" / "export.json").read_text())
+    said = read_sealed(tmp_path / "hf" / "export.json")
     assert said["average"] == "ema_0.5_1" and said["checkpoint"]["weights_digest"] == checkpoint.weights_digest
     assert said["weights_digest"] == digest_of(found) != checkpoint.weights_digest
     alone = shutil.copytree(checkpoint.path, tmp_path / "some" / "where" / "step")
     export_huggingface(alone, tmp_path / "alone", average="ema_0.5_1")
-    assert json.loads((tmp_path / "alone" / "export.json").read_text()) == {
-        **said,
-        "checkpoint": said["checkpoint"] | {"run": None},
-    }
+    del said["files"]
+    assert read_record(tmp_path / "alone") == {**said, "checkpoint": said["checkpoint"] | {"run": None}}
     assert "| run | not stated |" in (tmp_path / "alone" / "README.md").read_text()
     with pytest.raises(ConfigError, match="no average 'ema_0.9_1'; it has ema_0.5_1"):
         export_huggingface(checkpoint.path, tmp_path / "hf", average="ema_0.9_1")

@@ -63,7 +63,7 @@ def _run(home, name, card, **changes):
     (folder / "run.json").write_text(json.dumps({"fingerprint": "0" * 64, "identity": identity}))
     place = home.scorecard(name, "v1", card.label)
     place.mkdir(parents=True)
-    (place / "scorecard.json").write_text(card.model_copy(update={"run": name}).to_json())
+    (place / "scorecard.json").write_text(card.model_copy(update={"run": name}).model_dump_json())
     return RunFolder(folder)
 
 

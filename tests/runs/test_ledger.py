@@ -66,7 +66,8 @@ def test_steps_trained_again_after_a_kill_are_lost(tmp_path):
 def test_of_a_run_without_a_ledger_only_steps_count(tmp_path):
     small = SmallRun(tmp_path, (2, 4))
     small.train()
-    small.run.ledger_file.unlink()
+    for name in ("ledger.jsonl", "outcome.json"):
+        (small.run.path / name).unlink()
     of = ledger.facts(small.run)
     assert of["productive_seconds"] > 0 and "goodput" not in of
     assert "without a ledger" in ledger.sentence(of)
