@@ -19,8 +19,16 @@ from typing import Any, Literal
 import orjson
 import yaml
 
-from openlm_pipeline.checkpoints.folders import RECIPE_SHA256, Checkpoint, list_checkpoints, recipe_of
-from openlm_pipeline.errors import DataError, IdentityError, TrainingError
+from openlm_pipeline.checkpoints.folders import (
+    COMPLETE,
+    RECIPE_SHA256,
+    Checkpoint,
+    folder_name,
+    list_checkpoints,
+    read_checkpoint,
+    recipe_of,
+)
+from openlm_pipeline.errors import DataError, IdentityError, MissingInputError, TrainingError
 from openlm_pipeline.experiments import Experiment, load_experiment
 from openlm_pipeline.fingerprint import Tree, differences, fingerprint
 from openlm_pipeline.result import Finding, refusal, refuse
@@ -116,6 +124,16 @@ class RunFolder:
         """Its complete checkpoints by step, damaged descriptions passed over; none where it was never claimed."""
         record = self._record
         return list_checkpoints(self.checkpoints, record["fingerprint"], warn=lambda _: None) if record else []
+
+    def milestone_at(self, step: int, label: str) -> Checkpoint | None:
+        """The milestone, if it is complete, at its step; for those who ask again and again."""
+        path = self.checkpoints / folder_name(step)
+        if not (path / COMPLETE).exists():
+            return None
+        with suppress(DataError, MissingInputError):  # it is replaced now, or damaged: `saved` passes over it too
+            found = read_checkpoint(path)
+            return found if (found.milestone, found.run_fingerprint) == (label, self.fingerprint) else None
+        return None
 
     def lock(self) -> AbstractContextManager[None]:
         """Held by the one process that may train this run, for its lifetime.

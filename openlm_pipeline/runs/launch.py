@@ -211,8 +211,8 @@ def _watch(experiment: Experiment, run: RunFolder, job: Job, offset: int, news: 
             records, offset = run.new_metrics(offset)
             for record in records:
                 yield Measured(record) if is_measurement(record) else StepSkipped(record)
-            for label, checkpoint in milestone_checkpoints(experiment, run).items():
-                if label in news:
+            for label, tokens in experiment.labelled_milestones():
+                if label in news and (checkpoint := run.milestone_at(experiment.steps(tokens), label)):
                     news.remove(label)
                     yield MilestoneReached(label, checkpoint)
             if not ended:

@@ -8,7 +8,7 @@ store that fails stops no training: it is tried again with the next checkpoint a
 import re
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,10 +27,12 @@ from openlm_pipeline.checkpoints.folders import (
 from openlm_pipeline.errors import DataError, IdentityError, OpenLMError
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.storage import copies, remote
+from openlm_pipeline.storage.files import atomic_writer
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.waits import waiting_for
 
 _LAST_ATTEMPTS = 3
+_PART_BYTES = 8 << 20
 _RECORDS = (
     "run.json",
     "experiment.yaml",
@@ -40,6 +42,22 @@ _RECORDS = (
     "attention.json",
     "wandb_id.txt",
 )
+
+
+def _part_name(name: str, number: int) -> str:
+    """A record that grows for months is sent in parts, so that what is there need not be sent again."""
+    return f"{name}.{number}" if number else name
+
+
+def _parts(path: Path, sent: Collection[str]) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of the parts of a file that were not sent; none where there is no file."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number in range(max(1, -(-path.stat().st_size // _PART_BYTES))):
+            if (name := _part_name(path.name, number)) not in sent:
+                file.seek(number * _PART_BYTES)
+                yield name, file.read(_PART_BYTES)
 
 
 def push_run(home: Home, run: RunFolder) -> None:
@@ -72,6 +90,8 @@ class Uploads:
         self.run, self.url, self.keep, self.warn, self.pause_seconds = run, url, keep, warn, pause_seconds
         self._waiting: dict[int, Checkpoint] = {}
         self._sending: int | None = None
+        self._there: dict[int, Checkpoint] | None = None
+        self._parts_sent = set[str]()
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="upload")
 
@@ -166,19 +186,24 @@ class Uploads:
             [INFO, COMPLETE],
             describes=INFO,
         )
-        for old in outdated(self._remote_checkpoints(), self.keep):
+        if self._there is None:  # once: each is a request or two
+            self._there = {c.step: c for c in self._remote_checkpoints()}
+        self._there[checkpoint.step] = checkpoint
+        for old in outdated([self._there[step] for step in sorted(self._there)], self.keep):
             remote.remove(f"{self._checkpoint_url(old)}/{COMPLETE}")
             remote.remove(self._checkpoint_url(old))
+            del self._there[old.step]
 
     def _send_records(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             for name in _RECORDS:
-                path = self.run.path / name
-                if path.exists():
-                    copy = Path(folder) / name  # the run may add to its own at any time
-                    copy.write_bytes(path.read_bytes())
-                    if not copies.holds(remote.join(self.url, name), copies.describe_file(copy)):
-                        remote.upload(copy, remote.join(self.url, name))
+                for part, data in _parts(self.run.path / name, self._parts_sent):
+                    copy = Path(folder) / part  # the run may add to its own at any time
+                    copy.write_bytes(data)
+                    if not copies.holds(remote.join(self.url, part), copies.describe_file(copy)):
+                        remote.upload(copy, remote.join(self.url, part))
+                    if len(data) == _PART_BYTES:
+                        self._parts_sent.add(part)
 
     def _fetch_all(self, max_step: int) -> None:
         has_newest = False
@@ -192,7 +217,15 @@ class Uploads:
                 self.warn(f"checkpoint {checkpoint.path.name} is not fetched: {e}")
         for file in (self.run.metrics_file, self.run.ledger_file, self.run.attention_file, self.run.wandb_file):
             if not file.exists() and remote.exists(remote.join(self.url, file.name)):
-                remote.download(remote.join(self.url, file.name), file)
+                self._fetch_record(file)
+
+    def _fetch_record(self, file: Path) -> None:
+        with tempfile.TemporaryDirectory() as folder, atomic_writer(file) as whole:
+            part, number = Path(folder) / "part", 0
+            while not number or remote.exists(remote.join(self.url, _part_name(file.name, number))):
+                remote.download(remote.join(self.url, _part_name(file.name, number)), part)
+                whole.write(part.read_bytes())
+                number += 1
 
     def _fetch(self, checkpoint: Checkpoint) -> None:
         source, tmp = self._checkpoint_url(checkpoint), unfinished(self.run.checkpoints, checkpoint.step)

@@ -11,9 +11,11 @@ from small_run import SmallRun
 from openlm_pipeline.checkpoints.folders import COMPLETE, list_checkpoints, read_checkpoint, verify
 from openlm_pipeline.checkpoints.reading import load_model
 from openlm_pipeline.errors import ConfigError, IdentityError
+from openlm_pipeline.runs import upload
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.upload import Uploads
 from openlm_pipeline.storage.files import sha256_file
+from openlm_pipeline.storage.remote import upload as put
 
 ROTATING = ("execution.checkpoint_every=512", "execution.keep_checkpoints=1")
 
@@ -137,3 +139,36 @@ def test_a_password_in_the_url_is_refused_and_not_shown(small: SmallRun, capfd):
     with pytest.raises(ConfigError, match="has a password in it") as e:
         small.train("execution.upload_to=s3://user:hunter2@bucket/runs")
     assert "hunter2" not in str(e.value) + capfd.readouterr().out + json.dumps(small.run.read_outcome())
+
+
+def test_a_long_record_is_sent_in_parts_and_no_full_one_again(store: Path, uploaded: SmallRun, tmp_path, monkeypatch):
+    monkeypatch.setattr(upload, "_PART_BYTES", 1000)
+    run = RunFolder(Path(shutil.copytree(uploaded.run.path, tmp_path / "small" / "v1")))
+    sent = []
+    monkeypatch.setattr(upload.remote, "upload", lambda path, url: sent.append(url.rsplit("/", 1)[1]) or put(path, url))
+    uploads = Uploads(run, (store / "parts").as_uri(), keep=1, warn=pytest.fail)
+    uploads._send_records()
+    whole = run.metrics_file.read_bytes()
+    assert len(whole) > 3000
+    assert b"".join((store / "parts" / f"metrics.jsonl{n}").read_bytes() for n in ("", ".1", ".2")) == whole[:3000]
+    sent.clear()
+    run.append_metrics({"step": 9, "loss": 1.0})
+    uploads._send_records()
+    last = len(run.metrics_file.read_bytes()) // 1000
+    assert (
+        {n for n in sent if n.startswith("metrics")} <= {f"metrics.jsonl.{last - 1}", f"metrics.jsonl.{last}"} != set()
+    )
+    whole = run.metrics_file.read_bytes()
+    run.metrics_file.unlink()
+    uploads._fetch_record(run.metrics_file)
+    assert run.metrics_file.read_bytes() == whole
+
+
+def test_descriptions_there_are_read_once_however_many_follow(store: Path, uploaded: SmallRun, tmp_path, monkeypatch):
+    read = []
+    real = upload.remote.read_json_at
+    monkeypatch.setattr(upload.remote, "read_json_at", lambda url: read.append(url) or real(url))
+    uploads = Uploads(uploaded.run, (store / "small" / "v1").as_uri(), keep=1, warn=pytest.fail)
+    for checkpoint in uploaded.run.saved() * 3:
+        uploads._send(checkpoint)
+    assert len([url for url in read if url.endswith("checkpoint.json")]) <= len(uploaded.run.saved())
