@@ -20,11 +20,17 @@ from orchestration.live import is_interrupt
 
 
 def _database_error(error: BaseException | None) -> str | None:
-    """The reason of a database that is away, full or unreadable, if that is what an error comes from."""
-    from sqlalchemy.exc import InterfaceError, OperationalError
+    """The reason of a database that is away, full, damaged or another release's, if an error comes from that."""
+    from alembic.util.exc import CommandError
+    from dagster._core.errors import DagsterInstanceSchemaOutdated
+    from sqlalchemy.exc import DBAPIError
 
     while error is not None:
-        if isinstance(error, InterfaceError | OperationalError):
+        if isinstance(error, DagsterInstanceSchemaOutdated):
+            return "an earlier release of Dagster wrote it, and `dagster instance migrate` has it as this one needs it"
+        if isinstance(error, CommandError):
+            return f"a later release of Dagster wrote it ({error})"
+        if isinstance(error, DBAPIError):
             return str(error.orig).strip().splitlines()[0]
         error = error.__cause__ or error.__context__
     return None
@@ -99,8 +105,8 @@ if __name__ == "__main__":
         if reason is None:
             raise
         print(
-            f"error: Dagster's database fails: {reason}. What is done stays done: see to the database, then run the "
-            "same command again.",
+            f"error: Dagster's database, set by {dagster_home() / 'dagster.yaml'}, fails: {reason}. What is done stays "
+            "done: see to the database, or move it away with Dagster's history, then run the same command again.",
             file=sys.stderr,
         )
         sys.exit(1)

@@ -74,6 +74,11 @@ def cut(pattern: str) -> Callable[[TinyPipeline], None]:
     return edit
 
 
+def damage_databases(pipeline: TinyPipeline) -> None:
+    for path in (pipeline.root / "dagster").rglob("*.db"):
+        path.write_bytes(b"no database" + path.read_bytes()[11:])
+
+
 RUN = "openlm_home/runs/tiny/v1"
 SHARDS = "tokenize --output-dir ROOT/out --tokenizer HOME/tokenizers/tiny_bpe"
 HALF_TEXT = b'{"text": "a document of some words"}\n' * 40 + bytes(range(128, 256)) * 40
@@ -202,6 +207,7 @@ MISTAKES = [
     Mistake("cost tiny", 2, "OPENLM_PRICE", variables={"OPENLM_PRICE": "cheap"}),
     Mistake("plan tiny", 2, "nope://", variables={"OPENLM_HOME": "nope://bucket/x"}),
     Mistake("download nothing -o ROOT/out", 2, "nothing"),
+    Mistake("launch tiny", 1, "file is not a database.*what is done stays done", damage_databases),
     Mistake("ui --port 99999999", 2, "port"),
 ]
 

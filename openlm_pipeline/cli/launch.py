@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from openlm_pipeline.storage.home import Home
 
 _UI = "http://127.0.0.1:3000"
+_ERROR = re.compile(r"[\w.]+\.\w+: ")
+"""The line of a traceback that says what went wrong."""
 _SECRET_NAME = re.compile(r"(.*_)?(KEY|TOKEN|SECRET|PASSWORD|WEBHOOK)S?(_.*)?", re.IGNORECASE)
 _SECRET_LETTERS = 8
 """What is shorter is no secret, and would be found in other words."""
@@ -116,7 +118,11 @@ def launch(
         command += ["-j", recipe, "--run-id", run_id, "--tags", tags]
         done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment, check=False)
     if done.returncode:
-        last = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-        raise OpenLMError(f"Dagster did not launch {recipe}:\n{last}")
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line]
+        why = next((line for line in reversed(lines) if _ERROR.match(line)), lines[-1] if lines else "it said nothing")
+        database = f". See to its database, or move {log.parent} away with Dagster's history; what is done stays done"
+        raise OpenLMError(
+            f"Dagster did not launch {recipe}: {why}{database if 'sqlalchemy' in why else ''}. All that it said: {log}"
+        )
     console.print(f"launched {recipe}: run {run_id}", markup=False)
     console.print(f"  {ui.rstrip('/')}/runs/{run_id} (`openlm ui`); log {log}", markup=False)

@@ -21,7 +21,6 @@ MENDED = {  # file: the command that makes it again
     f"{LAST}/checkpoint.json": "train tiny --allow remake; evaluate tiny",
     "scorecards/tiny/v1/t0040K/scorecard.json": "evaluate tiny@40K",
     "scorecards/tiny/v1/t0040K/items.parquet": "evaluate tiny@40K",
-    "scorecards/tiny/v1/t0040K/tasks/choice-1shot.parquet": "evaluate tiny@40K",
 }
 
 
