@@ -4,8 +4,8 @@ Beside shard `NNNNNNNN.tar` are `NNNNNNNN.sums` (a crc32 of each sample) and `NN
 shards `dataset.json`, `quarantine.jsonl` and `documents.parquet`. Datasets of the first release have neither sums nor
 an index of documents, and their manifests hold the hashes of the shards alone.
 
-Damage to the manifest itself shows by the dataset's version: `dataset.json` holds it, and the manifest the hash of
-`dataset.json`.
+Damage to the manifest itself shows by its seal, and another manifest by the dataset's version: `dataset.json` holds it,
+and the manifest the hash of `dataset.json`.
 """
 
 import hashlib
@@ -27,6 +27,7 @@ QUARANTINE = "quarantine.jsonl"
 DOCUMENTS = "documents.parquet"
 
 _VERSION = "version_sha256"
+_UNSEALED = "unsealed"
 _FIRST_FIELDS = ("shard", "num_sequences", "bytes", "sha256", "tokens", "source")
 """Of the first release; what a dataset's version is made from, whatever fields came later."""
 
@@ -45,6 +46,8 @@ class ShardEntry:
     provenance_sha256: str | None = None
     beside: dict[str, str] | None = None
     """On the first line: sha256 of the files beside all shards, by their names."""
+    seal_sha256: str | None = None
+    """On the first line: sha256 of the whole manifest with `unsealed` in this place."""
 
     @property
     def tar(self) -> str:
@@ -77,7 +80,11 @@ class ShardEntry:
 
 def write_manifest(folder: Path, entries: Sequence[ShardEntry]) -> None:
     """Write the manifest: the mark that the dataset is whole."""
-    write_text(folder / MANIFEST, "".join(map(ShardEntry.line, entries)))
+    seal = _UNSEALED if recorded_beside(entries) else None
+    text = "".join(map(ShardEntry.line, [*(replace(entry, seal_sha256=seal) for entry in entries[:1]), *entries[1:]]))
+    if seal:
+        text = text.replace(seal, hashlib.sha256(text.encode()).hexdigest(), 1)
+    write_text(folder / MANIFEST, text)
 
 
 def read_manifest(folder: Path) -> list[ShardEntry]:
@@ -85,21 +92,27 @@ def read_manifest(folder: Path) -> list[ShardEntry]:
 
     Raises:
         MissingInputError: there is no manifest: the dataset was never made, or not finished.
-        DataError: a line is not a manifest entry.
+        DataError: a line is not a manifest entry, or not what was written.
     """
     path = folder / MANIFEST
     try:
-        lines = path.read_bytes().splitlines()
+        content = path.read_bytes()
     except FileNotFoundError:
         raise MissingInputError(
             f"there are no finished shards in {folder}; `openlm tokenize RECIPE` makes them"
         ) from None
     entries = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(content.splitlines(), 1):
         try:
             entries.append(ShardEntry(**orjson.loads(line)))
         except (orjson.JSONDecodeError, TypeError) as e:
             raise DataError(f"{path}, line {number} is not a manifest entry: {e}") from e
+    seal = (entries[0].seal_sha256 if entries else None) or ""
+    if seal and hashlib.sha256(content.replace(seal.encode(), _UNSEALED.encode(), 1)).hexdigest() != seal:
+        raise DataError(
+            f"{path} is damaged: it is not what was written. Restore it from a copy, or delete the folder to make the "
+            "dataset again"
+        )
     return entries
 
 
