@@ -12,6 +12,8 @@ import struct
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import SerializationFormat
@@ -22,6 +24,7 @@ from openlm_pipeline.checkpoints.folders import COMPLETE, INFO, read_checkpoint
 from openlm_pipeline.checkpoints.reading import SafeReader
 from openlm_pipeline.checkpoints.weight_files import read_weight_files
 from openlm_pipeline.cli.main import app
+from openlm_pipeline.corpus.reader import RecordReader
 from openlm_pipeline.errors import ConfigError, DataError, OpenLMError
 from openlm_pipeline.evaluation.suite_files import read_suite_file
 from openlm_pipeline.experiments import load_experiment
@@ -229,6 +232,19 @@ def test_a_manifest_names_files_of_its_folder(change: dict, tmp_path: Path) -> N
     if "shard" in change:
         with pytest.raises(DataError, match="line 1, names .* outside its folder"):
             manifest_counts(str(tmp_path / MANIFEST))
+
+
+@pytest.mark.parametrize("store_schema", [True, False])
+def test_a_small_parquet_file_takes_little_memory(store_schema: bool, tmp_path: Path) -> None:
+    """It stands for 214 GB: 26,000 rows of one text of 8 MiB."""
+    texts = pa.DictionaryArray.from_arrays(pa.array([0] * 26_000, pa.int32()), ["x" * (8 << 20)])
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"text": texts}), path, compression="zstd", store_schema=store_schema)
+    assert path.stat().st_size < 1000
+    del texts
+    records, before = iter(RecordReader(str(path), on_bad=print)), pa.total_allocated_bytes()
+    assert {len(next(records).text) for _ in range(20)} == {8 << 20}
+    assert pa.total_allocated_bytes() - before < 200 << 20
 
 
 def test_an_address_that_is_no_address_is_not_told(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
