@@ -2,6 +2,7 @@
 
 import enum
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -10,12 +11,14 @@ import pickle
 import re
 import struct
 import sys
+import tarfile
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 from torch.distributed.checkpoint.filesystem import SerializationFormat
 from typer.testing import CliRunner
 
@@ -24,16 +27,21 @@ from openlm_pipeline.checkpoints.folders import COMPLETE, INFO, read_checkpoint
 from openlm_pipeline.checkpoints.reading import SafeReader
 from openlm_pipeline.checkpoints.weight_files import read_weight_files
 from openlm_pipeline.cli.main import app
+from openlm_pipeline.cli.ui import ui
 from openlm_pipeline.corpus.reader import RecordReader
 from openlm_pipeline.errors import ConfigError, DataError, OpenLMError
 from openlm_pipeline.evaluation.suite_files import read_suite_file
 from openlm_pipeline.experiments import load_experiment
 from openlm_pipeline.fingerprint import fingerprint
-from openlm_pipeline.shards.foreign import manifest_counts
+from openlm_pipeline.shards.foreign import expand, manifest_counts
 from openlm_pipeline.shards.manifest import MANIFEST, read_manifest
+from openlm_pipeline.shards.openlm_formats import read_shard
+from openlm_pipeline.storage.home import Home
 from openlm_pipeline.strict import read_mapping
+from openlm_pipeline.tokenizers.engines.huggingface import HuggingFaceEngine
 
 REPOSITORY = Path(__file__).parents[1]
+IDS = b"[1, 2, 3, 4]"
 SECRET = "wJalrXUtnFEMI-very-secret"
 RECIPE = """\
 name: theirs
@@ -252,3 +260,58 @@ def test_an_address_that_is_no_address_is_not_told(monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv(WEBHOOK, url)
         assert not send_alert("hello")
     assert SECRET not in caplog.text and caplog.text.count("can't be reached") == 3
+
+
+def test_a_tars_members_are_read_and_never_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "in" / "x.tar"
+    path.parent.mkdir()
+    with tarfile.open(path, "w") as archive:
+        for name, kind, link in (("../../evil", tarfile.SYMTYPE, "/etc"), ("hard", tarfile.LNKTYPE, "/etc/passwd")):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, link
+            archive.addfile(member)
+        for name in ("../../evil/00000000.json", "/00000001.json"):
+            member = tarfile.TarInfo(name)
+            member.size = len(IDS)
+            archive.addfile(member, io.BytesIO(IDS))
+    rows = read_shard(path, seq_len=3, vocab_size=9, eot_id=0, pad_id=None)
+    assert rows.tolist() == [[1, 2, 3, 4]] * 2
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["in", "x.tar"]
+
+
+def test_a_pipe_is_no_shard(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a shell command, and none is run"):
+        expand(f"pipe:touch {tmp_path}/was_run", Home(tmp_path))
+
+
+def test_a_pattern_without_end_is_the_texts_error(tmp_path: Path) -> None:
+    """Matching is given up after a bounded number of tries."""
+    path = tmp_path / "tokenizer.json"
+    pattern = {"type": "Split", "pattern": {"Regex": "(a|aa)+$"}, "behavior": "Isolated", "invert": False}
+    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "c": 1}, merges=[]))
+    path.write_text(json.dumps(json.loads(tokenizer.to_str()) | {"pre_tokenizer": pattern}))
+    with pytest.raises(DataError, match="retry-limit-in-match"):
+        HuggingFaceEngine(path).encode_batch(["a" * 40 + "c"])
+
+
+# ---- servers, and the page that tells of all this
+
+
+def test_servers_listen_on_this_machine_alone() -> None:
+    assert inspect.signature(ui).parameters["host"].default == "127.0.0.1"
+    assert "--host 127.0.0.1" in (REPOSITORY / "Makefile").read_text()
+    for unit in (REPOSITORY / "deploy").rglob("*.service"):
+        if "bin/dagster-webserver" in (text := unit.read_text()):
+            assert re.search(r"(-h|--host)[ =]127\.0\.0\.1", text)
+    for folder in ("openlm_pipeline", "train", "assets", "orchestration", "deploy"):
+        for path in (REPOSITORY / folder).rglob("*"):
+            if path.suffix in (".py", ".yaml", ".service", ".sh"):
+                assert "0.0.0.0" not in path.read_text(), path
+
+
+def test_each_line_of_the_table_names_tests_that_there_are() -> None:
+    lines = [line for line in (REPOSITORY / "docs/security.md").read_text().splitlines() if "| `tests/" in line]
+    assert len(lines) > 15
+    for line in lines:
+        file, name = re.search(r"\| `(tests/\S+\.py)`, `(test_\w+)` \|$", line).groups()
+        assert f"def {name}(" in (REPOSITORY / file).read_text(), line
