@@ -71,7 +71,7 @@ lint: setup
 
 audit:
 	@$(PYTHON) -m venv .venv-audit && .venv-audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
-	@.venv-audit/bin/pip-audit --no-deps --disable-pip -r constraints.txt
+	@.venv-audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
 clean:
 	rm -rf $(VENV) .venv-audit $(FOUNDRY) .transformers build *.egg-info
