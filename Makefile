@@ -12,7 +12,7 @@ GPU_ARGUMENTS ?=
 # Tests start some hundred interpreters: each compiles what it imports where the environment forbids to keep bytecode.
 PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
-.PHONY: demo test drills gpu ui setup foundry lint clean
+.PHONY: demo test drills gpu ui setup foundry lint audit clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make ui     open the Dagster UI on http://127.0.0.1:3000"
 	@echo "make foundry  build LLM Foundry's own environment in .foundry, for --backend foundry"
 	@echo "make lint   ruff and the import-direction check"
+	@echo "make audit  look for known vulnerabilities of the pinned packages; needs the internet"
 
 # The mark is made last, so that a broken install is done again. Shown of pip's output are downloads of a megabyte and
 # more, and why it fails. Where Linux' /proc, which .env names, is missing, activating the environment sets DAGSTER_HOME.
@@ -68,5 +69,9 @@ ui: setup
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
 
+audit:
+	@$(PYTHON) -m venv .venv-audit && .venv-audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	@.venv-audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
+
 clean:
-	rm -rf $(VENV) $(FOUNDRY) .transformers build *.egg-info
+	rm -rf $(VENV) .venv-audit $(FOUNDRY) .transformers build *.egg-info

@@ -1,5 +1,6 @@
 """Alerts: a line in the log, and where OPENLM_ALERT_WEBHOOK names one, a message to a webhook (Slack's form)."""
 
+import http.client
 import json
 import logging
 import os
@@ -30,12 +31,12 @@ def send_alert(text: str) -> bool:
     if not url.startswith(("https://", "http://")):
         raise ConfigError(f"{WEBHOOK} is not an http(s) address")
     body = json.dumps({"text": text}).encode()
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json"}, method="POST")
     try:
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json"}, method="POST")
         with urllib.request.urlopen(request, timeout=_SECONDS):
             return True
     except urllib.error.HTTPError as e:
         _log.warning("the alert webhook answered %s", e.code)
-    except OSError as e:
+    except (OSError, http.client.HTTPException, ValueError) as e:  # their texts may hold the address
         _log.warning("the alert webhook can't be reached: %s", type(e).__name__)
     return False

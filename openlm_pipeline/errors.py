@@ -5,7 +5,21 @@
 
 import difflib
 import errno
+import re
 from collections.abc import Iterable
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_URL_SECRETS = re.compile(r"(?<=://)[^\s/@'\"]+@|(?<=\?)[^\s'\"]*=[^\s'\"]*")
+
+
+def printable(text: str) -> str:
+    """Text whose control characters, line breaks and tabs aside, are written as escapes: a terminal obeys none."""
+    return _CONTROLS.sub(lambda m: repr(m[0])[1:-1], text)
+
+
+def public(text: str) -> str:
+    """A URL, or a message with URLs, without user names, passwords and what follows a question mark."""
+    return _URL_SECRETS.sub(lambda m: "...@" if m[0].endswith("@") else "...", text)
 
 
 def nearest(name: str, known: Iterable[str], otherwise: str = "there are") -> str:
@@ -35,6 +49,9 @@ class OpenLMError(Exception):
     """Base of every expected failure; its text is shown without a traceback."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(OpenLMError):

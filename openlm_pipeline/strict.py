@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from openlm_pipeline.errors import ConfigError, nearest
+from openlm_pipeline.errors import ConfigError, nearest, public
 
 
 class Strict(BaseModel):
@@ -36,6 +36,13 @@ class Strict(BaseModel):
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, ten times faster, where PyYAML has it
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 _MOST_VALUES = 1_000_000
+SECRET_NAME = re.compile(r"(.*_)?(KEY|TOKEN|SECRET|PASSWORD|WEBHOOK)S?(_.*)?", re.IGNORECASE)
+"""Whole names of environment variables that hold secrets."""
+_CREDENTIALS = re.compile(
+    r"://[^\s/@]*:[^\s/@]*@"
+    r"|://\S*[?&]([\w.]+-)*(sig|signature|secret|password|token|credential|(api_?|access_?)?key|AWSAccessKeyId)=",
+    re.IGNORECASE,
+)
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -124,23 +131,36 @@ def explain(error: ValidationError, where: str, origins: Sequence[Origin] = ()) 
     return ConfigError(f"{where} is not valid:" + (f" {lines[0]}" if len(lines) == 1 else "\n  ".join(["", *lines])))
 
 
-def expand_variables(value: Any, path: Path) -> Any:
+def expand_variables(value: Any, path: Path, prefix: str = "") -> Any:
     """Put environment variables into all strings of a document.
 
+    Args:
+        prefix: how their names begin; those of a file that strangers share must not reach others.
+
     Raises:
-        ConfigError: a variable without a default is not set.
+        ConfigError: a variable without a default is not set, or has another name; or a URL holds credentials, which
+            would be sent to its server, shown and stored.
     """
 
     def replace(match: re.Match[str]) -> str:
         name, default = match[1], match[2]
+        if not name.startswith(prefix):
+            raise ConfigError(f"{path}: only variables {prefix}* are put in here, not ${{{name}}}; rename it")
         if (found := os.environ.get(name) or default) is None:
             raise ConfigError(f"{path} needs the environment variable ${{{name}}}, which is not set")
         return found
 
     if isinstance(value, str):
-        return _VARIABLE.sub(replace, value)
+        expanded = _VARIABLE.sub(replace, value)
+        secret = next((m[0] for m in _VARIABLE.finditer(value) if SECRET_NAME.fullmatch(m[1])), None)
+        if _CREDENTIALS.search(expanded) or ("://" in expanded and secret):
+            raise ConfigError(
+                f"{path}: the URL {public(value)} holds credentials, which would be sent, shown and stored with it; "
+                "give them in the environment, as the library for its protocol takes them"
+            )
+        return expanded
     if isinstance(value, dict):
-        return {k: expand_variables(v, path) for k, v in value.items()}
+        return {k: expand_variables(v, path, prefix) for k, v in value.items()}
     if isinstance(value, list):
-        return [expand_variables(v, path) for v in value]
+        return [expand_variables(v, path, prefix) for v in value]
     return value

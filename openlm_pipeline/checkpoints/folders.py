@@ -18,6 +18,7 @@ from openlm_pipeline.fingerprint import fingerprint
 from openlm_pipeline.result import refusal, refuse
 from openlm_pipeline.storage.copies import describe_file
 from openlm_pipeline.storage.files import (
+    check_inside,
     read_json,
     read_sealed,
     rename,
@@ -149,7 +150,9 @@ def checked_info(info: Any, path: Path, name: str) -> Checkpoint:
         recorded = info.pop("sha256", None)
         if recorded != fingerprint(info):
             raise DataError(f"{name} does not have its recorded sha256: it is damaged")
-        return Checkpoint(path=path, **info)
+        checkpoint = Checkpoint(path=path, **info)
+        check_inside(checkpoint.files, name)
+        return checkpoint
     except (TypeError, AttributeError) as e:
         raise DataError(f"{name} is not a checkpoint's description: {e}") from e
 

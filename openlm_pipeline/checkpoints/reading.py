@@ -59,7 +59,18 @@ def _member(owner: object, name: str) -> enum.Enum:
     return owner[name]
 
 
-class _MetadataUnpickler(pickle.Unpickler):
+class _MetadataUnpickler(pickle._Unpickler):  # the one in C, twice as fast, lets nobody look at BUILD
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def load_build(self) -> None:
+        """Set attributes, of descriptions only: those of a class or an enum's member are everybody's."""
+        kind = type(self.stack[-2])
+        if not kind.__module__.startswith("torch.distributed.checkpoint.") or issubclass(kind, enum.Enum):
+            raise _foreign(f"attributes of {self.stack[-2]!r:.100}")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
+
     def find_class(self, module: str, name: str) -> object:
         if (module, name) == ("builtins", "getattr"):
             return _member
@@ -84,7 +95,15 @@ class SafeReader(FileSystemReader):
         with path.open("rb") as f:
             try:
                 metadata = _MetadataUnpickler(f).load()
-            except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, LookupError) as e:
+            except (
+                pickle.UnpicklingError,
+                EOFError,
+                AttributeError,
+                TypeError,
+                ValueError,
+                LookupError,
+                MemoryError,
+            ) as e:
                 raise DataError(f"{path} is not the description of a checkpoint: {e}") from e
         if not isinstance(metadata, Metadata):
             raise DataError(f"{path} is not the description of a checkpoint")

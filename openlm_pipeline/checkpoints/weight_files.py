@@ -22,7 +22,7 @@ from openlm_pipeline.models.config import ModelConfig, not_dense
 from openlm_pipeline.models.openlm_settings import settings_of_flags, settings_of_params_txt
 from openlm_pipeline.storage.export_record import check_file, recorded_files
 from openlm_pipeline.storage.file_hashes import FileHashes
-from openlm_pipeline.storage.files import read_json
+from openlm_pipeline.storage.files import check_inside, read_json
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 _PREFIXES = ("module.", "model.")
@@ -87,7 +87,7 @@ def _named(path: Path, layout: str, state: dict[str, Any], declared: dict[str, A
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise DataError(f"{path}: {name!r} is a {type(value).__name__} where a weight should be")
-        short = canonical_name(name)
+        short = canonical_name(str(name))
         if short in renamed:
             raise DataError(f"{path} holds {short} twice, once as {name}")
         renamed[short] = value
@@ -191,7 +191,12 @@ def weight_parts(folder: Path) -> list[Path]:
         if (folder / single).is_file():
             return [folder / single]
         if index.is_file():
-            parts = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+            try:
+                names = sorted(set(read_json(index)["weight_map"].values()))
+                check_inside(names, index)
+            except (AttributeError, KeyError, TypeError) as e:
+                raise DataError(f"{index} has no weight_map from weights to files") from e
+            parts = [folder / name for name in names]
             if missing := [p for p in parts if not p.is_file()]:
                 raise MissingInputError(f"{missing[0]}, which {index.name} names, does not exist")
             return parts

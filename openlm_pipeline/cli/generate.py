@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from openlm_pipeline.errors import ConfigError
+from openlm_pipeline.errors import ConfigError, printable
 
 
 def generate(
@@ -56,5 +56,5 @@ def generate(
     for n in range(num_samples):
         how = {"temperature": 0 if greedy else temperature, "top_k": top_k, "top_p": top_p, "seed": seed + n}
         for piece in writer.write(prompt, max_tokens=max_tokens, **how):
-            typer.echo(piece, nl=False)
+            typer.echo(printable(piece) if sys.stdout.isatty() else piece, nl=False)
         typer.echo("\n" if n < num_samples - 1 else "")

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from openlm_pipeline.cli.options import Recipe
+from openlm_pipeline.errors import printable
 
 
 def items(
@@ -71,4 +72,4 @@ def items(
     elif format == "html":
         typer.echo(items_page(experiment, found))
     else:
-        typer.echo("\n\n".join(map(as_text, found)))
+        typer.echo(printable("\n\n".join(map(as_text, found))))

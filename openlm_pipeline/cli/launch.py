@@ -17,6 +17,7 @@ from openlm_pipeline.cli.options import Allow, Gpu, Mfu, Overrides, Price
 from openlm_pipeline.cli.ui import dagster_environment, definitions_option
 from openlm_pipeline.errors import ConfigError, OpenLMError
 from openlm_pipeline.result import ALLOW_TAG, parse_allow, refuse
+from openlm_pipeline.strict import SECRET_NAME
 
 if TYPE_CHECKING:
     from openlm_pipeline.experiments import Experiment
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 _UI = "http://127.0.0.1:3000"
 _ERROR = re.compile(r"[\w.]+\.\w+: ")
 """The line of a traceback that says what went wrong."""
-_SECRET_NAME = re.compile(r"(.*_)?(KEY|TOKEN|SECRET|PASSWORD|WEBHOOK)S?(_.*)?", re.IGNORECASE)
 _SECRET_LETTERS = 8
 """What is shorter is no secret, and would be found in other words."""
 
@@ -41,7 +41,7 @@ def submission(experiment: "Experiment", home: "Home", allow: Collection[str] = 
     run = RunFolder(home.run(experiment.name, experiment.version))
     text = launcher_of(experiment, home, run, allow=allow).show(experiment.milestones[-1])
     for name, value in sorted(os.environ.items(), key=lambda item: -len(item[1])):  # one may begin with another
-        if len(value) >= _SECRET_LETTERS and _SECRET_NAME.fullmatch(name):
+        if len(value) >= _SECRET_LETTERS and SECRET_NAME.fullmatch(name):
             text = text.replace(value, f"${{{name}}}")
     return text
 

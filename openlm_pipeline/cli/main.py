@@ -33,7 +33,7 @@ from openlm_pipeline.cli.runs import cost, logs, runs, stop
 from openlm_pipeline.cli.shards import shards_app
 from openlm_pipeline.cli.show import show
 from openlm_pipeline.cli.ui import ui
-from openlm_pipeline.errors import ConfigError, OpenLMError, disk_trouble
+from openlm_pipeline.errors import ConfigError, OpenLMError, disk_trouble, printable
 from openlm_pipeline.experiments import Experiment, load_experiment
 from openlm_pipeline.result import parse_allow
 from openlm_pipeline.runs.programs import attend, starting
@@ -74,7 +74,7 @@ def options(
 
 
 def say(line: str) -> None:
-    console.print(line, markup=False)
+    console.print(printable(line), markup=False)
 
 
 def _load(recipe: str, overrides: list[str] | None) -> tuple[Experiment, Home]:
@@ -303,7 +303,7 @@ def recipes(
     table = Table("name", "milestones", "description", box=None)
     for experiment in loaded:
         milestones = " ".join(format_tokens(t) for t in experiment.milestones)
-        table.add_row(experiment.name, milestones, experiment.description)
+        table.add_row(experiment.name, milestones, printable(experiment.description))
     console.print(table)
     for name, error in not_loaded.items():
         say(f"not loaded: {name}: {error}")

@@ -11,7 +11,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
+from openlm_pipeline.errors import ConfigError, DataError, MissingInputError, printable
 from openlm_pipeline.storage.home import Home
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ DatasetName = Annotated[
 
 
 def _say(line: str) -> None:
-    console.print(line, markup=False)
+    console.print(printable(line), markup=False)
 
 
 def _is_foreign(folder: Path) -> bool:
@@ -179,7 +179,7 @@ def _quantile(share: float) -> str:
 
 def _print_table(table: Table, rows: Iterable[list[str]]) -> None:
     for row in rows:
-        table.add_row(*map(Text, row))  # a name is not markup
+        table.add_row(*(Text(printable(cell)) for cell in row))  # a name is not markup
     Console(width=None if console.is_terminal else _FULL_WIDTH).print(table)
 
 

@@ -108,7 +108,8 @@ def read_suite_file(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     `icl_tasks` may be, or have among its entries, the path of a YAML file with `icl_tasks`, and `eval_gauntlet` that of
     one with it; they start at the working folder, or at the folder of this file or one above it.
     `max_seq_len` is that of the tasks that have none.
-    `${key}` and `${key.key}` are values of the same file, as in OmegaConf; other names are environment variables.
+    `${key}` and `${key.key}` are values of the same file, as in OmegaConf; other names are environment variables,
+    and begin with OPENLM_.
 
     Raises:
         ConfigError: bad YAML, a key that would change scores and is not followed, or a file or value that is not there.
@@ -120,7 +121,7 @@ def read_suite_file(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
             raise ConfigError(f"{path}: {key} would change what is scored, and is not followed here; leave it out")
     ignored = tuple(key for key in whole if key in _HOW_TO_RUN)
     kept = {key: value for key, value in whole.items() if key not in _HOW_TO_RUN}
-    document: dict[str, Any] = expand_variables(_resolve(kept, whole, path), path)
+    document: dict[str, Any] = expand_variables(_resolve(kept, whole, path), path, "OPENLM_")
 
     if base := document.pop("base", None):
         inherited, _ = read_suite_file(suite_path(str(base)))

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from openlm_pipeline.errors import ConfigError, nearest
+from openlm_pipeline.errors import ConfigError, nearest, public
 from openlm_pipeline.experiments.spec import Experiment
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.strict import Origin, expand_variables, explain, place, read_mapping
@@ -161,7 +161,9 @@ def check_document(
         ConfigError: as `load_experiment`.
     """
     files: list[Origin] = [(path, path.read_text(encoding="utf-8") if path.exists() else "")]
-    changes = [(f"override {item}", yaml.safe_dump(apply_overrides({}, [item]))) for item in reversed(overrides)]
+    changes = [
+        (f"override {public(item)}", yaml.safe_dump(apply_overrides({}, [item]))) for item in reversed(overrides)
+    ]
     whole = apply_overrides(_extended(document, path, files), overrides)
     try:
         check(experiment := Experiment.model_validate(expand_variables(whole, path)))

@@ -14,11 +14,11 @@ from typing import Any
 import psutil
 
 from openlm_pipeline import __version__, registry
+from openlm_pipeline.errors import public
 from openlm_pipeline.runs.programs import programs_folder
 from openlm_pipeline.storage.home import Home
+from openlm_pipeline.strict import SECRET_NAME
 from openlm_pipeline.units import format_bytes
-
-_SECRET = re.compile(r"WEBHOOK|SECRET|PASSWORD|_KEY")
 
 
 def code_version() -> str:
@@ -76,10 +76,4 @@ def _packages() -> dict[str, str]:
 
 
 def _shown(name: str, value: str) -> str:
-    if _SECRET.search(name):
-        return "set"
-    if "://" not in value:
-        return value
-    from openlm_pipeline.storage.remote import public  # slow to import
-
-    return public(value)
+    return "set" if SECRET_NAME.fullmatch(name) else public(value) if "://" in value else value

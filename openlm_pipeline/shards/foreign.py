@@ -26,7 +26,7 @@ from openlm_pipeline.shards.manifest import DATASET, MANIFEST, ShardEntry
 from openlm_pipeline.shards.openlm_formats import first_length, read_shard
 from openlm_pipeline.shards.store import FETCHED, ShardStore, only_one
 from openlm_pipeline.storage.export_record import check_file, recorded_files
-from openlm_pipeline.storage.files import read_json, write_json
+from openlm_pipeline.storage.files import check_inside, read_json, write_json
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.storage.remote import download, is_remote, join, open_remote, public, storage_errors
 
@@ -202,6 +202,7 @@ def _parse_counts(manifest: bytes, url: str) -> dict[str, int]:
                 raise ValueError(f"shard {shard} has a line before it")
         except (ValueError, TypeError, KeyError) as e:
             raise DataError(f"{public(url)}, line {number} is not a manifest entry: {e}") from e
+        check_inside([shard], f"{public(url)}, line {number},")
         counts[shard] = count
     return counts
 

@@ -19,7 +19,7 @@ from typing import Any
 import orjson
 
 from openlm_pipeline.errors import DataError, MissingInputError
-from openlm_pipeline.storage.files import read_json, sha256_file, write_text
+from openlm_pipeline.storage.files import check_inside, read_json, sha256_file, write_text
 
 MANIFEST = "manifest.jsonl"
 DATASET = "dataset.json"
@@ -104,7 +104,8 @@ def read_manifest(folder: Path) -> list[ShardEntry]:
     entries = []
     for number, line in enumerate(content.splitlines(), 1):
         try:
-            entries.append(ShardEntry(**orjson.loads(line)))
+            entries.append(entry := ShardEntry(**orjson.loads(line)))
+            check_inside([entry.shard, *(entry.beside or ())], f"{path}, line {number},")
         except (orjson.JSONDecodeError, TypeError) as e:
             raise DataError(f"{path}, line {number} is not a manifest entry: {e}") from e
     seal = (entries[0].seal_sha256 if entries else None) or ""

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -86,8 +86,19 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise MissingInputError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:
         raise DataError(f"{path} is not valid JSON: {e}") from e
+
+
+def check_inside(names: Iterable[str], described_by: object) -> None:
+    """Look whether names of files stay in the folder that they are to be joined to.
+
+    Raises:
+        DataError: one leads out of it.
+    """
+    for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise DataError(f"{described_by} names {name!r}, which is outside its folder")
 
 
 _SEAL = "seal_sha256"

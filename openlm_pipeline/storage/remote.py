@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import io
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,7 +16,7 @@ from typing import Any, BinaryIO
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from openlm_pipeline.errors import ConfigError, DataError, MissingInputError, OpenLMError
+from openlm_pipeline.errors import ConfigError, DataError, MissingInputError, OpenLMError, public
 from openlm_pipeline.storage.files import TMP_SUFFIX, atomic_writer, sha256_stream
 from openlm_pipeline.waits import waiting_for
 
@@ -33,17 +32,11 @@ _GONE = (404, 410)
 _WHOLE_PUTS = ("s3", "gs", "gcs", "abfs", "abfss", "az", "adl", "memory")
 """Stores in which an object shows only when all of it is there."""
 _CONNECT_SECONDS, _SILENCE_SECONDS = 30, 60
-_SECRETS = re.compile(r"(?<=://)[^\s/@'\"]+@|(?<=\?)[^\s'\"]*=[^\s'\"]*")
 
 
 def is_remote(url: str) -> bool:
     """Whether this is a URL and no local path."""
     return "://" in url and not url.startswith(("file://", "local://"))
-
-
-def public(text: str) -> str:
-    """A URL, or a message with URLs, without user names, passwords and what follows a question mark."""
-    return _SECRETS.sub(lambda m: "...@" if m[0].endswith("@") else "...", text)
 
 
 def join(folder: str, name: str) -> str:

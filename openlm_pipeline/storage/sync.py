@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from openlm_pipeline.errors import DataError, MissingInputError
 from openlm_pipeline.storage import copies, remote
-from openlm_pipeline.storage.files import TMP_SUFFIX, read_json, rename, sha256_file, write_json
+from openlm_pipeline.storage.files import TMP_SUFFIX, check_inside, read_json, rename, sha256_file, write_json
 from openlm_pipeline.waits import waiting_for
 
 MARK = ".artefact.json"
@@ -196,8 +196,9 @@ class HomeSync:
         if mark is None:
             return None
         files = mark.get("files") if isinstance(mark, dict) else None
-        if not isinstance(files, dict) or any(Path(n).is_absolute() or ".." in Path(n).parts for n in files):
+        if not isinstance(files, dict):
             raise DataError(f"{remote.public(remote.join(artefact, MARK))} does not describe an artefact")
+        check_inside(files, remote.public(remote.join(artefact, MARK)))
         return files
 
 

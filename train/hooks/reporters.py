@@ -105,7 +105,7 @@ class WandbWriter:
             "id": run.wandb_file.read_text(),
             "resume": "allow",
             "dir": str(run.path),
-            "config": experiment.model_dump(mode="json"),
+            "config": experiment.model_dump(mode="json", exclude={"launcher"}),
         }
         self.thread = threading.Thread(target=self._work, args=(settings,), name="wandb", daemon=True)
         self.thread.start()

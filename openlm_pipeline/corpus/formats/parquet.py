@@ -2,15 +2,19 @@
 
 import io
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from openlm_pipeline.corpus.blocks import empty
 from openlm_pipeline.corpus.formats import Found, Part, RawFormat, Reading
 from openlm_pipeline.errors import DataError
 from openlm_pipeline.registry import RAW_FORMATS
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 _ROWS_PER_BATCH = 1024
 _BYTES_PER_BATCH = 8 << 20
+_MOST_BYTES_PER_BATCH = 64 << 20
 _BUFFER_BYTES = 1 << 20
 """Read of a column at a time: without it a row group's column is read as a whole."""
 
@@ -36,6 +40,14 @@ class Parquet(RawFormat):
                 yield Found(reading.lines, row, None, f"invalid UTF-8 at byte {e.start} of the record", len(value))
             else:
                 yield Found(reading.lines, row, text)
+
+
+def _inner(column: "pa.Array", path: list[str]) -> "pa.Array":
+    import pyarrow.compute as pc
+
+    for key in path[1:]:
+        column = pc.struct_field(column, key)
+    return column
 
 
 def _parquet_rows(file: BinaryIO, url: str, text_key: str, part: Part) -> Iterator[tuple[int, bytes | None]]:
@@ -64,6 +76,13 @@ def _parquet_rows(file: BinaryIO, url: str, text_key: str, part: Part) -> Iterat
         texts = (types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary)
         if not any(is_kind(kind) for is_kind in texts):
             raise DataError(f"column {text_key!r} of raw file {url} is {kind}, not a string; set the source's text_key")
+        peek = pq.ParquetFile(
+            file,
+            metadata=table.metadata,
+            buffer_size=_BUFFER_BYTES,
+            pre_buffer=False,
+            read_dictionary=[".".join(path)],
+        )
         row = rows_before = 0
         for group in range(table.num_row_groups):
             about = table.metadata.row_group(group)
@@ -74,11 +93,14 @@ def _parquet_rows(file: BinaryIO, url: str, text_key: str, part: Part) -> Iterat
                 row += about.num_rows
                 continue
             row_bytes = max(1, about.total_byte_size // max(1, about.num_rows))
-            rows = max(1, min(_ROWS_PER_BATCH, _BYTES_PER_BATCH // row_bytes))
+            longest = 1  # of the group's dictionary, which each row may be: 600 bytes of a file stand for 200 GB then
+            for batch in peek.iter_batches(1, row_groups=[group], columns=[".".join(path)]):
+                if pa.types.is_dictionary((column := _inner(batch.column(0), path)).type):
+                    longest = pc.max(pc.binary_length(column.dictionary.cast(pa.large_binary()))).as_py() or 1
+                break  # its first row brings all of the dictionary
+            rows = max(1, min(_ROWS_PER_BATCH, _BYTES_PER_BATCH // row_bytes, _MOST_BYTES_PER_BATCH // longest))
             for batch in table.iter_batches(rows, row_groups=[group], columns=[".".join(path)]):
-                column = batch.column(0)
-                for key in path[1:]:
-                    column = pc.struct_field(column, key)
+                column = _inner(batch.column(0), path)
                 if pa.types.is_dictionary(column.type):
                     column = column.dictionary_decode()
                 # As bytes: invalid UTF-8 in one row must not hide the others.
