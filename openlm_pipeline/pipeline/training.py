@@ -9,7 +9,7 @@ from pathlib import Path
 from openlm_pipeline.checkpoints.folders import KEEP_DAMAGED, Checkpoint, verify
 from openlm_pipeline.errors import BusyError, DataError, IdentityError
 from openlm_pipeline.experiments import Experiment
-from openlm_pipeline.fingerprint import Tree, short
+from openlm_pipeline.fingerprint import Tree
 from openlm_pipeline.pipeline.data import dataset_versions
 from openlm_pipeline.pipeline.preflight import preflight
 from openlm_pipeline.result import Finding, Say, StageResult, refusal, refuse
@@ -66,7 +66,7 @@ def checkpoint_result(checkpoint: Checkpoint, reused: bool) -> StageResult:
     facts = {"step": checkpoint.step, "tokens": checkpoint.tokens, **checkpoint.metrics}
     facts["bytes"] = sum(f["bytes"] for f in checkpoint.files.values())
     if checkpoint.weights_digest is not None:
-        facts["weights_digest"] = short(checkpoint.weights_digest)
+        facts["weights_digest"] = checkpoint.weights_digest
     return StageResult(checkpoint.path, checkpoint.digest, reused, facts)
 
 

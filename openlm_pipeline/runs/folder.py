@@ -10,7 +10,7 @@ import os
 import time
 import zlib
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -243,22 +243,19 @@ class RunFolder:
         if event == "start":
             self._check_metrics()  # once there are more, nobody could tell that some were lost
         if self.metrics_file.exists():
-            with self.metrics_file.open("rb") as f:
+            with _writing(self.metrics_file), self.metrics_file.open("rb") as f:
                 os.fsync(f.fileno())  # the ledger promises that they are there
         self._append(self.ledger_file, {"event": event, **what, "metrics_bytes": _size(self.metrics_file)})
 
     def _append(self, path: Path, record: dict[str, Any]) -> None:
         line = json.dumps({**record, "time": round(time.time(), 3)})
         line = f'{line[:-1]}, "crc32": "{zlib.crc32(line.encode(), self._seed):08x}"}}\n'
-        try:
-            with path.open("ab+") as f:
-                if f.tell():
-                    f.seek(-1, os.SEEK_END)
-                    if f.read(1) != b"\n":  # a killed process left half a line
-                        line = "\n" + line
-                f.write(line.encode())
-        except OSError as e:
-            raise TrainingError(f"{path} can't be written: {e.strerror or e}") from e
+        with _writing(path), path.open("ab+") as f:
+            if f.tell():
+                f.seek(-1, os.SEEK_END)
+                if f.read(1) != b"\n":  # a killed process left half a line
+                    line = "\n" + line
+            f.write(line.encode())
 
     def read_ledger(self) -> list[dict[str, Any]]:
         """The events in the order written; none where an earlier release trained.
@@ -361,6 +358,14 @@ class RunFolder:
     def clear_outcome(self) -> None:
         for path in self.path.glob("outcome.json*"):
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise TrainingError(f"{path} can't be written: {e.strerror or e}") from e
 
 
 def is_measurement(record: dict[str, Any]) -> bool:

@@ -121,6 +121,7 @@ def test_logits_are_those_of_transformers(tmp_path: Path, kind: str, tied: bool)
 )
 def test_another_model_is_refused_by_its_fields(tmp_path: Path, kind: str, changed: dict, says: str):
     folder = export_huggingface(made(QWEN3 if kind == "qwen3" else LLAMA), tmp_path, llama=True)
+    (folder / "export.json").unlink()
     config = json.loads((folder / "config.json").read_text()) | changed
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
     with pytest.raises(ConfigError, match=f"is no {kind} that is built here: .*{says}"):
@@ -129,6 +130,7 @@ def test_another_model_is_refused_by_its_fields(tmp_path: Path, kind: str, chang
 
 def test_weights_that_do_not_fit_are_named_as_in_the_file(tmp_path: Path):
     folder = export_huggingface(made({**LLAMA, "weight_tying": True}), tmp_path, llama=True)
+    (folder / "export.json").unlink()
     state = load_file(folder / "model.safetensors")
     inv_freq = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}  # as early Llamas have it
     copied = {**state, "lm_head.weight": state["model.embed_tokens.weight"].clone(), **inv_freq}

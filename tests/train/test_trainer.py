@@ -66,7 +66,7 @@ def test_a_run_learns_and_says_so(trained: SmallRun):
     assert list(losses) == list(range(1, 9))
     assert losses[8] < losses[1] - 0.1
     assert list(trained.validation_losses()) == [4, 8]
-    assert trained.run.read_outcome() == {"status": "completed", "step": 8, "tokens": 2048}
+    assert trained.run.read_outcome().items() >= {"status": "completed", "step": 8, "tokens": 2048}.items()
     assert trained.steps_on_disk() == {4: "t1024", 6: None, 8: "t2048"}
 
 
@@ -81,7 +81,7 @@ def test_a_finished_run_is_not_trained_again(copy: SmallRun, capfd):
     before = copy.run.metrics_file.read_bytes()
     copy.train()
     assert copy.run.metrics_file.read_bytes() == before
-    assert copy.run.read_outcome() == {"status": "completed", "step": 8, "tokens": 2048}
+    assert copy.run.read_outcome().items() >= {"status": "completed", "step": 8, "tokens": 2048}.items()
 
 
 DAMAGED_FILES = ["*.distcp", ".metadata", "model_config.json", "checkpoint.json"]
