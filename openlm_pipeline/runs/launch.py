@@ -5,6 +5,7 @@ sees the same. The `Job` of `runs/launchers` says whether the trainer is still t
 """
 
 import os
+import re
 import signal
 import socket
 import time
@@ -156,7 +157,11 @@ def train_run(
             else:
                 how, said = job.ending(), (outcome or {}).get("reason")
                 if said:  # the log would say it again, amid what torchrun prints
-                    how = f"{said} ({how.splitlines()[0]}; `openlm logs {experiment.name}` has the rest)"
+                    killed = re.search(r"Signal \d+ \(\w+\) received by PID \d+", how)  # of which the other ranks die
+                    how = (
+                        f"{killed[0] if killed else how.splitlines()[0]}; `openlm logs {experiment.name}` has the rest"
+                    )
+                    how = f"{said} ({how})"
                 elif outcome:
                     how = f"{outcome['status']}\n{how}"
                 raise TrainingError(f"training of {experiment.name} ended early: {how}")

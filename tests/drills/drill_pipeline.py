@@ -52,8 +52,8 @@ icl_tasks:
      icl_task_type: language_modeling}
   - {label: choice, dataset_uri: raw/tasks/choice.jsonl, num_fewshot: [0, 1, 2, 3], icl_task_type: multiple_choice}
 """
-_PLACE = ("checkpoint_digest",)
-"""The part of a scorecard that hashes the description of a checkpoint, which holds its path."""
+_PLACE = ("checkpoint_digest", "items_sha256", "seal_sha256")
+"""The parts of a scorecard that hash the description of a checkpoint, which holds its path."""
 
 
 class DrillPipeline(TinyPipeline):

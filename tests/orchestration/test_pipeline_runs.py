@@ -134,7 +134,8 @@ def test_a_page_fits_its_width_and_numbers_have_six_digits(finished):
 def test_a_checkpoint_names_the_commit_that_trained_it_and_not_the_one_that_tells(finished, tmp_path, monkeypatch):
     pipeline = finished.copy(tmp_path)
     file = RunFolder(pipeline.run_folder).ledger_file
-    file.write_text(re.sub(r'"code": ?"[^"]*"', '"code": "0.1.0 (0123456789ab)"', file.read_text()))
+    unsealed = re.sub(r', "crc32": "\w+"', "", file.read_text())  # as an earlier release's lines are
+    file.write_text(re.sub(r'"code": ?"[^"]*"', '"code": "0.1.0 (0123456789ab)"', unsealed))
     with pipeline.active() as definitions, dg.DagsterInstance.get() as instance:
         job = definitions.resolve_implicit_global_asset_job_def()
         key = dg.AssetKey(CHECKPOINTS[1].split("/"))
@@ -284,7 +285,7 @@ def test_every_raw_file_fills_its_partition(finished, instance_of):
 
 def test_a_milestone_is_reported_while_training_goes_on(finished, instance_of):
     last_record = finished.pipeline.run_folder.joinpath("metrics.jsonl").read_text().splitlines()[-1]
-    ended_at = float(last_record.rpartition('"time": ')[2].rstrip("}"))
+    ended_at = json.loads(last_record)["time"]
     instance = instance_of(finished.pipeline)
     first = instance.fetch_materializations(dg.AssetKey(["checkpoint", "tiny", FIRST]), limit=1).records[0]
     assert first.timestamp < ended_at

@@ -51,7 +51,7 @@ def test_the_config_holds_no_secret_and_names_the_driver_that_is_installed():
 
 def _assert_one_line_says_it(output: str) -> None:
     (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert "Dagster's database fails" in error and "run the same command again" in error
+    assert "Dagster's database, set by " in error and " fails: " in error and "run the same command again" in error
     assert "Traceback" not in output
 
 
