@@ -378,7 +378,7 @@ def _verified(
     Raises:
         DataError: names the first shard that differs.
     """
-    now = time.time()
+    now = int(time.time())  # whole seconds, and those before: what changes in this one is read again
     read = made.verify(fetch=False, since=_checked_before(context, key, check, made.version))
     return {"shards": len(made.entries), "read": read, "version": made.version, "read_from": now}
 
