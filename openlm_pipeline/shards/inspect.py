@@ -13,7 +13,14 @@ import orjson
 from openlm_pipeline.errors import ConfigError, DataError, IdentityError, MissingInputError
 from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.format import open_shard
-from openlm_pipeline.shards.manifest import DATASET, QUARANTINE, check_hash, read_dataset, recorded_beside
+from openlm_pipeline.shards.manifest import (
+    DATASET,
+    QUARANTINE,
+    QUARANTINE_SUM,
+    check_hash,
+    read_dataset,
+    recorded_beside,
+)
 from openlm_pipeline.shards.provenance import provenance_path, read_spans
 from openlm_pipeline.storage.files import sha256_file
 from openlm_pipeline.storage.home import Home
@@ -82,9 +89,9 @@ def summary(folder: Path, seconds: float | None = None) -> str:
     Args:
         seconds: that tokenizing and packing took, for the speed.
     """
-    entries, info, _ = read_dataset(folder)
-    if recorded := recorded_beside(entries).get(QUARANTINE):
-        check_hash(folder / QUARANTINE, recorded)
+    _, info, _ = read_dataset(folder)
+    if (recorded := folder / QUARANTINE_SUM).exists():
+        check_hash(folder / QUARANTINE, recorded.read_text(errors="replace").partition(" ")[0])
     totals, skipped = info["totals"], len(info.get("skipped", {}))
     top = ", ".join(f"{count:,} {reason}" for reason, count in quarantine_reasons(folder / QUARANTINE))
     parts = [

@@ -24,6 +24,8 @@ from openlm_pipeline.storage.files import check_inside, read_json, sha256_file, 
 MANIFEST = "manifest.jsonl"
 DATASET = "dataset.json"
 QUARANTINE = "quarantine.jsonl"
+QUARANTINE_SUM = "quarantine.sha256"
+"""Not in the manifest: bad records name the place of their raw file, and a manifest is the same wherever it is made."""
 DOCUMENTS = "documents.parquet"
 
 _VERSION = "version_sha256"
@@ -139,8 +141,7 @@ def read_version(folder: Path, entries: Sequence[ShardEntry] | None = None) -> s
 def finish_dataset(folder: Path, entries: list[ShardEntry], info: dict[str, Any]) -> None:
     """Write `dataset.json`, and then the manifest: the mark that the dataset is whole."""
     write_text(folder / DATASET, _info_text(info, entries))
-    names = (DATASET, DOCUMENTS, QUARANTINE)
-    beside = {name: sha256_file(folder / name) for name in names if (folder / name).exists()}
+    beside = {name: sha256_file(folder / name) for name in (DATASET, DOCUMENTS) if (folder / name).exists()}
     entries = [replace(entries[0], beside=beside), *entries[1:]]
     write_manifest(folder, entries)
 

@@ -10,7 +10,15 @@ from pathlib import Path
 
 from openlm_pipeline.errors import DataError, IdentityError, MissingInputError
 from openlm_pipeline.result import Say
-from openlm_pipeline.shards.manifest import DATASET, DOCUMENTS, MANIFEST, QUARANTINE, read_manifest, read_version
+from openlm_pipeline.shards.manifest import (
+    DATASET,
+    DOCUMENTS,
+    MANIFEST,
+    QUARANTINE,
+    QUARANTINE_SUM,
+    read_manifest,
+    read_version,
+)
 from openlm_pipeline.shards.store import FETCHED
 from openlm_pipeline.storage.copies import describe_file, send
 from openlm_pipeline.storage.files import sha256_file
@@ -35,7 +43,7 @@ def publish(folder: Path, url: str, report: Say, *, delete_local: bool = False) 
     entries = {entry.tar: entry for entry in read_manifest(folder)}
     _refuse_another(folder, url)
     of_shards = [p for e in entries.values() for name in (e.sums, e.provenance) if (p := folder / name).exists()]
-    beside = [p for name in (QUARANTINE, DOCUMENTS, DATASET, MANIFEST) if (p := folder / name).exists()]
+    beside = [p for name in (QUARANTINE, QUARANTINE_SUM, DOCUMENTS, DATASET, MANIFEST) if (p := folder / name).exists()]
     files = {name: {"bytes": e.bytes, "sha256": e.sha256} for name, e in entries.items()}
     files |= {path.name: describe_file(path) for path in [*of_shards, *beside]}
     reported = time.monotonic()

@@ -18,6 +18,7 @@ from openlm_pipeline.shards.manifest import (
     DOCUMENTS,
     MANIFEST,
     QUARANTINE,
+    QUARANTINE_SUM,
     ShardEntry,
     check_hash,
     finish_dataset,
@@ -36,6 +37,7 @@ from openlm_pipeline.storage.files import (
     set_aside,
     sha256_file,
     write_json,
+    write_text,
 )
 from openlm_pipeline.tokenization.documents import FileTokens, added_up, notes_of_left_out, read_quarantine
 from openlm_pipeline.tokenization.packing import (
@@ -184,6 +186,7 @@ class _Packing:
         with atomic_writer(self.folder / QUARANTINE) as out:
             for f in self.files:
                 out.write(read_quarantine(self.tokenized / f"{f.name}.quarantine.jsonl", f.quarantine_sha256))
+        write_text(self.folder / QUARANTINE_SUM, f"{sha256_file(self.folder / QUARANTINE)}  {QUARANTINE}\n")
 
     def recorded_info(self) -> dict[str, Any]:
         """`dataset.json` of the finished dataset, written again where it is damaged.

@@ -173,6 +173,7 @@ ROWS: dict[str, tuple[Stage, ...]] = {
     "shards/*/*/*.provenance.parquet": (look_at_shards,),
     "shards/*/*/documents.parquet": (look_at_shards,),
     "shards/*/*/quarantine.jsonl": (tokenize, look_at_shards),
+    "shards/*/*/quarantine.sha256": (tokenize, look_at_shards),
     "shards/*/*/dataset.json": (tokenize, train),
     "shards/*/*/manifest.jsonl": (tokenize, train),
     "runs/*/*/checkpoints/*/*.distcp": (resume, evaluate, evaluate_path, export),

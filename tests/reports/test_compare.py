@@ -41,6 +41,7 @@ def twin_of(pipeline, **changes) -> Path:
         for row in table.to_pylist()
     ]
     write_items(folder / "t0040K" / "items.parquet", pa.Table.from_pylist(rows, schema=table.schema), metadata)
+    save_scorecard(folder / "t0040K", load_scorecard(folder / "t0040K" / "scorecard.json"))
     return folder
 
 

@@ -162,15 +162,12 @@ def test_the_command_and_the_report_show_a_runs_items(finished, tmp_path):
     assert 'href="items.html"' in (report / "report.html").read_text() and (report / "items.html").exists()
 
 
-def test_a_report_of_scorecards_without_their_items_has_no_page_of_them(finished, tmp_path):
+def test_a_report_of_scorecards_without_their_items_is_refused(finished, tmp_path):
     pipeline = finished.copy(tmp_path)
     for path in (pipeline.home / "scorecards").rglob("items.parquet"):
         path.unlink()
-    report = pipeline.home / "reports" / "tiny" / "v1"
-    assert (report / "items.html").exists()
     made = openlm("report", "tiny", variables=pipeline.variables)
-    assert made.returncode == 0, made.stderr
-    assert not (report / "items.html").exists() and "items.html" not in (report / "report.html").read_text()
+    assert made.returncode == 3 and "items.parquet is missing" in made.stderr
 
 
 def test_a_task_file_that_changed_or_went_is_said_and_its_texts_are_not_shown(finished, tmp_path):
