@@ -103,7 +103,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Flags:
 
 def test_the_readme_line_trains_and_validates(trained: Flags):
     assert list(trained.checkpoints()) == [4, 8]  # two epochs of 1,024 tokens, 2 x 4 x 32 a step
-    assert trained.folder.read_outcome() == {"status": "completed", "step": 8, "tokens": 2048}
+    assert trained.folder.read_outcome().items() >= {"status": "completed", "step": 8, "tokens": 2048}.items()
     records = trained.folder.read_metrics()
     assert [r["step"] for r in records if "validation_loss" in r] == [4, 8]
     assert [r["step"] for r in records if "loss" in r] == [2, 4, 6, 8]

@@ -146,7 +146,10 @@ def test_a_run_survives_stops_kills_and_a_second_trainer_bitwise(
     assert_intact(hurt)
 
     assert torchrun(hurt, 2, EVERY).wait(SECONDS) == 0, hurt.log()
-    assert hurt.run.read_outcome() == {"status": "completed", "step": STEPS[-1], "tokens": STEPS[-1] * BATCH}
+    assert (
+        hurt.run.read_outcome().items()
+        >= {"status": "completed", "step": STEPS[-1], "tokens": STEPS[-1] * BATCH}.items()
+    )
     assert_intact(hurt)
     assert hurt.losses() == untouched.losses()
     expected, found = final_weights(untouched), final_weights(hurt)
