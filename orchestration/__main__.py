@@ -15,7 +15,7 @@ from openlm_pipeline.experiments import load_experiment, recipe_names
 from openlm_pipeline.result import ALLOW_TAG, CONSENTS, parse_allow
 from openlm_pipeline.runs.programs import dagster_home
 from openlm_pipeline.storage.home import Home
-from orchestration.dead_runs import PROCESS_TAG, fail_dead_runs, free_slots_of_ended_runs, this_process
+from orchestration.dead_runs import PROCESS_TAG, clear_dead_runs, this_process
 from orchestration.live import is_interrupt
 
 
@@ -51,8 +51,7 @@ def run(job_name: str, allow: Collection[str] = ()) -> int:
     home = Home.from_env()
     console.print(f"{job_name}: state is under {home.root}")
     with dg.DagsterInstance.get() as instance:
-        fail_dead_runs(instance)
-        free_slots_of_ended_runs(instance)
+        clear_dead_runs(instance)
         result = defs.resolve_job_def(job_name).execute_in_process(
             instance=instance,
             raise_on_error=False,

@@ -77,6 +77,12 @@ def free_slots_of_ended_runs(instance: dg.DagsterInstance) -> None:
                 storage.free_concurrency_slots_for_run(run_id)
 
 
+def clear_dead_runs(instance: dg.DagsterInstance) -> None:
+    """Fail dead runs and free their slots, where no daemon need be there to do it."""
+    fail_dead_runs(instance)
+    free_slots_of_ended_runs(instance)
+
+
 class _Claims(InstanceConcurrencyContext):
     """Pool slots of a run, which says whom it waits for, and takes those of dead runs."""
 
@@ -90,8 +96,7 @@ class _Claims(InstanceConcurrencyContext):
         if claimed := super().claim(concurrency_key, step_key, step_priority):
             return claimed
         if asks_now:
-            fail_dead_runs(self._instance)
-            free_slots_of_ended_runs(self._instance)
+            clear_dead_runs(self._instance)
         if step_key not in self._said:
             self._said.add(step_key)
             ids = self._instance.event_log_storage.get_concurrency_info(concurrency_key).active_run_ids
@@ -133,9 +138,8 @@ class _InProcess(InProcessExecutor):
 
 @dg.executor(name="in_process", config_schema=dg.in_process_executor.config_schema)
 def executor(context: dg.InitExecutorContext) -> dg.Executor:
-    """Dagster's in-process executor, for runs that find the slots of dead ones free: no daemon need be there."""
-    fail_dead_runs(context.instance)
-    free_slots_of_ended_runs(context.instance)
+    """Dagster's in-process executor, for runs that find the slots of dead ones free."""
+    clear_dead_runs(context.instance)
     made = dg.in_process_executor.executor_creation_fn(context)
     return _InProcess(made.retries, made.step_dependency_config)
 

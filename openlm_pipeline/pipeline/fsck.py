@@ -6,6 +6,7 @@ what is damaged, so that the stage that made it makes it again: nothing is delet
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from openlm_pipeline.checkpoints.folders import COMPLETE, INFO, Checkpoint, read_checkpoint, verify
@@ -14,11 +15,11 @@ from openlm_pipeline.errors import DataError, OpenLMError
 from openlm_pipeline.evaluation.items import read_items
 from openlm_pipeline.evaluation.scorecard import check_items, load_scorecard
 from openlm_pipeline.pipeline.evaluation import CARD
-from openlm_pipeline.pipeline.overview import experiment_of, run_folders
+from openlm_pipeline.pipeline.overview import experiment_of
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.shards.inspect import check_shards
-from openlm_pipeline.shards.manifest import MANIFEST, check_hash
-from openlm_pipeline.storage.files import is_held, set_aside
+from openlm_pipeline.shards.manifest import MANIFEST
+from openlm_pipeline.storage.files import is_held, is_set_aside, set_aside, sha256_file
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.tokenization.documents import check_streams
 from openlm_pipeline.tokenizers.tokenizer import read_tokenizer_info
@@ -71,8 +72,8 @@ def _raw(home: Home, quick: bool) -> Found:
                 wrong = f"{path} is missing"
             elif (size := path.stat().st_size) != (recorded.size_bytes or size):
                 wrong = f"{path} has {size} bytes, and had {recorded.size_bytes}"
-            elif not quick and recorded.sha256:
-                wrong = _refused(check_hash, path, recorded.sha256)
+            elif not quick and recorded.sha256 and sha256_file(path) != recorded.sha256:
+                wrong = f"{path} does not have its recorded sha256: it is damaged"
             yield path, wrong and Damage(path, wrong, harms, again)
 
 
@@ -85,35 +86,29 @@ def _refused(check: Callable[..., object], *arguments: object) -> str | None:
     return None
 
 
-def _versions(home: Home, kind: str) -> list[Path]:
-    """Folders NAME/VERSION of a kind, without what was set aside."""
-    found = [path for path in sorted((home.root / kind).glob("*/*")) if path.is_dir()]
-    return [path for path in found if not path.name.startswith(".") and ".superseded-" not in path.name]
+def _folders(home: Home, pattern: str) -> list[Path]:
+    """Those that nobody is writing in, without hidden ones and what was set aside."""
+    found = [path for path in sorted(home.root.glob(pattern)) if path.is_dir() and not path.name.startswith(".")]
+    return [path for path in found if not is_set_aside(path) and not is_held(path)]
 
 
 def _tokenizers(home: Home, quick: bool) -> Found:
-    for folder in sorted((home.root / "tokenizers").glob("*")):
-        if folder.name.startswith(".") or ".superseded-" in folder.name or not folder.is_dir():
-            continue
+    for folder in _folders(home, "tokenizers/*"):
         wrong = _refused(read_tokenizer_info, folder)
         harms = "no stage takes it: no text is tokenized, and no model scored"
         yield folder, wrong and Damage(folder, wrong, harms, f"openlm tokenize RECIPE, with tokenizer {folder.name}")
 
 
 def _streams(home: Home, quick: bool) -> Found:
-    for folder in _versions(home, "tokenized"):
+    for folder in _folders(home, "tokenized/*/*"):
         again = f"openlm tokenize RECIPE, with dataset {folder.parent.name}"
-        if is_held(folder):
-            continue
         for path, wrong in check_streams(folder, quick=quick):
             harms = "a damaged shard can't be made again from it"
             yield path, wrong and Damage(path, wrong, harms, f"{again}, tokenizes this raw file again")
 
 
 def _shards(home: Home, quick: bool) -> Found:
-    for folder in _versions(home, "shards"):
-        if is_held(folder):
-            continue
+    for folder in _folders(home, "shards/*/*"):
         again = f"openlm tokenize RECIPE, with dataset {folder.parent.name}"
         if not (folder / MANIFEST).exists():
             what = f"{folder} has no {MANIFEST}: it was not finished, or lost it"
@@ -129,8 +124,10 @@ def _shards(home: Home, quick: bool) -> Found:
 
 
 def _runs(home: Home, quick: bool) -> Found:
-    for run in run_folders(home, superseded=False):
+    for run in map(RunFolder, _folders(home, "runs/*/*")):
         name = run.path.parent.name
+        if is_held(run.lock_folder) or not (run.has_begun or (run.path / "run.json").exists()):
+            continue  # its trainer is at it, or it has nothing yet
         own = run.path / "run.json"
         try:
             experiment, identity = experiment_of(run), run.fingerprint
@@ -163,10 +160,9 @@ def _checkpoint(folder: Path, fingerprint: str, quick: bool) -> tuple[Checkpoint
         checkpoint = read_checkpoint(folder)
         if checkpoint.run_fingerprint != fingerprint:
             return checkpoint, f"{folder / INFO} is of another run"
-        verify(checkpoint, hashes=not quick)
     except (OpenLMError, OSError) as e:
         return None, str(e)
-    return checkpoint, None
+    return checkpoint, _refused(partial(verify, hashes=not quick), checkpoint)
 
 
 def _gaps(run: RunFolder, milestones: Iterator[tuple[str, int]], sound: list[Checkpoint]) -> Found:
@@ -175,24 +171,22 @@ def _gaps(run: RunFolder, milestones: Iterator[tuple[str, int]], sound: list[Che
     for label, tokens in milestones:
         if tokens <= reached and label not in there:
             what = f"{run.path} was trained past {label}, which is not there"
-            mends = f"bring its checkpoint back from a copy, or train it in a fork: openlm fork --help; {run.path.name}"
+            mends = f"bring its checkpoint back from a copy, or: openlm train {run.path.parent.name}"
             yield run.checkpoints, Damage(run.checkpoints / label, what, f"{label} can't be scored", mends, False)
 
 
 def _scorecards(home: Home, quick: bool) -> Found:
     marks = ("items.parquet", CARD)
     for folder in sorted({path.parent for mark in marks for path in (home.root / "scorecards").rglob(mark)}):
-        if ".superseded-" in str(folder):
+        if is_set_aside(folder) or is_held(folder):
             continue
         again = f"openlm evaluate {folder.parent.parent.name}@{folder.name}"
         if folder.parent.parent.name == "models":
             again = f"openlm evaluate --checkpoint ... --name {folder.parent.name}"
-        for path in [folder / "items.parquet", *sorted(folder.glob("tasks/*.parquet"))]:
-            wrong = (
-                _refused(read_items, path) or (path.parent == folder and _refused(check_items, folder / CARD)) or None
-            )
+        items, card = folder / "items.parquet", folder / CARD
+        for path in [items, *sorted(folder.glob("tasks/*.parquet"))]:
+            wrong = _refused(read_items, path) or (_refused(check_items, card) if path == items else None)
             yield path, wrong and Damage(path, wrong, "its scores can't be compared", f"{again} scores this again")
-        card = folder / CARD
         wrong = _refused(_of_its_checkpoint, home, folder)
         yield card, wrong and Damage(card, wrong, "the report leaves it out", f"{again}; finished tasks are reused")
 
@@ -203,10 +197,9 @@ def _of_its_checkpoint(home: Home, folder: Path) -> None:
         OpenLMError: the scorecard is not there, damaged, or of another checkpoint than the run has.
     """
     card = load_scorecard(folder / CARD)
-    if card.milestone is None or card.run_version is None:
+    if card.milestone is None or card.run_version is None or card.step is None:
         return
-    run = RunFolder(home.run(card.run, card.run_version))
-    now = next((c for c in run.saved() if c.milestone == card.milestone), None)
+    now = RunFolder(home.run(card.run, card.run_version)).milestone_at(card.step, card.milestone)
     if now is not None and now.digest != card.checkpoint_digest:
         raise DataError(f"{folder / CARD} scores another checkpoint than {now.path}")
 

@@ -9,7 +9,7 @@ from openlm_pipeline.pipeline.evaluation import CARD
 from openlm_pipeline.runs import ledger
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.launch import launcher_of
-from openlm_pipeline.storage.files import is_held
+from openlm_pipeline.storage.files import is_held, is_set_aside
 from openlm_pipeline.storage.home import Home
 
 ALIVE = ("running", "queued")
@@ -18,7 +18,7 @@ ALIVE = ("running", "queued")
 def run_folders(home: Home, superseded: bool = True) -> list[RunFolder]:
     """All run folders by name and version; those that were set aside only if wanted."""
     found = sorted(path.parent for path in (home.root / "runs").glob("*/*/run.json"))
-    return [RunFolder(path) for path in found if superseded or ".superseded-" not in path.name]
+    return [RunFolder(path) for path in found if superseded or not is_set_aside(path)]
 
 
 def find_run(home: Home, name: str, version: str | None = None) -> RunFolder:
@@ -33,7 +33,7 @@ def find_run(home: Home, name: str, version: str | None = None) -> RunFolder:
         names = sorted({run.path.parent.name for run in known})
         raise MissingInputError(f"there is no run {name!r} in {home.root / 'runs'}; {nearest(name, names)}")
     if not version:
-        return max(runs, key=lambda run: (".superseded-" not in run.path.name, _written(run)))
+        return max(runs, key=lambda run: (not is_set_aside(run.path), _written(run)))
     if not (runs := {run.path.name: run for run in runs}).get(version):
         raise MissingInputError(f"run {name} has no version {version!r}; it has {', '.join(runs)}")
     return runs[version]

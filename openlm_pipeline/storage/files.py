@@ -102,6 +102,7 @@ def check_inside(names: Iterable[str], described_by: object) -> None:
 
 
 _SEAL = "seal_sha256"
+_SUPERSEDED = ".superseded-"
 
 
 def write_sealed(path: Path, value: dict[str, Any], **how: bool) -> None:
@@ -185,10 +186,15 @@ def is_held(folder: Path) -> bool:
 def set_aside(folder: Path) -> Path:
     """Rename `folder` to `<name>.superseded-N`, so that nothing made before is lost; return the new path."""
     n = 1
-    while (target := folder.with_name(f"{folder.name}.superseded-{n}")).exists():
+    while (target := folder.with_name(f"{folder.name}{_SUPERSEDED}{n}")).exists():
         n += 1
     rename(folder, target)
     return target
+
+
+def is_set_aside(path: Path) -> bool:
+    """Whether it is, or is in, what `set_aside` renamed."""
+    return any(_SUPERSEDED in part for part in path.parts)
 
 
 def remove_leftovers(folder: Path) -> None:

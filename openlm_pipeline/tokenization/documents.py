@@ -232,8 +232,13 @@ def results(folder: Path) -> list[FileTokens]:
     Raises:
         DataError, TypeError: a file is damaged.
     """
+    return [FileTokens(**read_sealed(path)) for path in _done_files(folder)]
+
+
+def _done_files(folder: Path) -> list[Path]:
+    """The `F.json` of all raw files that are finished."""
     paths = sorted(path for path in folder.rglob("*.json") if not path.name.endswith(_LEFT_OUT))
-    return [FileTokens(**read_sealed(path)) for path in paths if ".part-" not in path.name]
+    return [path for path in paths if ".part-" not in path.name]
 
 
 def check_streams(folder: Path, *, quick: bool = False) -> Iterator[tuple[Path, str | None]]:
@@ -242,9 +247,7 @@ def check_streams(folder: Path, *, quick: bool = False) -> Iterator[tuple[Path, 
     Args:
         quick: only that they are there, and what `F.json` says of itself.
     """
-    for path in sorted(folder.rglob("*.json")):
-        if path.name.endswith(_LEFT_OUT) or ".part-" in path.name:
-            continue
+    for path in _done_files(folder):
         try:
             made = FileTokens(**read_sealed(path))
             paths = _Paths.of(path.parent, path.name.removesuffix(".json"))

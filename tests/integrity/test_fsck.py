@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from commands import openlm
 
+from openlm_pipeline.runs.folder import RunFolder
+
 LAST = "runs/tiny/v1/checkpoints/step-00000157"
 MENDED = {  # file: the command that makes it again
     "tokenizers/tiny_bpe/tokenizer.json": "tokenize tiny",
@@ -64,4 +66,23 @@ def test_a_milestone_that_is_gone_is_missed(finished, tmp_path):
     pipeline = finished.copy(tmp_path)
     shutil.rmtree(pipeline.home / "runs/tiny/v1/checkpoints/step-00000040")
     (damage,) = found(pipeline)
-    assert "t0010K, which is not there" in damage["what"]
+    assert "t0010K, which is not there" in damage["what"] and damage["mends"].endswith("or: openlm train tiny")
+    for command in ("train tiny", "evaluate tiny"):
+        assert openlm(*command.split(), variables=pipeline.variables).returncode == 0
+    assert found(pipeline) == []
+
+
+@pytest.mark.parametrize("name", ["run.json", "experiment.yaml"])
+def test_a_run_that_lost_what_says_which_it_is_is_named(finished, tmp_path, name):
+    pipeline = finished.copy(tmp_path)
+    (pipeline.run_folder / name).unlink()
+    (damage,) = found(pipeline, "--repair")
+    assert name in damage["what"] and not damage["movable"] and pipeline.run_folder.exists()
+
+
+def test_what_a_trainer_is_at_is_left_out(finished, tmp_path):
+    pipeline = finished.copy(tmp_path)
+    (pipeline.home / LAST / "COMPLETE").unlink()
+    with RunFolder(pipeline.run_folder).lock():
+        assert found(pipeline, "--repair") == []
+    assert (pipeline.home / LAST).exists() and found(pipeline) != []
