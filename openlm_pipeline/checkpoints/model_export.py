@@ -281,10 +281,10 @@ def _huggingface_config(config: ModelConfig) -> dict[str, Any]:
 
 def _write_tokenizer(path: Path, out: Path, eot: str, config: ModelConfig) -> dict[str, int]:
     """Copy the tokenizer and describe it; the ids of its special tokens under transformers' names."""
-    file = local_file(str(path)) if path.exists() else None
-    if file is None:
+    found = local_file(str(path)) if path.exists() else None
+    if found is None:
         raise MissingInputError(f"there is no tokenizer at {path}")
-    tokenizer = read_json(file)
+    tokenizer = read_json(path := found)
     try:
         ids = {**tokenizer["model"]["vocab"], **{t["content"]: t["id"] for t in tokenizer["added_tokens"]}}
     except (KeyError, TypeError) as e:
