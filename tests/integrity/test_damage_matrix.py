@@ -42,7 +42,7 @@ def _settings(root: Path) -> Iterator[None]:
 def _contents(folder: Path, *patterns: str) -> Result:
     """The hash of each file, without the place of the home, and the hash of bad records, which name it."""
     paths = sorted(p for pattern in patterns for p in folder.glob(pattern) if p.is_file() and p.name != ".lock")
-    place = re.compile(rb'[^\s"]*(?=/home/)|"(quarantine.jsonl|seal_sha256)": "\w+"')
+    place = re.compile(rb'[^\s"]*(?=/home/)|\w+(?=  quarantine.jsonl)|"(quarantine.jsonl|seal_sha256)": "\w+"')
     return {str(p.relative_to(folder)): hashlib.sha256(place.sub(b"", p.read_bytes())).hexdigest() for p in paths}
 
 
