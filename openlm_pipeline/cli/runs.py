@@ -14,6 +14,7 @@ from openlm_pipeline.cli.options import Price
 _console = Console(highlight=False, soft_wrap=True)
 _tables = Console(highlight=False, soft_wrap=True, width=1000)
 """They are as wide as what stands in them, on a narrow terminal and in a file too."""
+_COSTS = ("lost", "idle", "start")
 Run = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, or NAME/VERSION (`openlm runs`).")]
 Version = Annotated[str | None, typer.Option(help="Of its versions; default: the one written to last.")]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON, with all that is known.")]
@@ -81,7 +82,8 @@ def cost(
     price: Price = None,
     as_json: AsJson = False,
 ) -> None:
-    """What runs took: GPU-hours, goodput, and the time that was lost or idle; of one run also by milestone.
+    """What runs took: GPU-hours, goodput, and the time that was lost or idle; of one run also by milestone, and what
+    each kill, stop and failure cost.
 
     Goodput is the share of the trainers' time that went into steps which stand: not those trained again after a kill or
     left out, nor starting, saving and validating. Idle is the time between two trainers.
@@ -96,18 +98,22 @@ def cost(
 
     home = Home.from_env()
     found: dict[str, dict[str, Any]] = {}
+    interruptions: list[dict[str, Any]] = []
     for one in [find_run(home, run, version)] if run else run_folders(home):
         name = f"{one.path.parent.name}/{one.path.name}"
         try:
             found |= {
                 f"{name}@{c.milestone}": ledger.facts(one, c.milestone) for c in one.saved() if run and c.milestone
             }
-            found[name] = ledger.facts(one)
+            made = ledger.account(one)
+            found[name] = made.facts()
+            interruptions = made.interruptions if run else []
         except OpenLMError as e:
             _say(f"{name} is left out: {e}")
     total = sum(facts.get("gpu_hours", 0.0) for name, facts in found.items() if "@" not in name)
     if as_json:
-        typer.echo(json.dumps({"price": price, "gpu_hours": total, "runs": found}, indent=1))
+        of_one = {"interruptions": interruptions} if run else {}
+        typer.echo(json.dumps({"price": price, "gpu_hours": total, "runs": found, **of_one}, indent=1))
         return
     columns = {
         "steps": "productive",
@@ -131,6 +137,10 @@ def cost(
             *("not recorded" if s is None else format_seconds(s) for s in seconds),
         )
     _tables.print(table)
+    for one in interruptions:
+        cost = (f"{what} {format_seconds(one[f'{what}_seconds'])}" for what in _COSTS if one.get(f"{what}_seconds"))
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(one["time"]))
+        _say(f"{when}  after step {one['step']:,}: {one['how']}, which cost {', '.join(cost)}")
     _say(f"in all {total:,.3f} GPU-hours" + (f", {total * price:,.2f} at {price:g} each" if price is not None else ""))
 
 

@@ -74,7 +74,8 @@ def _run(experiment: "Experiment", home: "Home", folder: "RunFolder", price: flo
         yield "parent", f"{parent.run} {parent.version} at {format_tokens(parent.milestone)} tokens"
     yield from _data(experiment, home, folder, tokens)
     yield from _settings(experiment)
-    sessions = ledger.account(folder).sessions
+    time = ledger.account(folder)
+    sessions = time.sessions
     for code in dict.fromkeys(s["code"] for s in sessions):
         yield "code", code
     if sessions:
@@ -83,6 +84,8 @@ def _run(experiment: "Experiment", home: "Home", folder: "RunFolder", price: flo
         if state == "running" and sessions[-1]["end"] is None:
             ends[-1] = "running"
         yield "sessions", f"{len(ends)}: " + ", ".join(f"{ends.count(end)} {end}" for end in dict.fromkeys(ends))
+    for event in time.stragglers:
+        yield "straggler", f"rank {event['rank']} ({event['name']}) {event['why']}, at step {event['step']:,}"
     if trained:
         at = [trained[i * (len(trained) - 1) // (_WIDTH - 1)]["loss"] for i in range(_WIDTH)]
         yield "loss", f"{at[0]:.4f} |{drawn(at, min(at))}| {at[-1]:.4f} at {format_tokens(tokens, 4)} tokens"
@@ -98,7 +101,7 @@ def _run(experiment: "Experiment", home: "Home", folder: "RunFolder", price: flo
     if rotating := [c for c in saved if not c.milestone]:
         size = format_bytes(sum(f["bytes"] for c in rotating for f in c.files.values()))
         yield "rotating", f"{len(rotating)} checkpoints, {size}, the last at step {rotating[-1].step:,}"
-    yield "cost", _cost(ledger.facts(folder), price)
+    yield "cost", _cost(time.facts(), price)
     yield "next", _next(experiment, state, scored)
 
 

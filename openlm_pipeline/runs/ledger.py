@@ -41,6 +41,10 @@ class Account:
     spells: list[Spell] = field(default_factory=list)
     sessions: list[dict[str, Any]] = field(default_factory=list)
     """The `start` of each process, with its `end` (an event, or None where it was killed or still trains)."""
+    interruptions: list[dict[str, Any]] = field(default_factory=list)
+    """What kept steps from standing: when, after which step, how, and the seconds `lost`, `idle` and `start` by it."""
+    stragglers: list[dict[str, Any]] = field(default_factory=list)
+    """Ranks that the others waited for (`train.hooks.stragglers`)."""
     _clock: float | None = None
     """Up to when time is accounted for."""
     _devices: int = 1
@@ -72,14 +76,21 @@ class Account:
         self.step, self._stall = step, self._stall - saving
         self._clock = max(time, self._clock or 0.0)
 
-    def _go_back(self, step: int) -> None:
-        """Training resumes after `step`: what was trained after that is trained again."""
+    def _go_back(self, step: int) -> float:
+        """Training resumes after `step`: what was trained after that is trained again; how many seconds were."""
+        lost = 0.0
         for i, spell in enumerate(self.spells):
             if spell.kind == "productive" and spell.last > step:
                 share = min(1.0, (spell.last - step) / (spell.last - spell.first))
                 self.spells[i] = replace(spell, seconds=spell.seconds * (1 - share), last=max(step, spell.first))
                 self.spells.append(replace(spell, kind="lost", seconds=spell.seconds * share))
+                lost += spell.seconds * share
         self.step = step
+        return lost
+
+    def _interrupted(self, how: str, time: float, step: int, **seconds: float) -> None:
+        where = {"how": how, "time": time, "step": step, "devices": self._devices}
+        self.interruptions.append({**where, **{f"{kind}_seconds": round(s, 3) for kind, s in seconds.items()}})
 
     def _end_of_session(self) -> None:
         """A process is there no more; one that wrote no end was last alive as it wrote anything."""
@@ -96,13 +107,21 @@ class Account:
             self.sessions.append({**event, "end": None})
         elif event["event"] == "resume" and "first_step" not in self.sessions[-1]:
             self.sessions[-1]["first_step"] = step
-            self._go_back(step)
+            reached, began = self.step, self.sessions[-1]["began"]
+            lost = self._go_back(step)
             self._add("idle", self._idle, step, step + 1)
+            before = [(s["end"] or {"status": "killed"})["status"] for s in self.sessions[-2:-1]]
+            for how in set(before) - {"completed"}:
+                self._interrupted(how, began - self._idle, reached, lost=lost, idle=self._idle, start=time - began)
             self._idle = 0.0
             self._advance(time, step, rest="start")
         elif event["event"] == "resume":
             self._advance(time, step)
-            self._go_back(step)
+            reached = self.step
+            if lost := self._go_back(step):
+                self._interrupted("went back", time, reached, lost=lost)
+        elif event["event"] == "straggler":
+            self.stragglers.append(event)
         elif event["event"] == "saved":
             self._stall += event["stall_seconds"]
         elif event["event"] == "end":

@@ -91,7 +91,8 @@ def summary(folder: Path, seconds: float | None = None) -> str:
     """
     _, info, _ = read_dataset(folder)
     if (recorded := folder / QUARANTINE_SUM).exists():
-        check_hash(folder / QUARANTINE, recorded.read_text(errors="replace").partition(" ")[0])
+        sha256 = recorded.read_text(errors="replace").partition(" ")[0]
+        check_hash(folder / QUARANTINE, sha256, said_by=QUARANTINE_SUM)
     totals, skipped = info["totals"], len(info.get("skipped", {}))
     top = ", ".join(f"{count:,} {reason}" for reason, count in quarantine_reasons(folder / QUARANTINE))
     parts = [

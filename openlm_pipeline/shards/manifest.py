@@ -195,16 +195,19 @@ def recorded_beside(entries: Sequence[ShardEntry]) -> dict[str, str]:
     return (entries[0].beside if entries else None) or {}
 
 
-def check_hash(path: Path, recorded: str) -> None:
+def check_hash(path: Path, recorded: str, said_by: str = "the manifest") -> None:
     """
+    Args:
+        said_by: what has the recorded sha256.
+
     Raises:
         DataError: a file of the dataset has another sha256 than the manifest says, or is not there.
     """
     what = f"shard {path}" if path.suffix == ".tar" else str(path)
     if not path.exists():
-        raise DataError(f"{what} is missing though the manifest lists it; `openlm tokenize` makes it again")
+        raise DataError(f"{what} is missing though {said_by} lists it; `openlm tokenize` makes it again")
     if (found := sha256_file(path)) != recorded:
         raise DataError(
-            f"{what} has sha256 {found}, but the manifest says {recorded}: it is damaged. Delete it, and "
+            f"{what} has sha256 {found}, but {said_by} says {recorded}: it is damaged. Delete it, and "
             "`openlm tokenize` makes it again"
         )

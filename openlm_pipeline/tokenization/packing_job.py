@@ -213,7 +213,9 @@ class _Packing:
         lost, index_lost = lost_files(self.folder, entries)
         if lost or index_lost:
             self._make_again(lost, index=index_lost)
-        if not (self.folder / QUARANTINE).exists():
+        recorded = self.folder / QUARANTINE_SUM
+        sum_lost = not recorded.exists() or not recorded.read_bytes().endswith(f"  {QUARANTINE}\n".encode())
+        if not (self.folder / QUARANTINE).exists() or (recorded_beside(entries) and sum_lost):
             self._write_quarantine()
         if not entries[0].sums_sha256:
             self._add_sums()

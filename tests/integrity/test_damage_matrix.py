@@ -139,10 +139,10 @@ def export(root: Path) -> tuple[Ended, Result]:
 
 
 def _said(root: Path, *lines: str) -> tuple[Ended, Result]:
-    """What commands print, the first error instead of all."""
+    """What commands print, without the spaces that fill a table; the first error instead of all."""
     every = [run(root, line) for line in lines]
     ended = next((e for e in every if e.returncode), every[0])
-    return ended, {"said": [e.stdout.replace(str(root), "") for e in every]}
+    return ended, {"said": [" ".join(e.stdout.replace(str(root), "").split()) for e in every]}
 
 
 def look(root: Path) -> tuple[Ended, Result]:
@@ -343,5 +343,5 @@ def test_damage_is_named_or_does_not_matter(whole: Path, tmp_path: Path) -> None
 def test_no_damage_is_silent(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong, count = wrong_cells(whole, tmp_path, 1)
     with capsys.disabled():
-        print(f"\n{len(wrong)} of {count} cells are wrong")
+        print("", *wrong, f"{len(wrong)} of {count} cells are wrong", sep="\n")
     assert wrong == []

@@ -47,7 +47,7 @@ def test_a_second_session_has_idle_time_before_it(tmp_path):
     assert of["gpu_hours"] == pytest.approx((of["wall_seconds"] - of["idle_seconds"]) / 3600, abs=1e-5)
 
 
-def test_steps_trained_again_after_a_kill_are_lost(tmp_path):
+def test_steps_trained_again_after_a_kill_are_lost(tmp_path, monkeypatch):
     """As if killed after its last record: the ledger has no end, and the newest checkpoint is gone with it."""
     small = SmallRun(tmp_path, (2, 6))
     small.train()
@@ -60,6 +60,11 @@ def test_steps_trained_again_after_a_kill_are_lost(tmp_path):
     of, made = ledger.facts(small.run), ledger.account(small.run)
     assert before["lost_seconds"] == 0 < of["lost_seconds"]
     assert made.sessions[0]["end"] is None and made.sessions[1]["end"]["status"] == "completed"
+    (killed,) = made.interruptions
+    assert (killed["how"], killed["step"], killed["lost_seconds"]) == ("killed", 6, of["lost_seconds"])
+    assert killed["idle_seconds"] == of["idle_seconds"] and killed["start_seconds"] > 0
+    monkeypatch.setenv("OPENLM_HOME", str(small.home.root))
+    assert "after step 6: killed, which cost lost " in said("cost", "small")
     assert of["productive_seconds"] > of["lost_seconds"] * 0.3
 
 
