@@ -110,11 +110,19 @@ def scored_digest(weights: str, precision: Precision, average: str | None = None
     return fingerprint({"weights": weights, "precision": precision, "average": average})
 
 
+def milestone_digest(checkpoint: Checkpoint, precision: Precision, average: str | None = None) -> str:
+    """What the scores of a run's checkpoint are filed under: the same for the same weights, whatever files have them.
+
+    Of averages, and of a checkpoint of an earlier release, no digest of weights is recorded: then it is the files'.
+    """
+    of_weights = checkpoint.weights_digest if average is None else None
+    return scored_digest(of_weights or checkpoint.digest, precision, average)
+
+
 def milestone_subject(
     name: str,
     checkpoint: Checkpoint,
     tokenizer: Tokenizer,
-    digest: str,
     *,
     eot: str = EOT,
     average: str | None = None,
@@ -124,7 +132,6 @@ def milestone_subject(
     """A checkpoint of a run.
 
     Args:
-        digest: what its scores are filed under.
         eot: the token that ends each document.
         average: one of the run's `training.averages`, to score it in place of the last weights.
     """
@@ -135,6 +142,7 @@ def milestone_subject(
 
         return load_model(checkpoint, average=average)
 
+    digest = milestone_digest(checkpoint, precision, average)
     return _native(name, load, config, tokenizer, digest, device, precision, eot)
 
 

@@ -177,7 +177,7 @@ def score(
         MissingInputError: the milestone is not trained, or a task's file is missing.
     """
     from openlm_pipeline.evaluation.scorecard import Provenance
-    from openlm_pipeline.evaluation.subject import default_device, milestone_subject, scored_digest
+    from openlm_pipeline.evaluation.subject import default_device, milestone_subject
     from openlm_pipeline.evaluation.suite import WHOLE, load_suite
 
     evaluation, part = evaluation_of(experiment), part or WHOLE
@@ -210,7 +210,6 @@ def score(
         experiment.name,
         checkpoint,
         load_reference(tokenizer_file(home.tokenizer(info.name))),
-        scored_digest(checkpoint.digest, evaluation.precision, evaluation.average),
         eot=experiment.tokenizer.eot,
         average=evaluation.average,
         device=device or default_device(),
@@ -504,7 +503,7 @@ def milestones_and_scores(experiment: Experiment, home: Home) -> Iterator[tuple[
         OpenLMError: the run folder is not this experiment's, or its data is not there.
     """
     from openlm_pipeline.evaluation.scorecard import load_scorecard
-    from openlm_pipeline.evaluation.subject import scored_digest
+    from openlm_pipeline.evaluation.subject import milestone_digest
     from openlm_pipeline.evaluation.suite import load_suite
 
     evaluation = evaluation_of(experiment)
@@ -512,5 +511,5 @@ def milestones_and_scores(experiment: Experiment, home: Home) -> Iterator[tuple[
     for label, checkpoint in milestone_checkpoints(experiment, open_run(experiment, home)).items():
         path = home.scorecard(experiment.name, experiment.version, label) / CARD
         card = load_scorecard(path) if path.exists() else None
-        digest = scored_digest(checkpoint.digest, evaluation.precision, evaluation.average)
+        digest = milestone_digest(checkpoint, evaluation.precision, evaluation.average)
         yield label, checkpoint, ["not scored yet"] if card is None else staleness(card, suite, evaluation, digest)

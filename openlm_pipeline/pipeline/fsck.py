@@ -14,6 +14,7 @@ from openlm_pipeline.corpus.download_folder import RECORD_NAME, recorded_downloa
 from openlm_pipeline.errors import DataError, OpenLMError
 from openlm_pipeline.evaluation.items import read_items
 from openlm_pipeline.evaluation.scorecard import check_items, load_scorecard
+from openlm_pipeline.evaluation.subject import milestone_digest, scored_digest
 from openlm_pipeline.pipeline.evaluation import CARD
 from openlm_pipeline.pipeline.overview import experiment_of
 from openlm_pipeline.runs.folder import RunFolder
@@ -200,7 +201,8 @@ def _of_its_checkpoint(home: Home, folder: Path) -> None:
     if card.milestone is None or card.run_version is None or card.step is None:
         return
     now = RunFolder(home.run(card.run, card.run_version)).milestone_at(card.step, card.milestone)
-    if now is not None and now.digest != card.checkpoint_digest:
+    how = card.precision, card.average_of_weights
+    if now is not None and card.checkpoint_digest not in (milestone_digest(now, *how), scored_digest(now.digest, *how)):
         raise DataError(f"{folder / CARD} scores another checkpoint than {now.path}")
 
 

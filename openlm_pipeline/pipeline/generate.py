@@ -47,7 +47,7 @@ class Writer:
         home.pull(folder)
         info = read_tokenizer_info(folder)
         tokenizer_of_run = load_reference(tokenizer_file(folder))
-        self.subject = milestone_subject(named, checkpoint, tokenizer_of_run, checkpoint.digest, device=device)
+        self.subject = milestone_subject(named, checkpoint, tokenizer_of_run, device=device)
         self.end_ids = (info.eot_id,)
 
     def write(

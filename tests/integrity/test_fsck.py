@@ -86,3 +86,13 @@ def test_what_a_trainer_is_at_is_left_out(finished, tmp_path):
     with RunFolder(pipeline.run_folder).lock():
         assert found(pipeline, "--repair") == []
     assert (pipeline.home / LAST).exists() and found(pipeline) != []
+
+
+def test_scores_in_another_precision_are_no_damage(finished, tmp_path):
+    pipeline = finished.copy(tmp_path)
+    recipe = pipeline.root / "recipes" / "tiny.yaml"
+    recipe.write_text(recipe.read_text().replace("evaluation: {", "evaluation: {precision: bf16, "))
+    assert openlm("evaluate", "tiny@40K", variables=pipeline.variables).returncode == 0
+    assert found(pipeline) == []
+    card = json.loads((pipeline.home / "scorecards/tiny/v1/t0040K/scorecard.json").read_text())
+    assert card["precision"] == "bf16"

@@ -22,6 +22,7 @@ from openlm_pipeline.checkpoints.folders import COMPLETE, INFO, Checkpoint, list
 from openlm_pipeline.checkpoints.reading import load_model
 from openlm_pipeline.checkpoints.weights_digest import digest_of_parts, local_part, weights_digest
 from openlm_pipeline.errors import DataError
+from openlm_pipeline.evaluation.subject import milestone_digest
 from openlm_pipeline.fingerprint import fingerprint
 from openlm_pipeline.models import ModelConfig
 from openlm_pipeline.models.transformer import Transformer
@@ -183,6 +184,16 @@ def test_a_checkpoint_keeps_its_digest_as_a_milestone(frozen: SmallRun, tmp_path
     assert promote(before, "t1", {}).weights_digest == before.weights_digest
     after = read_checkpoint(copy)
     assert (after.milestone, after.weights_digest, after.digest) == ("t1", before.weights_digest, before.digest)
+
+
+def test_scores_are_filed_under_the_weights_whatever_files_have_them(frozen: SmallRun):
+    first = saved(frozen)[0]
+    again = replace(first, files={name: {**file, "sha256": "other"} for name, file in first.files.items()})
+    assert again.digest != first.digest and milestone_digest(first, "fp32") == first.weights_digest
+    assert milestone_digest(again, "bf16") == milestone_digest(first, "bf16") != first.weights_digest
+    assert milestone_digest(again, "fp32", "ema") != milestone_digest(first, "fp32", "ema")
+    earlier = replace(first, weights_digest=None)
+    assert milestone_digest(earlier, "fp32") == first.digest
 
 
 def test_a_checkpoint_of_an_earlier_release_stays_what_it_was(frozen: SmallRun, tmp_path: Path):
