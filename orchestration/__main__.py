@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Collection
 
 import dagster as dg
+from dagster._core.definitions.reconstruct import ReconstructableRepository
 from rich.console import Console
 
 from openlm_pipeline.errors import OpenLMError
@@ -52,13 +53,13 @@ def run(job_name: str, allow: Collection[str] = ()) -> int:
     console.print(f"{job_name}: state is under {home.root}")
     with dg.DagsterInstance.get() as instance:
         clear_dead_runs(instance)
-        result = defs.resolve_job_def(job_name).execute_in_process(
-            instance=instance,
-            raise_on_error=False,
+        result = dg.execute_job(  # `execute_in_process` has an executor of its own, which waits for slots in silence
+            ReconstructableRepository.for_module("orchestration.definitions", "defs").get_reconstructable_job(job_name),
+            instance,
             run_config={"loggers": {"live": {}}},
             tags={PROCESS_TAG: this_process(), **({ALLOW_TAG: ",".join(sorted(allow))} if allow else {})},
         )
-        was_stopped = any(is_interrupt(e.step_failure_data.error) for e in result.all_events if e.is_step_failure)
+        was_stopped = any(is_interrupt(getattr(e.event_specific_data, "error", None)) for e in result.all_events)
         if was_stopped:  # which Dagster has as a failed step
             instance.report_run_canceled(instance.get_run_by_id(result.run_id), "It was stopped from the terminal.")
     if was_stopped:

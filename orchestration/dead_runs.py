@@ -19,6 +19,7 @@ from dagster._core.execution.plan.execute_plan import inner_plan_execution_itera
 from dagster._core.execution.plan.instance_concurrency_context import InstanceConcurrencyContext
 from dagster._core.execution.plan.plan import ExecutionPlan
 from dagster._core.executor.in_process import InProcessExecutor
+from dagster._utils.interrupts import check_captured_interrupt
 
 from openlm_pipeline.result import Say
 
@@ -92,6 +93,8 @@ class _Claims(InstanceConcurrencyContext):
 
     def claim(self, concurrency_key: str, step_key: str, step_priority: int = 0) -> bool:
         """Whether the step has its slot; asked again every few seconds."""
+        if check_captured_interrupt():  # Dagster looks as it runs a step, and there is none
+            raise dg.DagsterExecutionInterruptedError
         asks_now = time.time() > self._pending_timeouts.get(step_key, 0.0)
         if claimed := super().claim(concurrency_key, step_key, step_priority):
             return claimed

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -79,3 +80,25 @@ def test_ctrl_c_and_sigterm_end_a_job_in_one_line_and_cancel_its_run(number, fin
     assert instance.get_runs(limit=1)[0].status == dg.DagsterRunStatus.CANCELED
     pools = instance.event_log_storage
     assert all(not pools.get_concurrency_info(name).active_run_ids for name in pools.get_concurrency_keys())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_job_that_waits_for_another_says_so_and_can_be_stopped(number, finished, tmp_path, instance_of):
+    pipeline = finished.copy(tmp_path / "pipeline")
+    instance = instance_of(pipeline)
+    instance.event_log_storage.set_concurrency_slots("evaluation", 1)
+    other = instance.create_run_for_job(dg.GraphDefinition(name="other").to_job(), status=dg.DagsterRunStatus.STARTED)
+    assert instance.event_log_storage.claim_concurrency_slot("evaluation", other.run_id, "step").is_claimed
+    shutil.rmtree(pipeline.home / "scorecards")
+    log = tmp_path / "log"
+    with log.open("wb") as out, subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", RUNS_TINY], env=environment(pipeline), cwd=tmp_path,
+        stdout=out, stderr=out, start_new_session=True,
+    ) as process:  # fmt: skip
+        waits = f"waits for a slot of pool evaluation, held by other (run {other.run_id})"
+        wait_until(lambda: waits in log.read_text(), process, seconds=120)
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+        assert process.wait(timeout=30) == 130
+    said = log.read_text()
+    assert "Traceback" not in said and said.splitlines()[-1].startswith("tiny was stopped"), said
+    assert instance.get_runs(limit=1)[0].status == dg.DagsterRunStatus.CANCELED
