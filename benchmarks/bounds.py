@@ -51,7 +51,8 @@ def recipe(name: str, raw: int, milestones: int, tasks: int) -> dict:
         "sources": [{"name": "text", "files": ["raw/text/*.jsonl"]}],
         "model": {"hidden_dim": 16, "n_layers": 1, "n_heads": 2, "vocab_size": 304},
         "training": {"global_batch": BATCH, "lr": 1e-3, "schedule": "constant"},
-        "evaluation": {"suite": "${OPENLM_HOME}/suite.yaml"}, "execution": {"log_every": 1}, "launcher": {"processes": 1},
+        "evaluation": {"suite": "${OPENLM_HOME}/suite.yaml"},
+        "execution": {"log_every": 1}, "launcher": {"processes": 1},
     }  # fmt: skip
 
 
@@ -113,10 +114,11 @@ def add_metrics(folder, size: int) -> None:
     seed, record = folder._seed, next(r for r in folder.read_metrics() if "loss" in r)
     with folder.metrics_file.open("ab") as f:
         for step in itertools.count(2):
-            made = record | {"step": step, "tokens": BATCH * step, "loss": 3 + 5 / step, "time": record["time"] + step}
-            made |= {"validation_loss": made["loss"]} if step % 100 == 0 else {}
-            line = json.dumps(made)
-            f.write(f'{line[:-1]}, "crc32": "{zlib.crc32(line.encode(), seed):08x}"}}\n'.encode())
+            at = {"step": step, "tokens": BATCH * step, "time": record["time"] + step}
+            made = [record | at | {"loss": 3 + 5 / step}]
+            made += [] if step % 100 else [at | {"validation_loss": 3.1 + 5 / step}]
+            for line in map(json.dumps, made):
+                f.write(f'{line[:-1]}, "crc32": "{zlib.crc32(line.encode(), seed):08x}"}}\n'.encode())
             if f.tell() > size:
                 break
 
@@ -184,11 +186,17 @@ def child(what: str, home: Path) -> None:
     experiment = load_experiment("bounds")
     if what == "observe":
         from assets import training
+        from openlm_pipeline.runs.ledger import History
 
         class Context:
             log_event = print
 
-        training._observe(Context, experiment, folder, 0)
+        history = History(folder)
+        training._observe(Context, experiment, history, 0)
+        began = time.process_time()
+        history.update()
+        training._observe(Context, experiment, history, 0)
+        print(f"the next took {time.process_time() - began:.2f} CPU-seconds")
         return
     from orchestration.automation import checkpoint_sensor
 
@@ -205,7 +213,8 @@ def measure(home: Path, case: str) -> dict[str, Usage]:
             print(f"{case}: {name}: {found[name].cpu_seconds:.1f} s, {found[name].peak_mib:.0f} MiB", flush=True)
     environment = {"OPENLM_HOME": str(home), "OPENLM_RECIPES": str(home / "recipes")}
     for name in CHILDREN:
-        found[name] = run([sys.executable, "-W", "ignore", __file__, "--child", name, "--home", str(home)], **environment)
+        command = [sys.executable, "-W", "ignore", __file__, "--child", name, "--home", str(home)]
+        found[name] = run(command, **environment)
         print(f"{case}: {name}: {found[name].cpu_seconds:.1f} s, {found[name].peak_mib:.0f} MiB", flush=True)
     return found
 

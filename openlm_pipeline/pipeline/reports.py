@@ -109,13 +109,13 @@ def _parent_card(experiment: Experiment, home: Home, cards: "Sequence[Scorecard]
     return card if card and all(getattr(c, k) == getattr(card, k) for c in cards for k in same) else None
 
 
-def _records(experiment: Experiment, home: Home, run: RunFolder) -> list[dict[str, Any]]:
+def _records(experiment: Experiment, home: Home, history: ledger.History) -> list[dict[str, Any]]:
     """The losses of a run; of a fork those of its parent come before."""
     before: list[dict[str, Any]] = []
     if experiment.parent:
-        start = run.identity["parent"]["tokens"]
+        start = history.run.identity["parent"]["tokens"]
         before = [r for r in parent_folder(experiment, home).read_metrics() if r["tokens"] <= start]
-    return [*before, *run.read_metrics()]
+    return [*before, *history.losses.records()]
 
 
 def of_other_seeds(home: Home, run: RunFolder, cards: "Sequence[Scorecard]") -> dict[str, list[float]]:
@@ -150,7 +150,8 @@ def make_report(experiment: Experiment, home: Home, report: Say) -> StageResult:
     run = open_run(experiment, home)
     found = _cards(experiment, home) if experiment.evaluation else _Cards([], [], {})
     out = home.report(experiment.name, experiment.version)
-    took = ledger.sentence(ledger.facts(run))
+    history = ledger.History(run)
+    took = ledger.sentence(history.facts())
     provenance = {"run fingerprint": run.fingerprint, "openlm_pipeline": __version__, "training took": took}
     folders = {c.label: home.scorecard(experiment.name, experiment.version, c.label) for c in found.milestones}
     shown = list(folders)[-MOST_MILESTONES:]
@@ -164,7 +165,7 @@ def make_report(experiment: Experiment, home: Home, report: Say) -> StageResult:
             out,
             experiment,
             found.milestones,
-            _records(experiment, home, run),
+            _records(experiment, home, history),
             provenance,
             parent=_parent_card(experiment, home, found.milestones),
             baselines=found.baselines,
