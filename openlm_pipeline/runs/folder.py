@@ -289,15 +289,15 @@ class RunFolder:
             DataError: a whole line is not what this run wrote; those of earlier releases have no sums.
         """
         for line in lines:
-            text, _, crc = line.rstrip().rpartition(_CRC)
-            if len(crc) == _CRC_LENGTH:
+            text, found, crc = line.rstrip().rpartition(_CRC)
+            if has_sum := bool(found) and len(crc) == _CRC_LENGTH:
                 text += b"}"
                 if f"{zlib.crc32(text, self._seed):08x}".encode() != crc[:8]:
                     raise DataError(
                         f"{path} is damaged, or another run's: {text[:40]!r}... is not a line as written. Bring "
                         "it back from a copy, or delete this line"
                     )
-            if (record := _parsed(text if len(crc) == _CRC_LENGTH else line)) is not None:
+            if (record := _parsed(text if has_sum else line)) is not None:
                 yield place, record
             place += len(line)
 
