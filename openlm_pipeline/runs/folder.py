@@ -402,9 +402,11 @@ def is_measurement(record: dict[str, Any]) -> bool:
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
     """None of a line cut short by a kill, or the empty one that ended it: its step was not finished either."""
-    for loads in (orjson.loads, json.loads):  # the latter knows NaN
-        with suppress(ValueError):
-            return loads(line)
+    try:
+        return orjson.loads(line)
+    except ValueError:
+        with suppress(ValueError, RecursionError):
+            return json.loads(line)  # knows NaN
     return None
 
 

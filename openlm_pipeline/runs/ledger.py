@@ -70,14 +70,15 @@ class Account:
     def _join(self) -> None:
         """Make spells of a kind that ended within a few steps one, but none across a checkpoint, which a milestone may
         end at, or a resumed run begin at."""
-        self._width *= 2
-        joined: dict[tuple[Any, ...], Spell] = {}
+        self._width *= 4
+        joined: dict[tuple[Any, ...], list[Any]] = {}
         for s in self.spells:
             key = (s.kind, s.devices, s.recorded, s.last // self._width, bisect_left(self._saved, s.last))
-            same = joined.get(key, s)
-            seconds = s.seconds + (same.seconds if same is not s else 0.0)
-            joined[key] = replace(s, seconds=seconds, first=min(same.first, s.first), last=max(same.last, s.last))
-        self.spells = list(joined.values())
+            if same := joined.get(key):
+                same[:] = same[0] + s.seconds, min(same[1], s.first), max(same[2], s.last)
+            else:
+                joined[key] = [s.seconds, s.first, s.last]
+        self.spells = [Spell(k[0], seconds, k[1], *steps, k[2]) for k, (seconds, *steps) in joined.items()]
         self._most = max(2 * _MOST_SPELLS, 2 * len(self.spells))
 
     def _advance(self, time: float, step: int, left_out: int = 0, rest: Kind = "other") -> None:
