@@ -65,7 +65,7 @@ def openlm(home: Path, *arguments: str) -> Usage:
 def make_home(home: Path, case: str, size: int) -> None:
     """A home whose runs `bounds` and `twin` have one trained and scored milestone."""
     raw = size if case == "raw_files" else 4
-    milestones = {"milestones": size, "tasks": 60}.get(case, 2)
+    milestones = {"milestones": size, "tasks": 60}.get(case, 1)
     num_tasks = size if case == "tasks" else 2
     for folder in ("recipes", "raw/text", "raw/tasks"):
         (home / folder).mkdir(parents=True)
