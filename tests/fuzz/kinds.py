@@ -5,7 +5,6 @@ import gzip
 import io
 import json
 import lzma
-import pickle
 import random
 import shutil
 from abc import ABC, abstractmethod
@@ -24,18 +23,19 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
-from openlm_pipeline.checkpoints.folders import COMPLETE, INFO, MODEL_CONFIG, commit, read_checkpoint
+from openlm_pipeline.checkpoints.folders import INFO, MODEL_CONFIG, commit
 from openlm_pipeline.checkpoints.loading import load_checkpoint
-from openlm_pipeline.checkpoints.reading import SafeReader, load_alone
 from openlm_pipeline.corpus.reader import RecordReader
 from openlm_pipeline.evaluation.items import items_table, read_items, write_items
 from openlm_pipeline.evaluation.scorecard import load_scorecard
 from openlm_pipeline.evaluation.suite import load_suite
 from openlm_pipeline.experiments import TokenizerSpec, load_experiment
+from openlm_pipeline.fingerprint import fingerprint
 from openlm_pipeline.models.config import ModelConfig
 from openlm_pipeline.models.transformer import Transformer
 from openlm_pipeline.shards.manifest import DATASET, MANIFEST, read_dataset
 from openlm_pipeline.shards.openlm_formats import read_shard
+from openlm_pipeline.storage.copies import describe_file
 from openlm_pipeline.storage.files import write_json
 from openlm_pipeline.tokenizers.engines.huggingface import HuggingFaceEngine
 from openlm_pipeline.tokenizers.tokenizer import make_tokenizer
@@ -103,7 +103,7 @@ class Zstandard(RawFiles):
     def prepare(self) -> None:
         content = b"".join(json.dumps(r).encode() + b"\n" for r in _records(random.Random(0)))
         long = b'{"text": "' + b"x" * (64 << 20) + b'"}\n'
-        self.valid = [content_packed for content_packed in self._frames(content)]
+        self.valid = list(self._frames(content))
         self.valid += [zstandard.ZstdCompressor(level=1).compress(long)]
 
     def _frames(self, content: bytes):
@@ -164,7 +164,8 @@ class Items(Parquet):
             "prompt_hash": "p", "num_choices": 2, "gold": 0, "choice_logprobs": [-1.0, -2.0], "choice_tokens": [1, 2],
             "correct": True, "nll": 1.0, "num_tokens": 3, "metric": "m", "value": 1.0, "value_kind": "correct",
         }  # fmt: skip
-        write_items(path := self.folder / "items.parquet", items_table([row | {"item": n} for n in range(40)]), {"a": 1})
+        path = self.folder / "items.parquet"
+        write_items(path, items_table([row | {"item": n} for n in range(40)]), {"a": 1})
         self.valid = [path.read_bytes()]
         self.read(path)
 
@@ -231,6 +232,8 @@ class Yaml(Kind):
 class Checkpoints(Kind):
     """A checkpoint's folder: description, DCP's metadata and data; .pt and safetensors of the same weights."""
 
+    files = ("a.pt", "bare.pt", "a.safetensors")
+
     def prepare(self) -> None:
         config = ModelConfig(hidden_dim=8, n_layers=1, n_heads=2, seq_len=16, vocab_size=16)
         model = Transformer(config)
@@ -238,7 +241,7 @@ class Checkpoints(Kind):
         state = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
         tmp = self.folder / ".tmp-step-00000001"
         tmp.mkdir()
-        save_distributed({"model": state}, storage_writer=FileSystemWriter(tmp, single_file_per_rank=True), no_dist=True)
+        save_distributed({"model": state}, storage_writer=FileSystemWriter(tmp), no_dist=True)
         write_json(tmp / MODEL_CONFIG, config.model_dump(mode="json"))
         self.ours = commit(tmp, "f", 1, 256, "t256", {}, {}).path
         torch.save({"state_dict": state, "model_config": config.model_dump(mode="json")}, self.folder / "a.pt")
@@ -246,47 +249,29 @@ class Checkpoints(Kind):
         save_file({k: v.contiguous() for k, v in state.items()}, self.folder / "a.safetensors")
         for path in (self.ours, self.folder / "a.pt"):
             load_checkpoint(path)
-        self.config = config
 
     def write(self, rng: random.Random, out: Path) -> Path:
-        name = rng.choice((".metadata", ".metadata", "__0_0.distcp", INFO, MODEL_CONFIG, "a.pt", "bare.pt", "a.safetensors"))
-        if name.startswith(("a.", "bare.")):
+        name = rng.choice((".metadata", ".metadata", "__0_0.distcp", INFO, MODEL_CONFIG, *self.files))
+        if name in self.files:
             path = out / name
             path.write_bytes(mutations.of_bytes(rng, (self.folder / name).read_bytes()))
             return path
-        shutil.copytree(self.ours, out / "step-00000001")
-        path = out / "step-00000001" / name
-        data = path.read_bytes()
+        folder = out / self.ours.name
+        shutil.copytree(self.ours, folder)
+        data = (folder / name).read_bytes()
         if name.endswith(".json") and rng.random() < 0.7:
-            path.write_text(json.dumps(mutations.of_value(rng, json.loads(data))))
+            (folder / name).write_text(json.dumps(mutations.of_value(rng, json.loads(data))))
         else:
-            path.write_bytes(mutations.of_bytes(rng, data))
-        return path.parent
+            (folder / name).write_bytes(mutations.of_bytes(rng, data))
+        if name != INFO and rng.random() < 0.8:  # as a stranger sends it: with the hashes of what is in it
+            info = json.loads((folder / INFO).read_text())
+            info["files"][name] = describe_file(folder / name)
+            del info["sha256"]
+            write_json(folder / INFO, {**info, "sha256": fingerprint(info)})
+        return folder
 
     def read(self, path: Path) -> None:
-        if not path.is_dir():
-            load_checkpoint(path)
-            return
-        # As a stranger may send it: with the hashes of what is in it.
-        info, errors = path / INFO, []
-        try:
-            load_checkpoint(path)
-        except Exception as e:
-            errors.append(e)
-        try:
-            document = json.loads(info.read_text())
-            for name in document["files"]:
-                data = (path / name).read_bytes()
-                document["files"][name] = {"bytes": len(data), "sha256": __import__("hashlib").sha256(data).hexdigest()}
-            del document["sha256"]
-            from openlm_pipeline.fingerprint import fingerprint
-
-            info.write_text(json.dumps({**document, "sha256": fingerprint(document)}))
-        except Exception:
-            if errors:
-                raise errors[0]
-            return
-        load_checkpoint(path)
+        load_checkpoint(path, warn=lambda note: None)
 
 
 class Datasets(Kind):

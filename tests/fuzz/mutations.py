@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 NASTY = (
@@ -13,8 +13,9 @@ NASTY = (
     b"\x28\xb5\x2f\xfd", b"\x1f\x8b", b"PAR1", b"PK\x03\x04", b"\x80\x02", b"cos\nsystem\n", b"R.", b"}]",
 )  # fmt: skip
 VALUES: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 2**31, 2**53, -(2**63), 2**64, 1e308, 0.5, "", "x", "\x00", "\ud800", "../x", "a" * 5000,
-    "${HOME}", "(a|aa)+$", "[", [], {}, [[]], [None], {"": {}}, "250B", "NaN", "<|endoftext|>", "/", ".", "é",
+    None, True, False, 0, -1, 1, 2**31, 2**53, -(2**63), 2**64, 1e308, 0.5, "", "x", "\x00", "\ud800", "../x",
+    "a" * 5000, "${HOME}", "(a|aa)+$", "[", [], {}, [[]], [None], {"": {}}, "250B", "NaN",
+    "<|endoftext|>", "/", ".", "é",
 )  # fmt: skip
 
 Mutation = Callable[[random.Random, bytes], bytes]
@@ -98,14 +99,12 @@ def of_value(rng: random.Random, value: Any) -> Any:
     return value
 
 
-def _places(value: Any):
-    """Each (owner, key) in a document, at most 2,000."""
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Each (owner, key) in a document, of long lists and mappings the first 200."""
     waiting = [value]
-    for found in waiting[:1] or ():
-        del found
     while waiting:
         owner = waiting.pop()
-        pairs = list(owner.items()) if isinstance(owner, dict) else list(enumerate(owner)) if isinstance(owner, list) else []
-        for key, inner in pairs[:200]:
-            yield owner, key
-            waiting.append(inner)
+        if isinstance(owner, (dict, list)):
+            for key, inner in list(owner.items() if isinstance(owner, dict) else enumerate(owner))[:200]:
+                yield owner, key
+                waiting.append(inner)

@@ -42,7 +42,8 @@ def _try(kind: Kind, name: str, number: int, folder: Path) -> str:
 
 
 def _limit_memory() -> None:
-    used = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmData"))
+    status = Path("/proc/self/status").read_text()
+    used = int(status.partition("VmData:")[2].split()[0]) << 10
     resource.setrlimit(resource.RLIMIT_DATA, (used + MOST_BYTES, resource.RLIM_INFINITY))
 
 
@@ -112,5 +113,5 @@ if __name__ == "__main__":
         place = [line for line in finding.splitlines() if line.startswith("  File")][-1:]
         alike.setdefault(f"{place} {finding.strip().splitlines()[-1][:90]}", []).append(finding)
     print(f"{asked}: {dict(found)}, {len(findings)} findings of {len(alike)} kinds")
-    for like, some in sorted(alike.items(), key=lambda pair: -len(pair[1])):
+    for some in sorted(alike.values(), key=len, reverse=True):
         print(f"---- {len(some)} times: {some[0][:2500]}")
