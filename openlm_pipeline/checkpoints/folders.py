@@ -157,7 +157,7 @@ def checked_info(info: Any, path: Path, name: str) -> Checkpoint:
         checkpoint = Checkpoint(path=path, **info)
         check_inside(checkpoint.files, name)
         return checkpoint
-    except (TypeError, AttributeError) as e:
+    except (TypeError, AttributeError, ValueError) as e:  # ValueError: half a character
         raise DataError(f"{name} is not a checkpoint's description: {e}") from e
 
 

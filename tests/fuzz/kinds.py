@@ -290,7 +290,7 @@ class Datasets(Kind):
         self.card = next((REPOSITORY / "tests/compatibility").glob("scorecard_*.json")).read_bytes()
         for form in ("json.gz", "json", "txt"):
             path = self.folder / f"{form}.tar"
-            write_openlm_shard(path, np.arange(40, dtype=np.uint16).reshape(8, 5), 0, form)
+            write_openlm_shard(path, np.arange(40, dtype=np.uint16).reshape(8, 5), 0, format=form)
             self.tars.append(path.read_bytes())
 
     def write(self, rng: random.Random, out: Path) -> Path:

@@ -1,8 +1,9 @@
 """Mutations of files, each a function of a generator and bytes: of bytes, of texts, and of what JSON means."""
 
-import json
 import random
 from collections.abc import Callable, Iterator
+from copy import deepcopy
+from itertools import islice
 from typing import Any
 
 NASTY = (
@@ -75,9 +76,9 @@ def of_bytes(rng: random.Random, data: bytes) -> bytes:
 
 def of_value(rng: random.Random, value: Any) -> Any:
     """A document of JSON or YAML with one of its values, keys or lists changed, or a few."""
-    value = json.loads(json.dumps(value))
+    value = deepcopy(value)
     for _ in range(rng.choice((1, 1, 2, 4))):
-        places = list(_places(value))
+        places = list(islice(_places(value), 2000))
         if not places:
             return value
         owner, key = rng.choice(places)
@@ -87,15 +88,15 @@ def of_value(rng: random.Random, value: Any) -> Any:
         elif what == 1 and isinstance(owner, dict):
             owner[str(rng.choice(VALUES))] = owner.pop(key)
         elif what == 2:
-            owner[key] = [owner[key]] * rng.choice((1, 2, 300))
+            owner[key] = [deepcopy(owner[key]) for _ in range(rng.choice((1, 2, 300)))]
         elif what == 3:
             other, at = rng.choice(places)
             if isinstance(other, dict) and at in other:
-                owner[key] = json.loads(json.dumps(other[at]))
+                owner[key] = deepcopy(other[at])
         elif what == 4 and isinstance(owner[key], (int, float)):
             owner[key] = owner[key] * rng.choice((-1, 0, 1e3, 1e9, 1e30))
         else:
-            owner[key] = rng.choice(VALUES)
+            owner[key] = deepcopy(rng.choice(VALUES))
     return value
 
 
