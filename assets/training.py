@@ -21,10 +21,10 @@ from assets.common import (
 )
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.pipeline import training as stages
-from openlm_pipeline.runs import ledger
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.identity import settings_identity
 from openlm_pipeline.runs.launch import MilestoneReached, MilestoneReused, StepSkipped
+from openlm_pipeline.runs.ledger import History
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.units import format_tokens, milestone_label
 
@@ -82,21 +82,31 @@ def checkpoint_assets(experiment: Experiment) -> dg.AssetsDefinition:
         selected = {label for label in labels if checkpoint_key(run, label) in context.selected_asset_keys}
         until = max(labels[label] for label in selected)
         folder = RunFolder(home.run(run, experiment.version))
-        distances, skipped = _Distances(until), 0
+        distances, skipped, history = _Distances(until), 0, None
         with user_errors():
             for event in run_end.closes(
                 stages.train(experiment, home, until, context.log.info, allow=allowed(context))
             ):
                 if isinstance(event, MilestoneReached):
-                    yield from _milestone(context, experiment, folder, event, event.label in selected)
+                    history = _read(history, folder)
+                    yield from _milestone(context, experiment, history, event, event.label in selected)
                 elif isinstance(event, StepSkipped):
                     skipped += 1
                     if skipped <= _SKIPPED_TOLD:  # further ones are counted in the observations
                         context.log.warning(f"step {event.record['step']} left out: {event.record['skipped']}")
                 elif distances.due(event.record["tokens"], time.monotonic()):
-                    _observe(context, experiment, folder, skipped)
+                    history = _read(history, folder)
+                    _observe(context, experiment, history, skipped)
 
     return train
+
+
+def _read(history: History | None, folder: RunFolder) -> History:
+    """The history of a run up to now, of which only what is new is read."""
+    if history is None:
+        return History(folder)
+    history.update()
+    return history
 
 
 class _Distances:
@@ -132,16 +142,16 @@ def _standing(records: list[dict[str, Any]]) -> dict[str, Any]:
     return {**facts, "loss_curve": picture and dg.MetadataValue.md(picture), "tokens": records[-1]["tokens"]}
 
 
-def _cost(folder: RunFolder) -> dict[str, Any]:
+def _cost(history: History) -> dict[str, Any]:
     """Of the run so far; `gpu_hours` of a milestone is of what came since the one before."""
-    return {"run_gpu_hours": ledger.facts(folder).get("gpu_hours")}
+    return {"run_gpu_hours": history.facts().get("gpu_hours")}
 
 
-def _observe(context: dg.AssetExecutionContext, experiment: Experiment, folder: RunFolder, skipped: int) -> None:
+def _observe(context: dg.AssetExecutionContext, experiment: Experiment, history: History, skipped: int) -> None:
     """Loss and speed on the milestone that is being trained, while it is; the description is the terminal's line."""
-    if not (records := folder.read_metrics()):
+    if not (records := history.losses.records()):
         return
-    facts = {**_standing(records), **_cost(folder), "skipped_steps": skipped}
+    facts = {**_standing(records), **_cost(history), "skipped_steps": skipped}
     ahead = [label for label, tokens in experiment.labelled_milestones() if tokens >= facts["tokens"]]
     label = ahead[0] if ahead else [name for name, _ in experiment.labelled_milestones()][-1]
     latest = next((r for r in reversed(records) if "loss" in r), {})
@@ -154,20 +164,20 @@ def _observe(context: dg.AssetExecutionContext, experiment: Experiment, folder: 
 def _milestone(
     context: dg.AssetExecutionContext,
     experiment: Experiment,
-    folder: RunFolder,
+    history: History,
     event: MilestoneReached,
     selected: bool,
 ):
     key = checkpoint_key(experiment.name, event.label)
     reused = isinstance(event, MilestoneReused)
     result = stages.checkpoint_result(event.checkpoint, reused)
-    records = [r for r in folder.read_metrics() if r["step"] <= event.checkpoint.step]
+    records = [r for r in history.losses.records() if r["step"] <= event.checkpoint.step]
     training = [r for r in records if "loss" in r]
     facts = {
         **shown(_standing(records)),
         **made_from(experiment, event.label),
-        **shown({"tokens_per_second": training[-1]["tokens_per_second"], **_cost(folder)}),
-        **shown(ledger.facts(folder, event.label)),
+        **shown({"tokens_per_second": training[-1]["tokens_per_second"], **_cost(history)}),
+        **shown(history.facts(event.label)),
         **metadata(result),
         "records": _table(training),
     }

@@ -8,7 +8,7 @@ import errno
 import re
 from collections.abc import Iterable
 
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _URL_SECRETS = re.compile(r"(?<=://)[^\s/@'\"]+@|(?<=\?)[^\s'\"]*=[^\s'\"]*")
 
 

@@ -13,8 +13,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from openlm_pipeline.errors import DataError, IdentityError, MissingInputError
 from openlm_pipeline.fingerprint import fingerprint
+from openlm_pipeline.models.config import ModelConfig
 from openlm_pipeline.result import refusal, refuse
 from openlm_pipeline.storage.copies import describe_file
 from openlm_pipeline.storage.files import (
@@ -27,6 +30,7 @@ from openlm_pipeline.storage.files import (
     write_json,
     write_text,
 )
+from openlm_pipeline.strict import explain
 
 INFO = "checkpoint.json"
 COMPLETE = "COMPLETE"
@@ -153,8 +157,30 @@ def checked_info(info: Any, path: Path, name: str) -> Checkpoint:
         checkpoint = Checkpoint(path=path, **info)
         check_inside(checkpoint.files, name)
         return checkpoint
-    except (TypeError, AttributeError) as e:
+    except (TypeError, AttributeError, ValueError) as e:  # ValueError: half a character
         raise DataError(f"{name} is not a checkpoint's description: {e}") from e
+
+
+def recorded_config(folder: Path) -> ModelConfig:
+    """The model that a checkpoint's folder says that it holds.
+
+    Raises:
+        MissingInputError, DataError: it does not say so, or what it says is no model's.
+    """
+    recorded = read_json(folder / MODEL_CONFIG)
+    try:
+        return ModelConfig.model_validate(recorded)
+    except ValidationError as e:
+        raise DataError(str(explain(e, str(folder / MODEL_CONFIG)))) from e
+
+
+def check_layers(where: object, config: ModelConfig, tensors: Collection[str]) -> None:
+    """
+    Raises:
+        DataError: there are fewer tensors than the model has layers; to build all of many takes for ever.
+    """
+    if config.n_layers > len(tensors):
+        raise DataError(f"{where} has {len(tensors)} tensors, too few for a model of {config.n_layers:,} layers")
 
 
 def recipe_of(run: Path) -> Path | None:

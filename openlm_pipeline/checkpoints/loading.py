@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openlm_pipeline.checkpoints.folders import check_layers, recorded_config
 from openlm_pipeline.checkpoints.llama import llama_state, openlm_state
 from openlm_pipeline.checkpoints.weight_files import WeightFiles, read_weight_files
 from openlm_pipeline.errors import ConfigError, DataError
@@ -22,7 +23,6 @@ from openlm_pipeline.models.attention import rotary_frequencies
 from openlm_pipeline.models.config import ModelConfig, resolve_model
 from openlm_pipeline.models.openlm_settings import find_config
 from openlm_pipeline.models.transformer import Transformer
-from openlm_pipeline.storage.files import read_json
 
 _FIRST = "layers.0."
 _INV_FREQ = "attention.pos_embed.inv_freq"
@@ -89,6 +89,7 @@ def load_checkpoint(
     found = _find(files, config, overrides)
     for note in found.notes:
         warn(f"{path}: {note}")
+    check_layers(path, found.config, files.state)
     with torch.device("meta"):
         model = Transformer(found.config)
     if files.is_llama:
@@ -109,7 +110,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def _find_ours(path: Path, config: str | Path | ModelConfig | None, overrides: dict[str, Any]) -> FoundModel:
-    recorded = ModelConfig(**read_json(path / "model_config.json"))
+    recorded = recorded_config(path)
     asked = find_config(recorded if config is None else config, **overrides)
     if asked != recorded:
         raise ConfigError(f"{path} records its own model config, which is not the one given; leave that out")

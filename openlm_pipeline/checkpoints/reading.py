@@ -16,16 +16,14 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
-from openlm_pipeline.checkpoints.folders import MODEL_CONFIG, Checkpoint, verify
+from openlm_pipeline.checkpoints.folders import Checkpoint, check_layers, recorded_config, verify
 from openlm_pipeline.errors import DataError
-from openlm_pipeline.models.config import ModelConfig
 from openlm_pipeline.models.transformer import Transformer
-from openlm_pipeline.storage.files import read_json
 
 _ALLOWED: dict[str, set[str]] = {
     "torch": {"Size", "float32", "float64", "bfloat16", "float16", "int64", "int32", "uint8", "bool"},
@@ -95,15 +93,9 @@ class SafeReader(FileSystemReader):
         with path.open("rb") as f:
             try:
                 metadata = _MetadataUnpickler(f).load()
-            except (
-                pickle.UnpicklingError,
-                EOFError,
-                AttributeError,
-                TypeError,
-                ValueError,
-                LookupError,
-                MemoryError,
-            ) as e:
+            except DataError:
+                raise
+            except Exception as e:  # noqa: BLE001 - the classes of a description raise whatever they like
                 raise DataError(f"{path} is not the description of a checkpoint: {e}") from e
         if not isinstance(metadata, Metadata):
             raise DataError(f"{path} is not the description of a checkpoint")
@@ -122,10 +114,19 @@ class SafePlanner(DefaultLoadPlanner):
 
 
 def load_alone(state: dict[str, Any], reader: SafeReader) -> None:
-    """`dcp.load` in this process only."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is the intent
-        dcp.load(state, storage_reader=reader, planner=SafePlanner(), no_dist=True)
+    """`dcp.load` in this process only.
+
+    Raises:
+        DataError: its files do not hold what its description says.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is the intent
+            dcp.load(state, storage_reader=reader, planner=SafePlanner(), no_dist=True)
+    except CheckpointException as e:
+        cause = next((cause for cause, _ in e.failures.values()), e)
+        said = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        raise DataError(f"the checkpoint {reader.path} is damaged, or holds more than tensors: {said}") from e
 
 
 def load_model(
@@ -142,22 +143,26 @@ def load_model(
     verify(checkpoint)
     reader = SafeReader(checkpoint.path)
     described = reader.read_metadata().state_dict_metadata  # read here, as DCP would wrap its error in another
-    config = ModelConfig(**read_json(checkpoint.path / MODEL_CONFIG))
+    config = recorded_config(checkpoint.path)
+    check_layers(checkpoint.path, config, described)
     with torch.device("meta"):
         model = Transformer(config)
-    model.to_empty(device=device)
-    model.init_buffers()
-    state = {"model": model.state_dict()}
-    if average is not None:
+
+    def wanted() -> dict[str, dict[str, Tensor]]:
+        if average is None:
+            return {"model": model.state_dict()}
         parameters = {name: p.detach() for name, p in model.named_parameters()}
-        state = {"model": dict(model.named_buffers()), average: parameters}
-    for part, tensors in state.items():
+        return {"model": dict(model.named_buffers()), average: parameters}
+
+    for part, tensors in wanted().items():
         for name, value in tensors.items():
             found = described.get(f"{part}.{name}")
             if not isinstance(found, TensorStorageMetadata) or found.size != value.shape:
                 kind = "" if part == "model" else f" in the average {part}"
                 raise DataError(f"{checkpoint.path} has no tensor {name} of shape {list(value.shape)}{kind}")
-    load_alone(state, reader)
+    model.to_empty(device=device)
+    model.init_buffers()
+    load_alone(wanted(), reader)
     return model.eval()
 
 

@@ -20,13 +20,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from openlm_pipeline.checkpoints.folders import MODEL_CONFIG, Checkpoint, verify
+from openlm_pipeline.checkpoints.folders import Checkpoint, recorded_config, verify
 from openlm_pipeline.checkpoints.reading import SafeReader, load_alone
 from openlm_pipeline.errors import DataError
 from openlm_pipeline.fingerprint import fingerprint
-from openlm_pipeline.models.config import ModelConfig
 from openlm_pipeline.models.transformer import Transformer
-from openlm_pipeline.storage.files import read_json
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ def weights_digest(checkpoint: Checkpoint) -> str:
     reader = SafeReader(checkpoint.path)
     described = reader.read_metadata().state_dict_metadata
     with torch.device("meta"):
-        model = Transformer(ModelConfig(**read_json(checkpoint.path / MODEL_CONFIG)))
+        model = Transformer(recorded_config(checkpoint.path))
     parts = {}
     for name, parameter in model.named_parameters():
         key = f"model.{name}"

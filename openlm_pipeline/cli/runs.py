@@ -1,5 +1,6 @@
 """`openlm runs`, `cost`, `logs` and `stop`: the runs of a home, whatever started them."""
 
+import codecs
 import json
 import time
 from pathlib import Path
@@ -10,18 +11,20 @@ from rich.console import Console
 from rich.table import Table
 
 from openlm_pipeline.cli.options import Price
+from openlm_pipeline.errors import printable
 
 _console = Console(highlight=False, soft_wrap=True)
 _tables = Console(highlight=False, soft_wrap=True, width=1000)
 """They are as wide as what stands in them, on a narrow terminal and in a file too."""
 _COSTS = ("lost", "idle", "start")
+_BLOCK_BYTES = 1 << 20
 Run = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, or NAME/VERSION (`openlm runs`).")]
 Version = Annotated[str | None, typer.Option(help="Of its versions; default: the one written to last.")]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON, with all that is known.")]
 
 
 def _say(line: str) -> None:
-    _console.print(line, markup=False)
+    _console.print(printable(line), markup=False)
 
 
 def score_text(score: dict[str, Any] | None) -> str:
@@ -102,12 +105,10 @@ def cost(
     for one in [find_run(home, run, version)] if run else run_folders(home):
         name = f"{one.path.parent.name}/{one.path.name}"
         try:
-            found |= {
-                f"{name}@{c.milestone}": ledger.facts(one, c.milestone) for c in one.saved() if run and c.milestone
-            }
-            made = ledger.account(one)
-            found[name] = made.facts()
-            interruptions = made.interruptions if run else []
+            history = ledger.History(one)
+            milestones = history.of_milestones() if run else {}
+            found |= {f"{name}@{label}": facts for label, facts in milestones.items()} | {name: history.facts()}
+            interruptions = history.account().interruptions if run else []
         except OpenLMError as e:
             _say(f"{name} is left out: {e}")
     total = sum(facts.get("gpu_hours", 0.0) for name, facts in found.items() if "@" not in name)
@@ -189,7 +190,7 @@ def logs(
         if not metrics:
             _say(launcher_of(experiment, home, folder).log_end(lines) or "its trainer printed to no file; its records:")
         log = folder.metrics_file
-    place = _start_of_last_lines(log, lines)
+    place, decoder = _start_of_last_lines(log, lines), codecs.getincrementaldecoder("utf-8")("replace")
     while True:
         state, _ = state_of(experiment, home, folder)
         if log == folder.metrics_file:
@@ -199,7 +200,8 @@ def logs(
         elif log.exists():
             with log.open("rb") as f:
                 f.seek(place)
-                _console.out(f.read().decode(errors="replace"), end="", highlight=False)
+                while block := f.read(_BLOCK_BYTES):
+                    _console.out(printable(decoder.decode(block)), end="", highlight=False)
                 place = f.tell()
         if not follow or state not in ALIVE:
             return

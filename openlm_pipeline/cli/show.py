@@ -55,7 +55,8 @@ def _run(experiment: "Experiment", home: "Home", folder: "RunFolder", price: flo
     from openlm_pipeline.units import format_bytes, format_tokens
 
     state, why = state_of(experiment, home, folder)
-    records, saved = folder.read_metrics(), folder.saved()
+    history, saved = ledger.History(folder), folder.saved()
+    records = history.losses.records()
     trained = [r for r in records if "loss" in r]
     tokens = trained[-1]["tokens"] if trained else 0
     yield (
@@ -74,7 +75,7 @@ def _run(experiment: "Experiment", home: "Home", folder: "RunFolder", price: flo
         yield "parent", f"{parent.run} {parent.version} at {format_tokens(parent.milestone)} tokens"
     yield from _data(experiment, home, folder, tokens)
     yield from _settings(experiment)
-    time = ledger.account(folder)
+    time = history.account()
     sessions = time.sessions
     for code in dict.fromkeys(s["code"] for s in sessions):
         yield "code", code

@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from openlm_pipeline.checkpoints.folders import INFO, Checkpoint, read_checkpoint, recipe_of
+from openlm_pipeline.checkpoints.folders import INFO, Checkpoint, read_checkpoint, recipe_of, recorded_config
 from openlm_pipeline.checkpoints.llama import LLAMAS, llama_differences
 from openlm_pipeline.checkpoints.loading import find_model_config, load_checkpoint
 from openlm_pipeline.checkpoints.weight_files import check_export, weight_parts
@@ -135,7 +135,7 @@ def milestone_subject(
         eot: the token that ends each document.
         average: one of the run's `training.averages`, to score it in place of the last weights.
     """
-    config = ModelConfig(**read_json(checkpoint.path / "model_config.json"))
+    config = recorded_config(checkpoint.path)
 
     def load() -> Transformer:
         from openlm_pipeline.checkpoints.reading import load_model  # imports much of torch

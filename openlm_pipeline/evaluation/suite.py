@@ -119,7 +119,7 @@ class IclTask(Strict):
         kind = data.get("icl_task_type")
         if kind is not None:
             kind = next((name for name, known in types.items() if kind in known.old_names), kind)
-            if kind not in types:
+            if str(kind) not in types:
                 raise ValueError(
                     f"task {data.get('label')!r} has icl_task_type {kind!r}, which this harness does not score; "
                     f"{nearest(str(kind), types, 'it scores')} Leave the task out"

@@ -5,6 +5,7 @@ tasks themselves is `suite.py`'s.
 """
 
 import math
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -91,7 +92,7 @@ def suite_path(name_or_path: str) -> Path:
     """
     if name_or_path.endswith((".yaml", ".yml")):
         path = Path(name_or_path)
-        if not path.is_file():
+        if not os.path.isfile(path):  # noqa: PTH113 - pathlib raises for a name that is too long
             raise ConfigError(f"there is no suite file {path}")
         return path
     if name_or_path not in suite_names():
@@ -129,13 +130,13 @@ def read_suite_file(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     tasks = _tasks(document.get("icl_tasks"), path)
     overrides, length = document.pop("overrides", {}), document.pop("max_seq_len", None)
     if isinstance(tasks, list) and all(isinstance(task, dict) for task in tasks):
-        labels = [task.get("label") for task in tasks]
+        labels = [str(task.get("label")) for task in tasks]
         if not isinstance(overrides, dict) or not all(isinstance(o, dict) for o in overrides.values()):
             raise ConfigError(f"{path}: overrides has not the form {{task label: {{key: value}}}}")
         if unknown := [label for label in overrides if label not in labels]:
             raise ConfigError(f"{path}: overrides name {unknown[0]!r}, which is not a task")
         default = {} if length is None else {"max_seq_len": length}
-        tasks = [{**default, **task, **overrides.get(task.get("label"), {})} for task in tasks]
+        tasks = [{**default, **task, **overrides.get(label, {})} for label, task in zip(labels, tasks)]
     if (gauntlet := document.pop("eval_gauntlet", None)) is not None:
         document["categories"] = {**_categories(gauntlet, path), **document.get("categories", {})}
     return {**document, **({} if tasks is None else {"icl_tasks": tasks})}, ignored
@@ -169,7 +170,8 @@ def _resolve(value: Any, whole: dict[str, Any], path: Path, within: tuple[str, .
 
 def _named_file(name: str, path: Path, key: str) -> Any:
     """The value of `key` in the YAML file that a suite file names."""
-    found = [f for f in (folder / name for folder in (Path(), *path.absolute().parents)) if f.is_file()]
+    places = (folder / name for folder in (Path(), *path.absolute().parents))
+    found = [place for place in places if os.path.isfile(place)]  # noqa: PTH113
     if not found:
         raise ConfigError(
             f"{path}: {key} names {name}, which is neither below the working folder nor below the folder of this file "

@@ -60,12 +60,13 @@ def recipe_names() -> list[str]:
 def _find(recipe: str) -> Path:
     if recipe.endswith((".yaml", ".yml")):
         path = Path(recipe)
-        if not path.is_file():
+        if not os.path.isfile(path):  # noqa: PTH113 - pathlib raises for a name that is too long
             raise ConfigError(f"there is no recipe file {path}")
         return path
     known = recipe_paths()
     if recipe not in known:
-        hint = "it is a folder" if Path(recipe).is_dir() else nearest(recipe, known, "known")
+        is_folder = os.path.isdir(recipe)  # noqa: PTH112
+        hint = "it is a folder" if is_folder else nearest(recipe, known, "known")
         raise ConfigError("; ".join([f"there is no recipe {recipe!r}; {hint}", *lost_files().values()]))
     return known[recipe]
 
@@ -92,7 +93,9 @@ def _extended(document: dict[str, Any], path: Path, files: list[Origin]) -> dict
     if not base:
         return document
     try:
-        found = _base(str(base), path)
+        if not isinstance(base, str):
+            raise ConfigError("it must be the name or the path of one recipe")
+        found = _base(base, path)
         if found in (read := [path for path, _ in files]):
             raise ConfigError(f"recipes extend each other in a circle: {' -> '.join(map(str, [*read, found]))}")
     except ConfigError as e:
@@ -104,7 +107,7 @@ def _base(base: str, path: Path) -> Path:
     """The file that a recipe extends: a path from its own, or a recipe's name; of its own name the shipped one."""
     if base.endswith((".yaml", ".yml")):
         found = (path.parent / base).resolve()
-        if not found.exists():
+        if not os.path.exists(found):  # noqa: PTH110
             raise ConfigError(f"there is no file {found}")
         return found
     return SHIPPED / f"{base}.yaml" if base == path.stem else _find(base)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -218,6 +218,7 @@ def score(
     how = {"backend": evaluation.backend, "batch_tokens": evaluation.batch_tokens, "max_seq_len": None, "part": part}
     with home.artefact(out), _writing(out):
         result = _run_suite(subject, suite, home, out, context, report, **how)
+        home.pull(home.root / "scorecards" / experiment.name / experiment.version)
         others = items_of_others(experiment, home, suite, labels[: labels.index(label)], part)
         card, reused = _summed_up(
             result,
@@ -240,19 +241,29 @@ def score(
 
 
 def items_of_others(
-    experiment: Experiment, home: Home, suite: "Suite", earlier: list[str], part: "Part | None" = None
+    experiment: Experiment,
+    home: Home,
+    suite: "Suite",
+    earlier: list[str],
+    part: "Part | None" = None,
+    among: Collection[str] | None = None,
 ) -> "tuple[pa.Table | None, dict[str, pa.Table]]":
     """What a milestone is compared with: the items of the milestone before (of a fork's first one, its parent), and
-    those of others by name."""
+    those of others by name.
+
+    Args:
+        among: names of those that are wanted; by default all. Each is in memory with all of its items.
+    """
     folders = {label: home.scorecard(experiment.name, experiment.version, label) for label in earlier}
-    home.pull(home.root / "scorecards" / experiment.name / experiment.version)
     for baseline in evaluation_of(experiment).baselines:
-        if not baseline_staleness(experiment, home, baseline, suite):
+        if (among is None or baseline.name in among) and not baseline_staleness(experiment, home, baseline, suite):
             folders[baseline.name] = home.model_scorecard(baseline.name, suite.name)
     previous = earlier[-1] if earlier else None
     if previous is None and (parents := parent_scorecard(experiment, home)):
         previous = milestone_label(experiment.parent.milestone)
         folders[previous] = parents
+    if among is not None:
+        folders = {name: folder for name, folder in folders.items() if name in (previous, *among)}
     if part:
         folders = {name: part.folder(folder) for name, folder in folders.items()}
     found = {name: items for name, folder in folders.items() if (items := items_of(folder)) is not None}

@@ -137,7 +137,8 @@ def _runs(home: Home, quick: bool) -> Found:
             yield own, Damage(own, str(e), harms, f"bring {own.name} and experiment.yaml back from a copy", False)
             continue
         yield own, None
-        for path, read in ((run.metrics_file, run.read_metrics), (run.ledger_file, run.read_ledger)):
+        metrics = run.last_records if quick else run.read_metrics
+        for path, read in ((run.metrics_file, metrics), (run.ledger_file, run.read_ledger)):
             wrong = _refused(read)
             harms = "the report and the run's figures leave out what is lost; weights and scores are as they were"
             yield path, wrong and Damage(path, wrong, harms, "bring it back from a copy", False)

@@ -425,7 +425,7 @@ def _cost(
     tokens = max(0, whole.tokens - (start - experiment.start_tokens())) if missing else 0
     seconds, speed = None, "not known: the run has no records yet, and no GPU is named (--gpu)"
     run = RunFolder(home.run(experiment.name, experiment.version))
-    records = [r for r in run.read_metrics() if r.get("tokens_per_second")][-_MEASURED_RECORDS:] if same_run else []
+    records = [r for r in run.last_records() if r.get("tokens_per_second")][-_MEASURED_RECORDS:] if same_run else []
     if whole.seconds is not None:
         seconds, speed = whole.seconds * tokens / whole.tokens, f"assumed: {mfu:.0%} MFU on {whole.device_name}"
     elif records:

@@ -56,11 +56,27 @@ def _cards(experiment: Experiment, home: Home) -> _Cards:
     """Each compared with all that is there now."""
     from openlm_pipeline.evaluation.scorecard import Provenance, load_scorecard, make_scorecard
     from openlm_pipeline.evaluation.suite import load_suite
+    from openlm_pipeline.reports.claims import best_two
 
     home.pull(home.root / "scorecards" / experiment.name / experiment.version)
     suite = load_suite(evaluation_of(experiment).suite)
     labels = [label for label, _ in experiment.labelled_milestones()]
-    cards, without = [], {}
+    cards: list[Scorecard] = []
+    without: dict[str, str] = {}
+
+    def compared(card: "Scorecard", at: int, *others: str) -> "Scorecard":
+        """A milestone's card with its change since the one before, and its differences to others."""
+        before, against = items_of_others(experiment, home, suite, labels[:at], among=others)
+        return make_scorecard(
+            items_of(home.scorecard(experiment.name, experiment.version, card.label)),
+            before,
+            suite=suite,
+            provenance=Provenance(**card.model_dump(include=set(Provenance.model_fields))),
+            task_files={t.name: t.task_file_sha256 for t in card.tasks if t.task_file_sha256},
+            against=against,
+            warnings=card.warnings,
+        )
+
     try:
         known = {label: why for label, _, why in milestones_and_scores(experiment, home)}
     except OpenLMError:  # scores outlive the run that they are of
@@ -79,18 +95,12 @@ def _cards(experiment: Experiment, home: Home) -> _Cards:
         if changed := known.get(label, staleness(card, suite, evaluation_of(experiment))):
             without[label] = f"its scorecard is of something else ({'; '.join(changed)}): `openlm evaluate` scores it"
             continue
-        before, others = items_of_others(experiment, home, suite, labels[:i])
-        card = make_scorecard(
-            items_of(folder),
-            before,
-            suite=suite,
-            provenance=Provenance(**card.model_dump(include=set(Provenance.model_fields))),
-            task_files={t.name: t.task_file_sha256 for t in card.tasks if t.task_file_sha256},
-            against=others,
-            warnings=card.warnings,
-        )
-        cards.append(card)
-    baselines = []
+        cards.append(compared(card, i))
+    # What is said of the best: its lead over the second, and the best baseline.
+    baselines, names = [], [baseline.name for baseline in evaluation_of(experiment).baselines]
+    for label in best_two(cards):
+        at = [card.label for card in cards].index(label)
+        cards[at] = compared(cards[at], labels.index(label), *best_two(cards), *names)
     for baseline in evaluation_of(experiment).baselines:
         if changed := baseline_staleness(experiment, home, baseline, suite):
             without[baseline.name] = f"not scored as the recipe has it ({'; '.join(changed)})"
@@ -109,13 +119,13 @@ def _parent_card(experiment: Experiment, home: Home, cards: "Sequence[Scorecard]
     return card if card and all(getattr(c, k) == getattr(card, k) for c in cards for k in same) else None
 
 
-def _records(experiment: Experiment, home: Home, run: RunFolder) -> list[dict[str, Any]]:
+def _records(experiment: Experiment, home: Home, history: ledger.History) -> list[dict[str, Any]]:
     """The losses of a run; of a fork those of its parent come before."""
     before: list[dict[str, Any]] = []
     if experiment.parent:
-        start = run.identity["parent"]["tokens"]
+        start = history.run.identity["parent"]["tokens"]
         before = [r for r in parent_folder(experiment, home).read_metrics() if r["tokens"] <= start]
-    return [*before, *run.read_metrics()]
+    return [*before, *history.losses.records()]
 
 
 def of_other_seeds(home: Home, run: RunFolder, cards: "Sequence[Scorecard]") -> dict[str, list[float]]:
@@ -150,7 +160,8 @@ def make_report(experiment: Experiment, home: Home, report: Say) -> StageResult:
     run = open_run(experiment, home)
     found = _cards(experiment, home) if experiment.evaluation else _Cards([], [], {})
     out = home.report(experiment.name, experiment.version)
-    took = ledger.sentence(ledger.facts(run))
+    history = ledger.History(run)
+    took = ledger.sentence(history.facts())
     provenance = {"run fingerprint": run.fingerprint, "openlm_pipeline": __version__, "training took": took}
     folders = {c.label: home.scorecard(experiment.name, experiment.version, c.label) for c in found.milestones}
     shown = list(folders)[-MOST_MILESTONES:]
@@ -164,7 +175,7 @@ def make_report(experiment: Experiment, home: Home, report: Say) -> StageResult:
             out,
             experiment,
             found.milestones,
-            _records(experiment, home, run),
+            _records(experiment, home, history),
             provenance,
             parent=_parent_card(experiment, home, found.milestones),
             baselines=found.baselines,

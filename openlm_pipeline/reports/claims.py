@@ -15,7 +15,7 @@ def claims(cards: Sequence[Scorecard], baselines: Sequence[Scorecard]) -> dict[s
     The best of k guesses is above chance, and above a baseline, k times as easily as one is; a lead over the second is
     no larger than between any two.
     """
-    scored = sorted((c for c in cards if c.average is not None), key=lambda c: -c.headline.goodness)
+    scored = _by_score(cards)
     if not scored:
         return {}
     best, found = scored[0], {}
@@ -30,6 +30,15 @@ def claims(cards: Sequence[Scorecard], baselines: Sequence[Scorecard]) -> dict[s
         found[BASELINE] = gap.p_value
     picked = {LEAD: 1, CHANCE: len(scored), BASELINE: len(scored) * len(others)}
     return {name: min(1.0, p * picked[name]) for name, p in found.items()}
+
+
+def _by_score(cards: Sequence[Scorecard]) -> list[Scorecard]:
+    return sorted((c for c in cards if c.average is not None), key=lambda c: -c.headline.goodness)
+
+
+def best_two(cards: Sequence[Scorecard]) -> list[str]:
+    """Labels of the best milestone and the second, between which a report says how large the lead is."""
+    return [card.label for card in _by_score(cards)[:2]]
 
 
 def paired(card: Scorecard, other: Scorecard) -> Difference | None:

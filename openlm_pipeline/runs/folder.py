@@ -48,8 +48,8 @@ WANDB_URL = "wandb_url.txt"
 _CRC, _CRC_LENGTH = b', "crc32": "', 10
 """What begins the end of each line of metrics and ledger, and the length of the rest: the line's sum, `"` and `}`."""
 _LEDGER_BYTES = "ledger_bytes"
-_MOST_RECORDS = 40_000
-"""Twice as many losses are in memory at the most, 2.7 kB each."""
+_MOST_RECORDS = 10_000
+"""Twice as many losses of a kind are in memory at the most, 2.7 kB each."""
 
 
 @dataclass(frozen=True)
@@ -282,23 +282,22 @@ class RunFolder:
         if ledger := self.read_ledger():
             _check_size(self.metrics_file, ledger[-1]["metrics_bytes"], self.ledger_file.name)
 
-    def _sound(self, path: Path, lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _sound(self, path: Path, lines: Iterable[bytes], place: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
         """Records, each with the bytes before its line, of a file whose writer may have been killed inside a line.
 
         Raises:
             DataError: a whole line is not what this run wrote; those of earlier releases have no sums.
         """
-        place = 0
         for line in lines:
-            text, _, crc = line.rstrip().rpartition(_CRC)
-            if len(crc) == _CRC_LENGTH:
+            text, found, crc = line.rstrip().rpartition(_CRC)
+            if has_sum := bool(found) and len(crc) == _CRC_LENGTH:
                 text += b"}"
                 if f"{zlib.crc32(text, self._seed):08x}".encode() != crc[:8]:
                     raise DataError(
                         f"{path} is damaged, or another run's: {text[:40]!r}... is not a line as written. Bring "
                         "it back from a copy, or delete this line"
                     )
-            if (record := _parsed(text if len(crc) == _CRC_LENGTH else line)) is not None:
+            if (record := _parsed(text if has_sum else line)) is not None:
                 yield place, record
             place += len(line)
 
@@ -313,23 +312,14 @@ class RunFolder:
         return [r for _, r in self._sound(self.metrics_file, whole.splitlines())], offset + len(whole)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Records of losses by step, those of training and of validation.
+        """Records of losses by step, those of training and of validation; see `Losses`."""
+        losses = Losses()
+        for _, record in self.records():
+            losses.add(record)
+        return losses.records()
 
-        A resumed run repeats steps; the last record of a step and kind stands. Of very many, the last of each few
-        neighbouring steps stands.
-        """
-        kinds: list[dict[int, dict[str, Any]]] = [{}, {}]
-        widths = [1, 1]
-        for record in filter(is_measurement, (r for _, r in self.records())):
-            kind = "validation_loss" in record
-            kinds[kind][record["step"] // widths[kind]] = record
-            if len(kinds[kind]) > 2 * _MOST_RECORDS:
-                widths[kind] *= 2
-                kinds[kind] = {place // 2: r for place, r in sorted(kinds[kind].items())}
-        return sorted((r for steps in kinds for r in steps.values()), key=lambda r: (r["step"], "validation_loss" in r))
-
-    def records(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """All of `metrics.jsonl`, one at a time, each with the byte at which its line begins.
+    def records(self, place: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+        """What `metrics.jsonl` has from the byte `place` on, one at a time, each with the byte where its line begins.
 
         Raises:
             DataError: it is damaged, or shorter than the ledger says.
@@ -337,7 +327,16 @@ class RunFolder:
         self._check_metrics()
         if self.metrics_file.exists():
             with self.metrics_file.open("rb") as f:
-                yield from self._sound(self.metrics_file, f)
+                f.seek(place)
+                yield from self._sound(self.metrics_file, f, place)
+
+    def metrics_bytes(self) -> tuple[int, int]:
+        """Of `metrics.jsonl`: up to the end of its last whole line, as a trainer may be at the next, and in all."""
+        if not (size := _size(self.metrics_file)):
+            return 0, 0
+        with self.metrics_file.open("rb") as f:
+            begin = f.seek(max(0, size - (1 << 16)))
+            return begin + f.read(size - begin).rfind(b"\n") + 1, size
 
     def skipped_steps(self) -> list[dict[str, Any]]:
         """A record of each time that a step was left out, in the order written."""
@@ -360,6 +359,34 @@ class RunFolder:
             path.unlink(missing_ok=True)
 
 
+class Losses:
+    """The losses of a run as its records are read, in bounded memory.
+
+    A resumed run repeats steps; the last record of a step and kind stands. Of very many, the last of each few
+    neighbouring steps stands.
+    """
+
+    def __init__(self) -> None:
+        self._kinds: list[dict[int, dict[str, Any]]] = [{}, {}]
+        self._widths = [1, 1]
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Take the next record of `metrics.jsonl`; one without a loss is passed over."""
+        if not is_measurement(record):
+            return
+        kind = "validation_loss" in record
+        of = self._kinds[kind]
+        of[record["step"] // self._widths[kind]] = record
+        if len(of) > 2 * _MOST_RECORDS:
+            self._widths[kind] *= 2
+            self._kinds[kind] = {place // 2: r for place, r in sorted(of.items())}
+
+    def records(self) -> list[dict[str, Any]]:
+        """Those that stand, by step."""
+        found = (r for steps in self._kinds for r in steps.values())
+        return sorted(found, key=lambda r: (r["step"], "validation_loss" in r))
+
+
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
     try:
@@ -375,9 +402,11 @@ def is_measurement(record: dict[str, Any]) -> bool:
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
     """None of a line cut short by a kill, or the empty one that ended it: its step was not finished either."""
-    for loads in (orjson.loads, json.loads):  # the latter knows NaN
-        with suppress(ValueError):
-            return loads(line)
+    try:
+        return orjson.loads(line)
+    except ValueError:
+        with suppress(ValueError, RecursionError):
+            return json.loads(line)  # knows NaN
     return None
 
 

@@ -5,17 +5,22 @@ The trainer adds an event to the ledger as it starts, once it has its weights (`
 for that. Of what an earlier release trained without a ledger, the steps alone are known.
 """
 
+import copy
 import heapq
 import re
+from bisect import bisect_left
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any, Literal, get_args
 
-from openlm_pipeline.runs.folder import RunFolder
+from openlm_pipeline.runs.folder import Losses, RunFolder
 from openlm_pipeline.units import format_seconds
 
 Kind = Literal["productive", "lost", "start", "save", "other", "idle"]
 """Steps that stand; steps left out, or trained again later; from the process's start to its first step; waiting for a
 checkpoint; validation and the rest of a session; between sessions."""
+_MOST_SPELLS = 10_000
+"""From twice as many on, those of neighbouring steps become one."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +60,30 @@ class Account:
     _step_seconds: float = 0.0
     _alive: tuple[float, int] = (0.0, 0)
     """When the process last gave a sign of life, and a step that it certainly had reached."""
+    _saved: list[int] = field(default_factory=list)
+    """Steps of checkpoints, ascending."""
+    _width: int = 1
+    _most: int = field(default_factory=lambda: 2 * _MOST_SPELLS)
 
     def _add(self, kind: Kind, seconds: float, first: int, last: int) -> None:
         if seconds > 0:
             self.spells.append(Spell(kind, seconds, self._devices, first, last, self._recorded))
+            if len(self.spells) > self._most:
+                self._join()
+
+    def _join(self) -> None:
+        """Make spells of a kind that ended within a few steps one, but none across a checkpoint, which a milestone may
+        end at, or a resumed run begin at."""
+        self._width *= 4
+        joined: dict[tuple[Any, ...], list[Any]] = {}
+        for s in self.spells:
+            key = (s.kind, s.devices, s.recorded, s.last // self._width, bisect_left(self._saved, s.last))
+            if same := joined.get(key):
+                same[:] = same[0] + s.seconds, min(same[1], s.first), max(same[2], s.last)
+            else:
+                joined[key] = [s.seconds, s.first, s.last]
+        self.spells = [Spell(k[0], seconds, k[1], *steps, k[2]) for k, (seconds, *steps) in joined.items()]
+        self._most = max(2 * _MOST_SPELLS, 2 * len(self.spells))
 
     def _advance(self, time: float, step: int, left_out: int = 0, rest: Kind = "other") -> None:
         """Account for the time up to `time`, in which `step` was reached; what no step took is `rest`."""
@@ -124,6 +149,8 @@ class Account:
             self.stragglers.append(event)
         elif event["event"] == "saved":
             self._stall += event["stall_seconds"]
+            if "step" in event and (not self._saved or step > self._saved[-1]):
+                self._saved.append(step)
         elif event["event"] == "end":
             self._advance(time, step)
             self.sessions[-1]["end"] = event
@@ -159,25 +186,64 @@ class Account:
         return found | {f"{kind}_seconds": seconds[kind] for kind in kinds}
 
 
+class History:
+    """The time and the losses of a run, from one reading of its records; `update` reads what was written since.
+
+    Memory is bounded, whatever the length of the run, but for the checkpoints in its ledger.
+    """
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run, self.losses = run, Losses()
+        self._account, self._place, self._events = Account(_start_step(run)), 0, 0
+        self.update()
+
+    def update(self) -> None:
+        """
+        Raises:
+            DataError: the ledger or the metrics are damaged.
+        """
+        whole, size = self.run.metrics_bytes()  # what the ledger gets from now on comes after these
+        new = takewhile(lambda event: event["metrics_bytes"] <= size, self.run.read_ledger()[self._events :])
+        events = [(event["metrics_bytes"], 0, event) for event in new]
+        lines = takewhile(lambda placed: placed[0] < whole, self.run.records(self._place))
+        records = ((place, 1, record) for place, record in lines)
+        for _, is_record, what in heapq.merge(events, records, key=lambda placed: placed[:2]):
+            if is_record:
+                self._account.add_record(what)
+                self.losses.add(what)
+            else:
+                self._account.add_event(what)
+        self._place, self._events = whole, self._events + len(events)
+
+    def account(self) -> Account:
+        """The time up to the last sign of life in the folder."""
+        made = copy.copy(self._account)
+        made.spells = list(made.spells)
+        made._end_of_session()
+        return made
+
+    def facts(self, milestone: str | None = None) -> dict[str, Any]:
+        """The time of a run, or of what came between a milestone and the one before; empty where nothing is known."""
+        return self.account().facts() if milestone is None else self.of_milestones(milestone).get(milestone, {})
+
+    def of_milestones(self, *only: str) -> dict[str, dict[str, Any]]:
+        """The time of each milestone, or of some, by label."""
+        made, before, found = self.account(), _start_step(self.run), {}
+        for checkpoint in self.run.saved():
+            if checkpoint.milestone and (not only or checkpoint.milestone in only):
+                found[checkpoint.milestone] = made.facts(before, checkpoint.step)
+            before = checkpoint.step if checkpoint.milestone else before
+        return found
+
+
 def account(run: RunFolder) -> Account:
     """The time of a run up to the last sign of life in its folder."""
-    made = Account(_start_step(run))
-    events = ((event["metrics_bytes"], 0, event) for event in run.read_ledger())
-    records = ((place, 1, record) for place, record in run.records())
-    for _, kind, what in heapq.merge(events, records, key=lambda placed: placed[:2]):
-        (made.add_record if kind else made.add_event)(what)
-    made._end_of_session()
-    return made
+    return History(run).account()
 
 
 def facts(run: RunFolder, milestone: str | None = None) -> dict[str, Any]:
-    """The time of a run, or of what came between a milestone and the one before it; empty where nothing is known."""
-    made, before = account(run), _start_step(run)
-    for checkpoint in run.saved() if milestone else ():
-        if checkpoint.milestone == milestone:
-            return made.facts(before, checkpoint.step)
-        before = checkpoint.step if checkpoint.milestone else before
-    return {} if milestone else made.facts()
+    """As `History.facts`."""
+    return History(run).facts(milestone)
 
 
 def machine(session: dict[str, Any]) -> str:

@@ -3,15 +3,13 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from openlm_pipeline.checkpoints.folders import INFO, MODEL_CONFIG, Checkpoint, promote, read_checkpoint
+from openlm_pipeline.checkpoints.folders import INFO, Checkpoint, promote, read_checkpoint, recorded_config
 from openlm_pipeline.errors import ConfigError, MissingInputError
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.fingerprint import Tree, differences, fingerprint, settings_tree
-from openlm_pipeline.models import ModelConfig
 from openlm_pipeline.ordering.continued import order_record
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.storage.file_hashes import FileHashes
-from openlm_pipeline.storage.files import read_json
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.units import format_tokens, milestone_label, parse_tokens
 
@@ -116,7 +114,7 @@ def _check_fork(experiment: Experiment, checkpoint: Checkpoint, run: RunFolder) 
     Raises:
         ConfigError: the fork has another model, or an optimizer that can't continue from the parent's.
     """
-    theirs = ModelConfig(**read_json(checkpoint.path / MODEL_CONFIG)).model_dump()
+    theirs = recorded_config(checkpoint.path).model_dump()
     ours = experiment.model_config_resolved().model_dump()
     if changed := differences({**theirs, "seq_len": 0}, {**ours, "seq_len": 0}):
         raise ConfigError(f"a fork has its parent's model; here differ: {'; '.join(changed)}")

@@ -59,11 +59,21 @@ def load_any(tokenizer_json: Path, special_as_text: bool = False) -> "Tokenizer"
 def _load(tokenizer_json: Path, special_as_text: bool, *stamp: int) -> "Tokenizer":
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(tokenizer_json))
+    try:
+        tokenizer = Tokenizer.from_file(str(tokenizer_json))
+    except BaseException as e:
+        if is_panic(e):
+            raise ValueError(f"Hugging Face tokenizers fail on it ({e})") from None
+        raise
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = special_as_text
     return tokenizer
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether `tokenizers` came to an end that its authors thought impossible."""
+    return type(error).__name__ == "PanicException"  # which is no Exception, and has no public name
 
 
 def refuse_dropout(tokenizer: "Tokenizer", where: str) -> None:

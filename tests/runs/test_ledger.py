@@ -137,3 +137,41 @@ def test_stop_saves_a_run_that_another_process_trains_and_it_goes_on(home):
     assert process.returncode == 6 and "Traceback" not in err, err
     (row,) = json.loads(said("runs", "--json"))
     assert row["state"] == "preempted" and run.saved()[-1].tokens > 40_000
+
+
+def test_what_is_read_as_it_is_written_is_what_is_read_at_once(tmp_path, monkeypatch):
+    """A run that was killed inside a line and went back, its files growing by pieces; spells are joined meanwhile."""
+    small = SmallRun(tmp_path, (2, 6))
+    small.train()
+    (last,) = [c.path for c in small.run.saved() if c.step == 6]
+    last.rename(tmp_path / "gone")
+    with small.run.metrics_file.open("a") as f:
+        f.write('{"step": 7, "lo')
+    small.train()
+    whole, facts, spells = ledger.facts(small.run), {}, {}
+    metrics, events = small.run.metrics_file.read_bytes(), small.run.ledger_file.read_bytes().splitlines(keepends=True)
+    (small.run.path / "outcome.json").unlink()
+    for most in (10_000, 2):
+        monkeypatch.setattr(ledger, "_MOST_SPELLS", most)
+        small.run.metrics_file.write_bytes(b"")
+        small.run.ledger_file.write_bytes(b"")
+        history, written = ledger.History(small.run), 0
+        for end in range(0, len(metrics) + 100, 97):
+            small.run.metrics_file.write_bytes(metrics[:end])
+            while written < len(events) and json.loads(events[written])["metrics_bytes"] <= end:
+                written += 1
+            small.run.ledger_file.write_bytes(b"".join(events[:written]))
+            history.update()
+        assert (written, history.losses.records()) == (len(events), small.run.read_metrics())
+        assert history.account().sessions == ledger.account(small.run).sessions
+        facts[most], spells[most] = history.facts(), len(history.account().spells)
+    assert facts[10_000] == whole
+    steps = [of["productive_seconds"] + of["lost_seconds"] for of in (facts[2], whole)]
+    assert steps[0] == pytest.approx(steps[1], abs=0.01) and facts[2]["lost_seconds"] > 0
+    assert spells[2] < spells[10_000]
+
+
+def test_escapes_in_a_log_do_not_reach_the_terminal(home):
+    log = home.run_folder / "train.log"
+    log.write_bytes("\x1b]0;title\x07 \x1b[31mred\n日本\nlast".encode() + b"\xff\n")
+    assert said("logs", "tiny", "-n", "3") == "\\x1b]0;title\\x07 \\x1b[31mred\n日本\nlast\ufffd\n"

@@ -13,7 +13,7 @@ import numpy as np
 import orjson
 
 from openlm_pipeline.registry import ENGINES
-from openlm_pipeline.tokenizers.engine import load_reference
+from openlm_pipeline.tokenizers.engine import is_panic, load_reference
 from openlm_pipeline.tokenizers.engines import CUT, Encoded, EncodingError, Engine, pieces
 from openlm_pipeline.tokenizers.engines.gigatoken import Unfit, check_parts
 
@@ -57,7 +57,7 @@ class HuggingFaceEngine(Engine):
         try:
             return self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         except BaseException as e:
-            if type(e).__name__ != "PanicException":  # which is no Exception, and has no public name
+            if not isinstance(e, Exception) and not is_panic(e):
                 raise
             if len(texts) == 1:
                 raise EncodingError(f"Hugging Face tokenizers can't encode it ({e})", places[0]) from None
