@@ -23,12 +23,9 @@ from orchestration.live import is_interrupt
 def _database_error(error: BaseException | None) -> str | None:
     """The reason of a database that is away, full, damaged or another release's, if an error comes from that."""
     from alembic.util.exc import CommandError
-    from dagster._core.errors import DagsterInstanceSchemaOutdated
     from sqlalchemy.exc import DBAPIError
 
     while error is not None:
-        if isinstance(error, DagsterInstanceSchemaOutdated):
-            return "an earlier release of Dagster wrote it, and `dagster instance migrate` has it as this one needs it"
         if isinstance(error, CommandError):
             return f"a later release of Dagster wrote it ({error})"
         if isinstance(error, DBAPIError):
