@@ -203,6 +203,7 @@ class DaskSettings(Strict):
         Raises:
             MissingInputError: no scheduler answers at `address`, or no worker came in time.
             ConfigError: the cluster's library is missing, or refuses its options.
+            ClusterError: the cluster did not start.
         """
         if self.cluster == "local" and not self.address and self.workers == 1:
             yield InProcess()
@@ -221,6 +222,8 @@ class DaskSettings(Strict):
                     f"no Dask scheduler answers at {self.address or self.cluster} within {self.wait_seconds:g} s "
                     f"({e or type(e).__name__})"
                 ) from e
+            except RuntimeError as e:  # what distributed raises of a worker that dies as it starts
+                raise ClusterError(f"the Dask cluster did not start: {e}; run the command again") from e
             report(ProgressLine(f"Dask dashboard: {client.dashboard_link}", {"dask_dashboard": client.dashboard_link}))
             try:
                 with waiting_for(f"a first Dask worker, up to {self.wait_seconds:g} s"):

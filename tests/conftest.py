@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from once import run_folder
@@ -32,6 +33,17 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """All that was imported stays; without this each full collection of garbage walks through it again."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What tests counted and recorded as the property `counted`, whichever process ran them; and the kills in all."""
+    reports = [r for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, ())]
+    found = [(r.nodeid, dict(r.user_properties)) for r in reports if r.when == "call" and r.user_properties]
+    for test, properties in found:
+        terminalreporter.write_line(f"{test.rpartition('::')[2]}: {properties.get('counted')}")
+    if kills := [properties["kills"] for _, properties in found if "kills" in properties]:
+        valid, equal = map(sum, zip(*kills))
+        terminalreporter.write_line(f"{valid} valid kills, {equal} of them byte-equal afterwards")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -30,6 +30,7 @@ from openlm_pipeline.experiments import load_experiment
 PRELOADED = (
     "distributed",
     "numpy.ma",
+    "openlm_pipeline.cli.main",
     "openlm_pipeline.runs.launchers.kubernetes",
     "openlm_pipeline.runs.upload",
     "openlm_pipeline.tokenization.job",
@@ -229,6 +230,17 @@ class Forked(psutil.Process):
 def forked_torchrun(*arguments: str, variables: Mapping[str, str], log: Path) -> Forked:
     """`torchrun ARGUMENTS` in a session of its own, whose processes find all imports done."""
     return Forked(_torchrun, list(arguments), dict(variables), str(log))
+
+
+def _alone(module: str, arguments: list[str], variables: dict[str, str], log: str) -> None:
+    _become(variables, log)
+    os.setsid()
+    sys.exit(_run_main(module, arguments))
+
+
+def forked_program(module: str, *arguments: str, variables: Mapping[str, str], log: Path) -> Forked:
+    """`python -m MODULE ARGUMENTS` in a session of its own, which finds imports done."""
+    return Forked(_alone, module, list(arguments), dict(variables), str(log))
 
 
 def torchrun(small: SmallRun, processes: int, *overrides: str, flags: tuple[str, ...] = ()) -> Forked:

@@ -3,8 +3,9 @@
 What tests of the trainer and of run folders share.
 """
 
+import contextlib
 import signal
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -82,13 +83,22 @@ def train_here(experiment: Experiment, home: Home, *, allow: Collection[str] = (
     Args:
         until: tokens; by default the last milestone.
     """
+    with as_trainer():
+        try:
+            return run_training(experiment, home, until or experiment.milestones[-1], allow=allow)
+        finally:
+            leave_process_group()
+
+
+@contextlib.contextmanager
+def as_trainer() -> Iterator[None]:
+    """One thread, as torchrun sets it, so that sums are the same here and in its workers; and signals as they were."""
     handlers = {s: signal.getsignal(s) for s in STOP_SIGNALS}
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as torchrun sets it, so that sums are the same here and in its workers
+    torch.set_num_threads(1)
     try:
-        return run_training(experiment, home, until or experiment.milestones[-1], allow=allow)
+        yield
     finally:
-        leave_process_group()
         torch.set_num_threads(threads)
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -9,7 +9,7 @@ import gc
 import os
 import sys
 
-from openlm_pipeline.errors import OpenLMError
+from openlm_pipeline.errors import OpenLMError, disk_trouble
 from openlm_pipeline.experiments import load_experiment
 from openlm_pipeline.result import CONSENTS, parse_allow
 from openlm_pipeline.storage.home import Home
@@ -83,6 +83,11 @@ def main() -> int:
     except OpenLMError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.exit_code
+    except OSError as e:
+        if (said := disk_trouble(e)) is None:
+            raise
+        print(f"error: {said}", file=sys.stderr)
+        return OpenLMError.exit_code
     except KeyboardInterrupt:  # from the loop's beginning on it asks for a checkpoint
         print("stopped before the first step: nothing was trained", file=sys.stderr)
         return 130

@@ -101,6 +101,7 @@ class Trainer:
             world.from_rank0(lambda: self.run.fingerprint),
             world,
             asynchronous=experiment.execution.async_save,
+            on_written=self.run.sync_metrics,
             on_saved=self._on_saved,
         )
         self.target = self.step
@@ -308,7 +309,7 @@ class Trainer:
             return False
         here = [c for c in self.world.from_rank0(self._list) if c.step == self.step]
         if here:  # a rotating checkpoint stands exactly here, from before this was a milestone
-            self.world.from_rank0(lambda: self._keep(promote(here[0], label, metrics)))
+            self.world.from_rank0(lambda: self._promote(here[0], label, metrics))
         else:
             self._save(milestone=label, metrics=metrics)
         return True
@@ -338,6 +339,10 @@ class Trainer:
             f"saved {made.path.name}{f', milestone {made.milestone}' if made.milestone else ''} (training waited "
             f"{saved.stall_seconds:.2f} s, the rest took {saved.write_seconds:.2f} s)"
         )
+
+    def _promote(self, checkpoint: Checkpoint, label: str, metrics: dict[str, float]) -> None:
+        self.run.sync_metrics()
+        self._keep(promote(checkpoint, label, metrics))
 
     def _keep(self, checkpoint: Checkpoint) -> None:
         for hook in self.hooks:

@@ -105,14 +105,17 @@ class Saver:
         world: World,
         *,
         asynchronous: bool,
+        on_written: Callable[[], None],
         on_saved: Callable[[Saved], None],
     ) -> None:
         """
         Args:
             folder: the run's `checkpoints`.
+            on_written: called on rank 0 before a checkpoint that is written counts.
             on_saved: called on rank 0 after each checkpoint, in the thread that wrote it.
         """
-        self.folder, self.run_fingerprint, self.on_saved = folder, run_fingerprint, on_saved
+        self.folder, self.run_fingerprint = folder, run_fingerprint
+        self.on_written, self.on_saved = on_written, on_saved
         # A group of its own: the training loop uses the other one at the same time.
         self.world = replace(world, cpu_group=dist.new_group(backend="gloo"))
         self._plan_key = uuid.uuid4().hex
@@ -185,6 +188,7 @@ class Saver:
                 files |= described.files
             digest = digest_of_parts(described.weights for described in found)
             write_json(tmp / MODEL_CONFIG, config)
+            self.on_written()
             made = commit(tmp, self.run_fingerprint, step, tokens, milestone, metrics, files, digest)
             seconds = time.perf_counter() - began
             stall = seconds if self._pool is None else staged - began

@@ -22,6 +22,7 @@ from openlm_pipeline.result import refusal, refuse
 from openlm_pipeline.storage.copies import describe_file
 from openlm_pipeline.storage.files import (
     check_inside,
+    make_folder,
     read_json,
     read_sealed,
     rename,
@@ -74,7 +75,8 @@ def unfinished(folder: Path, step: int) -> Path:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Remove what killed or failed writers left; for the one process that writes there."""
+    """Make the folder, and remove what killed or failed writers left; for the one process that writes there."""
+    make_folder(folder)
     for left in folder.glob(f"{_UNFINISHED}step-*"):
         shutil.rmtree(left)
 

@@ -3,13 +3,17 @@
 Both say what model they hold, so that `load_checkpoint` needs nothing else to read them back.
 """
 
+import contextlib
+import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from torch import Tensor
 
 from openlm_pipeline.checkpoints.folders import INFO, Checkpoint, read_checkpoint, recipe_of
@@ -22,7 +26,7 @@ from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
 from openlm_pipeline.models.config import MODELS, ModelConfig
 from openlm_pipeline.models.transformer import Transformer
 from openlm_pipeline.storage.export_record import write_record
-from openlm_pipeline.storage.files import atomic_writer, read_json, write_json, write_text
+from openlm_pipeline.storage.files import atomic_writer, make_folder, read_json, write_json, write_text
 from openlm_pipeline.tokenizers.tokenizer import local_file
 
 EOT = "<|endoftext|>"
@@ -138,7 +142,7 @@ def export_huggingface(
     if dtype == "bf16" and not has_exact_frequencies(model):
         raise ConfigError("its rotary frequencies are not those of the formula, and in bf16 they would be; use fp32")
     special = _write_tokenizer(Path(tokenizer_json), out, eot, config) if tokenizer_json else {}
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     # Each weight under one name: the head of a tied model and GELU's second names are left out.
     weights = {name: p.detach().to(_DTYPES[dtype]) for name, p in model.named_parameters()}
     settings = {"torch_dtype": str(_DTYPES[dtype]).removeprefix("torch.")} | special
@@ -151,7 +155,8 @@ def export_huggingface(
         settings = _huggingface_config(config) | settings
         for name in _HF_FILES:
             shutil.copyfile(Path(__file__).parent / "hf" / name, out / name)
-    save_torch_state_dict(state, out, max_shard_size=max_shard_bytes, metadata={"format": "pt"})
+    with _disk_errors(out):
+        save_torch_state_dict(state, out, max_shard_size=max_shard_bytes, metadata={"format": "pt"})
     export = {
         "checkpoint": _origin(model, checkpoint),
         "average": average,
@@ -212,8 +217,20 @@ def _origin(model: Transformer, checkpoint: Checkpoint | None) -> dict[str, Any]
 
 
 def _save(path: Path, document: dict[str, Any]) -> None:
-    with atomic_writer(path) as f:
+    with atomic_writer(path) as f, _disk_errors(path):
         torch.save(document, f)
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Have what torch and safetensors make of an error of the disk be that error."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as e:
+        told = re.search(r"\(os error (\d+)\)", str(e))
+        if (number := int(told[1]) if told else getattr(e.__context__, "errno", None)) is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from e
 
 
 def _variant(config: ModelConfig) -> dict[str, Any]:
@@ -294,7 +311,7 @@ def _write_tokenizer(path: Path, out: Path, eot: str, config: ModelConfig) -> di
     if max(ids.values()) >= config.vocab_size:
         raise ConfigError(f"{path} has ids up to {max(ids.values())}, the model only {config.vocab_size}: not its own")
     pad = _PADDING if _PADDING in ids else eot
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     shutil.copyfile(path, out / "tokenizer.json")
     description = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -125,6 +125,8 @@ def load_alone(state: dict[str, Any], reader: SafeReader) -> None:
             dcp.load(state, storage_reader=reader, planner=SafePlanner(), no_dist=True)
     except CheckpointException as e:
         cause = next((cause for cause, _ in e.failures.values()), e)
+        if not isinstance(cause, Exception):  # Ctrl-C or SIGTERM, which DCP takes for a failure
+            raise cause from None
         said = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise DataError(f"the checkpoint {reader.path} is damaged, or holds more than tensors: {said}") from e
 

@@ -65,21 +65,17 @@ def download(
     missing = sum(state != "there" for state, _ in states.values())
     say(f"{missing} of {len(targets)} files to fetch into {output_dir}")
     with (_bars if console.is_terminal else _lines)(console, missing) as progress:
-        try:
-            download_files(
-                urls,
-                output_dir,
-                checksums=checksums,
-                parallel=parallel,
-                retries=retries,
-                timeout_seconds=timeout,
-                verify=verify,
-                report=say,
-                progress=progress,
-            )
-        except KeyboardInterrupt:
-            say("interrupted; what was fetched is kept, and the same command resumes from it")
-            raise
+        download_files(
+            urls,
+            output_dir,
+            checksums=checksums,
+            parallel=parallel,
+            retries=retries,
+            timeout_seconds=timeout,
+            verify=verify,
+            report=say,
+            progress=progress,
+        )
     say(f"all {len(targets)} files are whole in {output_dir}")
 
 

@@ -2,9 +2,10 @@
 
 Exit codes: 0 done, 1 failed, 2 wrong recipe or flag, 3 an input is missing, 4 data is damaged, 5 a folder belongs to
 another run or a consent is missing, 6 training ended early, 7 another process is at it, 8 the cluster failed,
-130 interrupted.
+130 interrupted, 143 ended by SIGTERM.
 """
 
+import signal
 import sys
 import time
 from gc import freeze
@@ -50,6 +51,8 @@ app = typer.Typer(
     "again after any interruption.",
 )
 console = Console(highlight=False, soft_wrap=True)
+_INTERRUPTED, _ENDED = 130, 143
+"""Exit codes after SIGINT, which Typer gives, and SIGTERM."""
 app.add_typer(shards_app, name="shards")
 _COMMANDS = (plan, launch, fork, download, evaluate, report, compare, items, generate, baselines, export, fsck, gc, ui)
 for command in (*_COMMANDS, runs, show, logs, stop, cost, env):
@@ -325,8 +328,9 @@ def with_repeated_options(arguments: list[str]) -> list[str]:
 
 
 def main() -> None:
-    """Run the command; expected errors end it with one message and their exit code."""
+    """Run the command; expected errors, Ctrl-C and SIGTERM end it with one message and an exit code."""
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(_ENDED))
     try:
         app(with_repeated_options(sys.argv[1:]))
     except OpenLMError as e:
@@ -337,9 +341,12 @@ def main() -> None:
             raise
         errors.print(f"error: {said}", markup=False)
         sys.exit(OpenLMError.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except SystemExit as e:
+        if e.code in (_INTERRUPTED, _ENDED):
+            errors.print("stopped; what is done stays done, and the same command goes on from there")
+        raise
     finally:
+        signal.signal(signal.SIGTERM, before)
         freeze()  # at its end the interpreter looks for cycles, through all of torch where a command needed it
 
 

@@ -25,6 +25,7 @@ from openlm_pipeline.fingerprint import fingerprint, settings_tree
 from openlm_pipeline.pipeline.training import open_run
 from openlm_pipeline.result import Say, StageResult
 from openlm_pipeline.runs.launch import milestone_checkpoints, passed_over
+from openlm_pipeline.runs.programs import dying_with_us
 from openlm_pipeline.shards.opening import open_dataset
 from openlm_pipeline.storage.files import folder_lock, set_aside, write_json
 from openlm_pipeline.storage.home import Home
@@ -352,7 +353,7 @@ def _score_by_processes(experiment: Experiment, home: Home, what: list[str], rep
         environment = {"OMP_NUM_THREADS": "1", **os.environ, **home.variables}
         lines: list[str] = []
         with subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            dying_with_us(command), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         ) as process:
             try:
                 for line in process.stdout:

@@ -29,7 +29,6 @@ class NewRecipe:
     text: str
 
     def save(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_text(self.path, self.text)
 
 

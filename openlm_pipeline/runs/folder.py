@@ -28,7 +28,7 @@ from openlm_pipeline.checkpoints.folders import (
     read_checkpoint,
     recipe_of,
 )
-from openlm_pipeline.errors import DataError, IdentityError, MissingInputError, TrainingError
+from openlm_pipeline.errors import DataError, IdentityError, MissingInputError, TrainingError, disk_trouble
 from openlm_pipeline.experiments import Experiment, load_experiment
 from openlm_pipeline.fingerprint import Tree, differences, fingerprint
 from openlm_pipeline.result import Finding, refusal, refuse
@@ -38,6 +38,7 @@ from openlm_pipeline.storage.files import (
     read_sealed,
     set_aside,
     sha256_file,
+    sync_folder,
     write_sealed,
     write_text,
 )
@@ -242,10 +243,18 @@ class RunFolder:
         """
         if event == "start":
             self._check_metrics()  # once there are more, nobody could tell that some were lost
-        if self.metrics_file.exists():
-            with _writing(self.metrics_file), self.metrics_file.open("rb") as f:
-                os.fsync(f.fileno())  # the ledger promises that they are there
+        self.sync_metrics()  # the ledger promises that they are there
         self._append(self.ledger_file, {"event": event, **what, "metrics_bytes": _size(self.metrics_file)})
+        _sync(self.ledger_file)  # as `outcome.json` does of the ledger
+
+    def sync_metrics(self) -> None:
+        """Have all records so far reach the disk, before a checkpoint counts that says that they are not made again.
+
+        Raises:
+            TrainingError: they can't.
+        """
+        if self.metrics_file.exists():
+            _sync(self.metrics_file)
 
     def _append(self, path: Path, record: dict[str, Any]) -> None:
         line = json.dumps({**record, "time": round(time.time(), 3)})
@@ -392,7 +401,14 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        raise TrainingError(f"{path} can't be written: {e.strerror or e}") from e
+        e.filename = None  # `path` says it
+        raise TrainingError(f"{path} can't be written: {disk_trouble(e) or e.strerror or e}") from e
+
+
+def _sync(path: Path) -> None:
+    with _writing(path), path.open("rb") as f:
+        os.fsync(f.fileno())
+        sync_folder(path.parent)
 
 
 def is_measurement(record: dict[str, Any]) -> bool:

@@ -7,6 +7,7 @@ path, which puts their folder before all others that imports are looked for in, 
 
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,6 +44,12 @@ def attend(command: list[str]) -> int:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def dying_with_us(command: list[str]) -> list[str]:
+    """The command of a child that gets SIGTERM when this process dies, however it does (Linux, with `setpriv`)."""
+    setpriv = shutil.which("setpriv")
+    return [setpriv, "--pdeathsig", "TERM", "--", *command] if setpriv else command
 
 
 def look_there_first() -> None:

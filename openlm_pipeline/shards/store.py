@@ -15,7 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from openlm_pipeline.errors import ConfigError
-from openlm_pipeline.storage.files import sha256_file, write_text
+from openlm_pipeline.storage.files import make_folder, sha256_file, write_text
 from openlm_pipeline.waits import waiting_for
 
 FETCHED = ".fetched"
@@ -25,7 +25,7 @@ _THREADS = 4
 @contextlib.contextmanager
 def only_one(folder: Path, name: str) -> Iterator[None]:
     """Hold the lock for bringing the file `name` to `folder`, among the processes and threads of this machine."""
-    (folder / FETCHED).mkdir(parents=True, exist_ok=True)
+    make_folder(folder / FETCHED)
     with FileLock(folder / FETCHED / f"{name}.lock"):
         yield
 

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
-from openlm_pipeline.errors import BusyError, DataError, MissingInputError, OpenLMError
+from openlm_pipeline.errors import BusyError, DataError, MissingInputError, OpenLMError, disk_trouble
 
 TMP_SUFFIX = ".tmp"
 
@@ -28,13 +28,24 @@ def atomic_writer(path: Path, *, shared: bool = False) -> Iterator[BinaryIO]:
     make_folder(path.parent)
     tmp = path.with_name(f"{path.name}{'.' + secrets.token_hex(4) if shared else ''}{TMP_SUFFIX}")
     try:
-        with tmp.open("wb") as f:
+        with naming(path), tmp.open("wb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
         rename(tmp, path)
     except BaseException:
         tmp.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have errors of an open file, which do not know its name, say it."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno and e.filename is None:
+            e.filename = str(path)
         raise
 
 
@@ -57,7 +68,8 @@ def sync_folder(folder: Path) -> None:
     """Have the names in a folder reach the disk, where its file system can be asked to."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(folder):
+            os.fsync(descriptor)
     except OSError as e:
         if e.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
@@ -154,7 +166,7 @@ def folder_lock(folder: Path, doing: str) -> Iterator[None]:
     """
     lock = FileLock(folder / ".lock")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         lock.acquire(timeout=0)
     except Timeout:
         raise BusyError(
@@ -162,7 +174,8 @@ def folder_lock(folder: Path, doing: str) -> Iterator[None]:
             "the lock goes away with the process that holds it."
         ) from None
     except OSError as e:
-        raise OpenLMError(f"{folder} can't be made or locked: {e.strerror or e}") from e
+        e.filename = str(folder)
+        raise OpenLMError(disk_trouble(e) or f"{folder} can't be made or locked: {e.strerror or e}") from e
     try:
         yield
     finally:

@@ -20,7 +20,15 @@ from filelock import FileLock
 
 from openlm_pipeline.errors import DataError, MissingInputError
 from openlm_pipeline.storage import copies, remote
-from openlm_pipeline.storage.files import TMP_SUFFIX, check_inside, read_json, rename, sha256_file, write_json
+from openlm_pipeline.storage.files import (
+    TMP_SUFFIX,
+    check_inside,
+    make_folder,
+    read_json,
+    rename,
+    sha256_file,
+    write_json,
+)
 from openlm_pipeline.waits import waiting_for
 
 MARK = ".artefact.json"
@@ -108,7 +116,7 @@ class HomeSync:
     @contextlib.contextmanager
     def _lock(self, folder: Path) -> Iterator[None]:
         path = self.root / _STATE / self._name(folder)
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         lock = FileLock(path / ".lock")
         with waiting_for(f"another process that copies {folder} to or from {remote.public(self.url)}"):
             lock.acquire()
@@ -155,7 +163,7 @@ class HomeSync:
             for name in marks:
                 (folder / name).unlink(missing_ok=True)
             for name in names:
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                make_folder((folder / name).parent)
                 rename(incoming / name, folder / name)
         finally:
             shutil.rmtree(incoming, ignore_errors=True)

@@ -21,7 +21,7 @@ from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
 from openlm_pipeline.experiments import TokenizerSpec
 from openlm_pipeline.fingerprint import differences, settings_tree
 from openlm_pipeline.result import refusal, refuse
-from openlm_pipeline.storage.files import atomic_writer, read_json, set_aside, sha256_file, write_json
+from openlm_pipeline.storage.files import atomic_writer, make_folder, read_json, set_aside, sha256_file, write_json
 from openlm_pipeline.storage.remote import sha256_url
 from openlm_pipeline.tokenizers.engine import largest_id, load_any, load_reference
 
@@ -222,7 +222,7 @@ def make_tokenizer(
         what = "\n  ".join([f"{folder} holds another tokenizer. What differs:", *changed])
         refuse([refusal("supersede", what, "To keep it, give the recipe's tokenizer another name")], allow)
         set_aside(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     path = tokenizer_file(folder)
     if spec.train:
         _train(spec, files, text_key, path)

@@ -16,15 +16,12 @@ from openlm_pipeline.cli.download import download
 
 HELD_BYTES = 1 << 19
 PROGRAM = """
-import resource, sys, typer
-from pathlib import Path
-from openlm_pipeline.cli.download import download
-limit = int(sys.argv.pop(1))
+import resource, sys
+from openlm_pipeline.cli.main import main
+limit, sys.argv[1] = int(sys.argv[1]), "download"
 if limit:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-app = typer.Typer()
-app.command()(download)
-app()
+main()
 """
 
 
@@ -49,7 +46,7 @@ def test_a_killed_download_asks_only_for_the_rest(sent: signal.Signals, tmp_path
             output, _ = program.communicate(timeout=300)
         held.set()
         assert program.returncode == (-signal.SIGKILL if sent == signal.SIGKILL else 130)
-        assert ("interrupted; what was fetched is kept" in output) == (sent == signal.SIGINT)
+        assert ("stopped; what is done stays done" in output) == (sent == signal.SIGINT)
         assert not (tmp_path / "a.jsonl").exists()
         with start(*arguments) as program:
             output, _ = program.communicate(timeout=300)

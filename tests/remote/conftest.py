@@ -33,7 +33,8 @@ def server() -> Iterator[Bucket]:
         timeout = aiohttp.ClientTimeout(total=None, sock_read=0.5)
         patch.setitem(fsspec.config.conf, "http", {"client_kwargs": {"timeout": timeout}})
         s3fs.S3FileSystem.clear_instance_cache()
-        direct = s3fs.S3FileSystem(endpoint_url=f"http://127.0.0.1:{port}", skip_instance_cache=True)
+        patient = {"config_kwargs": {"read_timeout": 60}, "skip_instance_cache": True}
+        direct = s3fs.S3FileSystem(endpoint_url=f"http://127.0.0.1:{port}", **patient)
         yield Bucket("s3:/", f"http://127.0.0.1:{proxy_port}", faults, direct, "")
         s3fs.S3FileSystem.clear_instance_cache()
     moto.stop()

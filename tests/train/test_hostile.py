@@ -199,7 +199,7 @@ def _broken_link(path: Path) -> None:
         (_full, "metrics.jsonl", "metrics.jsonl can't be written: No space left on device"),
         (_folder, "metrics.jsonl", "metrics.jsonl can't be written: Is a directory"),
         (_broken_link, "checkpoints", "checkpoint of step 4 could not be written"),
-        (lambda path: _file(path.parent), "../../other/v1", "can't be made or locked: Not a directory"),
+        (lambda path: _file(path.parent), "../../other/v1", "can't be made or locked: File exists"),
     ],
 )
 def test_damage_in_a_run_folder_is_named(copy: SmallRun, damage: Callable[[Path], None], place: str, message: str):

@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -14,6 +13,7 @@ from openlm_pipeline.registry import LAUNCHERS
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.launchers import Launcher
 from openlm_pipeline.runs.launchers.job import TRAINER_DEFAULTS, log_end, torchrun_command
+from openlm_pipeline.runs.programs import dying_with_us
 from openlm_pipeline.storage.home import Home
 
 _LOG = "train.log"
@@ -45,12 +45,10 @@ class LocalJob:
     def __init__(self, experiment: Experiment, home: Home, run: RunFolder, command: list[str]) -> None:
         self._grace_seconds = experiment.launcher.grace_seconds
         self._log = run.path / _LOG
-        if setpriv := shutil.which("setpriv"):
-            command = [setpriv, "--pdeathsig", "TERM", "--", *command]
         with self._log.open("ab") as log:
             # In a session of its own, so that Ctrl-C reaches this process only, which then stops the trainer in order.
             self._process = subprocess.Popen(
-                command,
+                dying_with_us(command),
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**TRAINER_DEFAULTS, **os.environ, "OPENLM_HOME": str(home.root)},
