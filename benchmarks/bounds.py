@@ -79,7 +79,7 @@ def make_home(home: Path, case: str, size: int) -> None:
         (home / "raw" / "text" / f"{number:05d}.jsonl").write_text("\n".join(lines) + "\n")
     tasks = []
     for number in range(num_tasks):
-        words = [line.split()[:4] for line in next(texts).splitlines() if len(line.split()) > 3][:20]
+        words = [[w[:6] for w in line.split()[:3]] for line in next(texts).splitlines() if len(line.split()) > 3][:20]
         rows = [{"context": " ".join(line[:-1]), "continuation": line[-1]} for line in words]
         file = home / "raw" / "tasks" / f"{number}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -138,8 +138,8 @@ def expand_variables(value: Any, path: Path, prefix: str = "") -> Any:
         prefix: how their names begin; those of a file that strangers share must not reach others.
 
     Raises:
-        ConfigError: a variable without a default is not set, or has another name; or a URL holds credentials, which
-            would be sent to its server, shown and stored.
+        ConfigError: a variable without a default is not set, or has another name; or it holds a secret, by its name,
+            or a URL holds credentials, which would be sent to its server, shown and stored.
     """
 
     def replace(match: re.Match[str]) -> str:
@@ -153,7 +153,12 @@ def expand_variables(value: Any, path: Path, prefix: str = "") -> Any:
     if isinstance(value, str):
         expanded = _VARIABLE.sub(replace, value)
         secret = next((m[0] for m in _VARIABLE.finditer(value) if SECRET_NAME.fullmatch(m[1])), None)
-        if _CREDENTIALS.search(expanded) or ("://" in expanded and secret):
+        if secret and "://" not in expanded:
+            raise ConfigError(
+                f"{path}: {secret} would be put in and stored with the run; in a shell line write "
+                f"${secret[2:-1].partition(':')[0]}, which launcher.slurm.environment takes along by its name"
+            )
+        if _CREDENTIALS.search(expanded) or secret:
             raise ConfigError(
                 f"{path}: the URL {public(value)} holds credentials, which would be sent, shown and stored with it; "
                 "give them in the environment, as the library for its protocol takes them"

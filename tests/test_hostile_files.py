@@ -97,6 +97,13 @@ def test_no_credentials_in_a_recipes_url(recipe: Path, url: str, key: str) -> No
     assert SECRET not in str(refused.value)
 
 
+@pytest.mark.parametrize("text", ["export K=${HF_TOKEN}", "${HF_TOKEN:-none}"])
+def test_no_secret_is_put_into_a_recipe(recipe: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"write \$HF_TOKEN, which launcher.slurm.environment") as refused:
+        load_experiment(str(recipe), ["launcher.kind=slurm", f"launcher.slurm.setup=['{text}']"])
+    assert SECRET not in str(refused.value)
+
+
 @pytest.mark.parametrize("url", ["s3://bucket/tokens/x?versionId=3", "hf://datasets/a@main/b", "tcp://host:8786"])
 def test_other_urls_are_taken(recipe: Path, url: str) -> None:
     assert load_experiment(str(recipe), [f"execution.upload_to={url}"]).execution.upload_to == url

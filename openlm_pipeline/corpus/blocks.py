@@ -8,7 +8,7 @@ import bz2
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from backports import zstd
 
@@ -19,7 +19,9 @@ BLOCK_BYTES = 1 << 17
 MAX_RECORD_BYTES = 256 << 20
 """A longer record of JSON is bad."""
 _MAX_OUTPUT_BYTES = 1 << 20
-_MAX_ZSTD_WINDOW_LOG = 31
+_USUAL_ZSTD_WINDOW_LOG, _MAX_ZSTD_WINDOW_LOG = 27, 31
+"""128 MiB, as of the `zstd` command; `--long=31`."""
+_ZSTD_HEADER_BYTES, _MOST_TIMES = 18, 1000
 _MAX_XZ_BYTES = 1 << 28
 _HEAD_BYTES = 64
 _ZSTD_SKIPPABLE = b"\x2a\x4d\x18"
@@ -87,12 +89,40 @@ class _GzipMember:
         return found
 
 
-def _zstd_frame() -> _Decompressor:
-    return zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: _MAX_ZSTD_WINDOW_LOG})
+def _zstd_frame(window_log: int) -> _Decompressor:
+    return zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: window_log})
+
+
+class _ZstdFrame:
+    """zstd's decompressor as a `_Decompressor` whose memory goes with what it reads: of a frame that asks for a large
+    window, all that it gives may stay in memory."""
+
+    def __init__(self) -> None:
+        self._frame, self._head, self._is_wide = _zstd_frame(_USUAL_ZSTD_WINDOW_LOG), b"", False
+        self._read = self._given = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._frame, name)
+
+    def decompress(self, data: bytes, max_length: int = -1) -> bytes:
+        try:
+            found = self._frame.decompress(data, max_length)
+        except zstd.ZstdError:
+            if self._is_wide or self._given or len(self._head) >= _ZSTD_HEADER_BYTES:
+                raise
+            self._frame, self._is_wide = _zstd_frame(_MAX_ZSTD_WINDOW_LOG), True
+            found = self._frame.decompress(self._head + data, max_length)
+        self._head += data[:_ZSTD_HEADER_BYTES]
+        self._read, self._given = self._read + len(data), self._given + len(found)
+        if self._is_wide and self._given > (1 << _USUAL_ZSTD_WINDOW_LOG) + _MOST_TIMES * self._read:
+            raise zstd.ZstdError(
+                f"its large window is filled with {_MOST_TIMES:,} times the bytes that are read for it"
+            )
+        return found
 
 
 _STREAMS: dict[str, tuple[str, Callable[[], _Decompressor], type[Exception]]] = {
-    "zstd": ("zstd frame", _zstd_frame, zstd.ZstdError),
+    "zstd": ("zstd frame", _ZstdFrame, zstd.ZstdError),
     "gzip": ("gzip member", _GzipMember, zlib.error),
     "bzip2": ("bzip2 stream", bz2.BZ2Decompressor, OSError),
     "xz": ("xz stream", lambda: lzma.LZMADecompressor(memlimit=_MAX_XZ_BYTES), lzma.LZMAError),

@@ -108,17 +108,18 @@ def read_items(path: Path) -> tuple[pa.Table, dict[str, Any]]:
     """
     try:
         table = pq.read_table(path)
+        names = table.schema.names
+        if missing := [name for name in _OF_FIRST_RELEASE if name not in names]:
+            raise DataError(f"{path} is not a per-item table: it has no column {missing[0]!r}")
+        if "value" not in names:
+            table = table.append_column("value", pc.cast(table["correct"], pa.float64()))
+            table = table.append_column("value_kind", pa.array(["correct"] * table.num_rows))
+        for name in SCHEMA.names:
+            if name not in table.schema.names:
+                table = table.append_column(name, pa.nulls(table.num_rows, SCHEMA.field(name).type))
+        metadata = json.loads((table.schema.metadata or {}).get(_METADATA_KEY, b"{}"))
+        return table.select(SCHEMA.names).replace_schema_metadata(None).cast(SCHEMA), metadata
     except FileNotFoundError:
         raise MissingInputError(f"{path} does not exist: this checkpoint has not been scored") from None
-    except (pa.ArrowInvalid, OSError) as e:
+    except (pa.ArrowException, OSError, ValueError, KeyError) as e:  # names of columns may be no UTF-8, or there twice
         raise DataError(f"{path} is not a readable Parquet file: {e}. Delete it and score again") from e
-    if missing := [name for name in _OF_FIRST_RELEASE if name not in table.schema.names]:
-        raise DataError(f"{path} is not a per-item table: it has no column {missing[0]!r}")
-    if "value" not in table.schema.names:
-        table = table.append_column("value", pc.cast(table["correct"], pa.float64()))
-        table = table.append_column("value_kind", pa.array(["correct"] * table.num_rows))
-    for name in SCHEMA.names:
-        if name not in table.schema.names:
-            table = table.append_column(name, pa.nulls(table.num_rows, SCHEMA.field(name).type))
-    metadata = json.loads((table.schema.metadata or {}).get(_METADATA_KEY, b"{}"))
-    return table.select(SCHEMA.names).replace_schema_metadata(None).cast(SCHEMA), metadata

@@ -121,7 +121,7 @@ def train(
     if not is_done:
         for event in train_run(experiment, home, run, until, report, told=there, allow=allow):
             if isinstance(event, MilestoneReached):
-                push_run(home, run)
+                push_run(home, run, event.checkpoint)
             yield event
         push_run(home, run)
 

@@ -210,14 +210,19 @@ def _watch(experiment: Experiment, run: RunFolder, job: Job, offset: int, news: 
         The place in the metrics up to which they were told.
     """
     ended = False
+    steps = ((label, experiment.steps(tokens)) for label, tokens in experiment.labelled_milestones() if label in news)
+    folders = {folder_name(step): (label, step) for label, step in steps}
     try:
         while not ended:
             ended = not job.running()  # read once more after the end, so that nothing is missed
             records, offset = run.new_metrics(offset)
             for record in records:
                 yield Measured(record) if is_measurement(record) else StepSkipped(record)
-            for label, tokens in experiment.labelled_milestones():
-                if label in news and (checkpoint := run.milestone_at(experiment.steps(tokens), label)):
+            there = {path.name for path in run.checkpoints.glob("step-*")}
+            for name in sorted(folders.keys() & there):
+                label, step = folders[name]
+                if checkpoint := run.milestone_at(step, label):
+                    del folders[name]
                     news.remove(label)
                     yield MilestoneReached(label, checkpoint)
             if not ended:

@@ -60,8 +60,11 @@ def _parts(path: Path, sent: Collection[str]) -> Iterator[tuple[str, bytes]]:
                 yield name, file.read(_PART_BYTES)
 
 
-def push_run(home: Home, run: RunFolder) -> None:
+def push_run(home: Home, run: RunFolder, only: Checkpoint | None = None) -> None:
     """Send a run's records and milestones to the home's URL, each as an artefact. Nothing for a local home.
+
+    Args:
+        only: the one milestone that is new there.
 
     Raises:
         ConfigError, DataError: the store does not take them; the next push resumes.
@@ -70,7 +73,7 @@ def push_run(home: Home, run: RunFolder) -> None:
         return
     home.sync.make_way(run.path)
     home.sync.push(run.path, [name for name in _RECORDS if (run.path / name).exists()])
-    for checkpoint in run.saved():
+    for checkpoint in [only] if only else run.saved():
         if checkpoint.milestone:
             home.sync.push(checkpoint.path)
 

@@ -7,7 +7,7 @@ import json
 import lzma
 import math
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import fsspec
@@ -333,6 +333,26 @@ def test_a_few_bytes_that_stand_for_gigabytes_take_little_memory(
         tracemalloc.stop()
         assert [r.text for r in records] == ["short"] and "longer than 1 MiB" in bad[0].reason
         assert peak < 16 << 20
+
+
+def test_a_large_window_of_zstd_is_filled_only_by_a_large_file(tmp_path: Path) -> None:
+    """Its window, of 2 GiB, holds all that a frame gives."""
+    import psutil
+
+    wide = zstandard.ZstdCompressionParameters.from_level(1, window_log=31)
+
+    def packed(name: str, contents: Iterable[bytes]) -> Path:
+        frame = zstandard.ZstdCompressor(compression_params=wide).compressobj()
+        return write(tmp_path / name, b"".join([*map(frame.compress, contents), frame.flush()]))
+
+    small = packed("small.jsonl.zst", [b'{"text": "a"}\n'] * 3)
+    assert [r.text for r in read(small)[0]] == ["a"] * 3
+    large = packed("large.jsonl.zst", [b'{"text": "' + b"x" * (1 << 20) + b'"}\n'] * 400)
+    assert large.stat().st_size < 100_000
+    before = psutil.Process().memory_info().rss
+    with pytest.raises(DataError, match="is corrupt near .*its large window is filled with 1,000 times"):
+        for _ in RecordReader(str(large), on_bad=print):
+            assert psutil.Process().memory_info().rss - before < 400 << 20
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])

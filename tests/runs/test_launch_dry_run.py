@@ -13,7 +13,7 @@ from small_run import BATCH, RECIPE, REPOSITORY, SmallRun
 SECRET = "not-for-anybody-to-see"
 LAUNCHERS = {
     "local": "launcher: {processes: 2}",
-    "slurm": "launcher: {kind: slurm, nodes: 2, slurm: {partition: gpu, setup: ['export MY=${MY_API_TOKEN:-none}']}}",
+    "slurm": "launcher: {kind: slurm, nodes: 2, slurm: {partition: gpu, setup: ['export MY=$MY_API_TOKEN']}}",
     "kubernetes": "launcher: {kind: kubernetes, kubernetes: {image: i, volume_claim: c, env_from_secrets: [wandb]}}",
 }
 
@@ -57,7 +57,7 @@ def test_a_slurm_run_is_its_batch_script_with_variables_by_name(dry_run):
     assert "#SBATCH --partition=gpu\n" in done.stdout
     (export,) = [line for line in done.stdout.splitlines() if line.startswith("#SBATCH --export=")]
     assert "WANDB_API_KEY" in export
-    assert "\nexport MY=${MY_API_TOKEN}\n" in done.stdout
+    assert "\nexport MY=$MY_API_TOKEN\n" in done.stdout
     assert "slurm_run" in done.stderr
     checked = subprocess.run(["bash", "-n"], input=done.stdout, capture_output=True, text=True)
     assert (checked.returncode, checked.stderr) == (0, "")
