@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -25,6 +26,7 @@ from openlm_pipeline.fingerprint import fingerprint, settings_tree
 from openlm_pipeline.pipeline.training import open_run
 from openlm_pipeline.result import Say, StageResult
 from openlm_pipeline.runs.launch import milestone_checkpoints, passed_over
+from openlm_pipeline.runs.launchers.job import signal_in
 from openlm_pipeline.runs.programs import dying_with_us
 from openlm_pipeline.shards.opening import open_dataset
 from openlm_pipeline.storage.files import folder_lock, set_aside, write_json
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     from openlm_pipeline.evaluation.suite import Part, Suite
 
 _ITEMS, CARD = "items.parquet", "scorecard.json"
+_LINES_KEPT = 200
+"""Of what scorers print, which is where their error stands."""
 
 
 def is_first_process() -> bool:
@@ -351,7 +355,7 @@ def _score_by_processes(experiment: Experiment, home: Home, what: list[str], rep
             *what,
         ]
         environment = {"OMP_NUM_THREADS": "1", **os.environ, **home.variables}
-        lines: list[str] = []
+        lines = deque[str](maxlen=_LINES_KEPT)
         with subprocess.Popen(
             dying_with_us(command), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         ) as process:
@@ -362,8 +366,11 @@ def _score_by_processes(experiment: Experiment, home: Home, what: list[str], rep
             finally:
                 process.terminate()
         if process.returncode:
-            tail = "\n".join(lines[-15:])
-            raise OpenLMError(f"the processes that score ended with exit code {process.returncode}:\n{tail}")
+            errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+            why = (
+                next(iter(errors), None) or signal_in("\n".join(lines)) or (lines[-1] if lines else "they said nothing")
+            )
+            raise OpenLMError(f"the processes that score ended with exit code {process.returncode}: {why}")
 
 
 def score_baseline(

@@ -5,7 +5,6 @@ sees the same. The `Job` of `runs/launchers` says whether the trainer is still t
 """
 
 import os
-import re
 import signal
 import socket
 import time
@@ -22,7 +21,7 @@ from openlm_pipeline.registry import LAUNCHERS
 from openlm_pipeline.result import Say
 from openlm_pipeline.runs.folder import RunFolder, is_measurement
 from openlm_pipeline.runs.launchers import Launcher
-from openlm_pipeline.runs.launchers.job import Job
+from openlm_pipeline.runs.launchers.job import Job, signal_in
 from openlm_pipeline.storage.files import folder_lock, is_held, write_text
 from openlm_pipeline.storage.home import Home
 
@@ -157,11 +156,8 @@ def train_run(
             else:
                 how, said = job.ending(), (outcome or {}).get("reason")
                 if said:  # the log would say it again, amid what torchrun prints
-                    killed = re.search(r"Signal \d+ \(\w+\) received by PID \d+", how)  # of which the other ranks die
-                    how = (
-                        f"{killed[0] if killed else how.splitlines()[0]}; `openlm logs {experiment.name}` has the rest"
-                    )
-                    how = f"{said} ({how})"
+                    ended = signal_in(how) or how.splitlines()[0]
+                    how = f"{said} ({ended}; `openlm logs {experiment.name}` has the rest)"
                 elif outcome:
                     how = f"{outcome['status']}\n{how}"
                 raise TrainingError(f"training of {experiment.name} ended early: {how}")

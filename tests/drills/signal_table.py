@@ -379,7 +379,6 @@ CASES = (
         forked("openlm_pipeline", "evaluate", "tiny", "evaluation.processes=2"),
         below("openlm_pipeline evaluate", without="torch.distributed.run"),
         ("scorecards",),
-        named=False,  # torchrun tells of it in its own way
     ),
     Case("report", forked("openlm_pipeline", "report", "tiny"), itself, ("reports",), 2),
     Case(

@@ -1,5 +1,6 @@
 """What the watcher of a run asks of a job that a launcher started, and the one command that all of them start."""
 
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -69,6 +70,12 @@ def torchrun_command(
         f"--until={until}",
         *(f"--allow={name}" for name in ("cpu", "rate") if name in allow),
     ]
+
+
+def signal_in(said: str) -> str | None:
+    """The signal that ended a rank, in torchrun's words, if one did: of it the other ranks die."""
+    found = re.search(r"Signal \d+ \(\w+\) received by PID \d+", said)
+    return found[0] if found else None
 
 
 def log_end(path: Path, lines: int = 15) -> str:
