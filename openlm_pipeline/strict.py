@@ -36,6 +36,8 @@ class Strict(BaseModel):
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, ten times faster, where PyYAML has it
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 _MOST_VALUES = 1_000_000
+_MOST_ERRORS = 20
+"""Told of one document: each is looked for in its text."""
 SECRET_NAME = re.compile(r"(.*_)?(KEY|TOKEN|SECRET|PASSWORD|WEBHOOK)S?(_.*)?", re.IGNORECASE)
 """Whole names of environment variables that hold secrets."""
 _CREDENTIALS = re.compile(
@@ -121,13 +123,15 @@ def explain(error: ValidationError, where: str, origins: Sequence[Origin] = ()) 
     """One line for each thing that is wrong, with its path in the document `where`, and its place in `origins`."""
     lines = []
     errors = error.errors()
-    for item in errors:
+    for item in errors[:_MOST_ERRORS]:
         depth = len(item["loc"])
         if item["type"] == "too_short" and any(e["loc"][:depth] == item["loc"] for e in errors if e is not item):
             continue  # pydantic counts only the items that are right
         path = ".".join(str(part) for part in item["loc"])
         message = item["msg"].removeprefix("Value error, ")
         lines.append((f"{path}: {message}" if path else message) + place(origins, item["loc"], message))
+    if len(errors) > _MOST_ERRORS:
+        lines.append(f"and {len(errors) - _MOST_ERRORS:,} more")
     return ConfigError(f"{where} is not valid:" + (f" {lines[0]}" if len(lines) == 1 else "\n  ".join(["", *lines])))
 
 
