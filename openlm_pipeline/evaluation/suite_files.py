@@ -93,7 +93,8 @@ def suite_path(name_or_path: str) -> Path:
     if name_or_path.endswith((".yaml", ".yml")):
         path = Path(name_or_path)
         if not os.path.isfile(path):  # noqa: PTH113 - pathlib raises for a name that is too long
-            raise ConfigError(f"there is no suite file {path}")
+            local = "; a suite is a file of this machine, which may name questions in a store"
+            raise ConfigError(f"there is no suite file {name_or_path}{local if '://' in name_or_path else ''}")
         return path
     if name_or_path not in suite_names():
         hint = nearest(name_or_path, suite_names(), "known")
