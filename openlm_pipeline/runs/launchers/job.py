@@ -73,9 +73,9 @@ def torchrun_command(
 
 
 def signal_in(said: str) -> str | None:
-    """The signal that ended a rank, in torchrun's words, if one did: of it the other ranks die."""
-    found = re.search(r"Signal \d+ \(\w+\) received by PID \d+", said)
-    return found[0] if found else None
+    """The signal that ended the first rank that ended, in torchrun's words, if one did: it tells of that one last."""
+    found = re.findall(r"Signal \d+ \(\w+\) received by PID \d+", said)
+    return found[-1] if found else None
 
 
 def log_end(path: Path, lines: int = 15) -> str:
