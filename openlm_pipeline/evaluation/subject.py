@@ -18,6 +18,7 @@ from openlm_pipeline.checkpoints.weight_files import check_export, weight_parts
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
 from openlm_pipeline.evaluation.huggingface import HuggingFaceModel
 from openlm_pipeline.evaluation.model import NativeModel, Precision, ScoringModel
+from openlm_pipeline.evaluation.scored import milestone_digest, scored_digest
 from openlm_pipeline.fingerprint import fingerprint, settings_tree
 from openlm_pipeline.models.config import ModelConfig
 from openlm_pipeline.models.transformer import Transformer
@@ -101,22 +102,6 @@ def place_of(path_or_name: str, revision: str | None = None) -> tuple[str, str |
     files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
     about = {p.name: [(stat := p.stat()).st_size, stat.st_mtime_ns] for p in files}
     return str(path.absolute()), fingerprint({"files": about})
-
-
-def scored_digest(weights: str, precision: Precision, average: str | None = None) -> str:
-    """Digest of weights with what else changes their scores; that of the weights alone by default."""
-    if precision == "fp32" and average is None:
-        return weights
-    return fingerprint({"weights": weights, "precision": precision, "average": average})
-
-
-def milestone_digest(checkpoint: Checkpoint, precision: Precision, average: str | None = None) -> str:
-    """What the scores of a run's checkpoint are filed under: the same for the same weights, whatever files have them.
-
-    Of averages, and of a checkpoint of an earlier release, no digest of weights is recorded: then it is the files'.
-    """
-    of_weights = checkpoint.weights_digest if average is None else None
-    return scored_digest(of_weights or checkpoint.digest, precision, average)
 
 
 def milestone_subject(

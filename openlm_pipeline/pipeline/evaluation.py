@@ -522,7 +522,7 @@ def milestones_and_scores(experiment: Experiment, home: Home) -> Iterator[tuple[
         OpenLMError: the run folder is not this experiment's, or its data is not there.
     """
     from openlm_pipeline.evaluation.scorecard import load_scorecard
-    from openlm_pipeline.evaluation.subject import milestone_digest
+    from openlm_pipeline.evaluation.scored import milestone_digest
     from openlm_pipeline.evaluation.suite import load_suite
 
     evaluation = evaluation_of(experiment)

@@ -14,7 +14,7 @@ from openlm_pipeline.corpus.download_folder import RECORD_NAME, recorded_downloa
 from openlm_pipeline.errors import DataError, OpenLMError
 from openlm_pipeline.evaluation.items import read_items
 from openlm_pipeline.evaluation.scorecard import check_items, load_scorecard
-from openlm_pipeline.evaluation.subject import milestone_digest, scored_digest
+from openlm_pipeline.evaluation.scored import milestone_digest, scored_digest
 from openlm_pipeline.pipeline.evaluation import CARD
 from openlm_pipeline.pipeline.overview import experiment_of
 from openlm_pipeline.runs.folder import RunFolder

@@ -10,13 +10,15 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from openlm_pipeline.checkpoints.folders import COMPLETE, Checkpoint, read_checkpoint, recipe_of
 from openlm_pipeline.errors import DataError, MissingInputError
 from openlm_pipeline.evaluation.items import read_items
+from openlm_pipeline.evaluation.scored import milestone_digest, scored_digest
+from openlm_pipeline.experiments import Evaluation
 from openlm_pipeline.fingerprint import differences
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.shards.manifest import DATASET, MANIFEST, read_manifest, read_version
@@ -136,8 +138,8 @@ class Scan:
         if self.retention.token_streams:
             for streams in self._folders("tokenized", 2):
                 self._streams(streams)
-        aside = {c.digest for run in self._folders("runs", 2) if _base(run) for c in _checkpoints(run)}
-        aside -= {c.digest for run in self._folders("runs", 2) if not _base(run) for c in _checkpoints(run)}
+        aside = {under for run in self._folders("runs", 2) if _base(run) for under in _filed_under(run)}
+        aside -= {under for run in self._folders("runs", 2) if not _base(run) for under in _filed_under(run)}
         for scorecard in self._folders("scorecards", 3):
             self._scores(scorecard, aside)
         for room in _ROOMS:
@@ -322,6 +324,14 @@ class Scan:
             return self.root / room / names[0] / f".{names[1]}"
         depth = {"tokenized": 2, "scorecards": 3}.get(room, len(names))
         return self.root.joinpath(room, *names[:depth]) if depth < len(names) else None
+
+
+def _filed_under(run: Path) -> Iterator[str]:
+    """What scores of a run's checkpoints may be filed under, but for those of averages."""
+    for checkpoint in _checkpoints(run):
+        for precision in get_args(Evaluation.model_fields["precision"].annotation):
+            yield milestone_digest(checkpoint, precision)
+            yield scored_digest(checkpoint.digest, precision)  # as an earlier release did
 
 
 def _scored(path: Path) -> str | None:

@@ -22,7 +22,7 @@ from openlm_pipeline.checkpoints.folders import COMPLETE, INFO, Checkpoint, list
 from openlm_pipeline.checkpoints.reading import load_model
 from openlm_pipeline.checkpoints.weights_digest import digest_of_parts, local_part, weights_digest
 from openlm_pipeline.errors import DataError
-from openlm_pipeline.evaluation.subject import milestone_digest
+from openlm_pipeline.evaluation.scored import milestone_digest
 from openlm_pipeline.fingerprint import fingerprint
 from openlm_pipeline.models import ModelConfig
 from openlm_pipeline.models.transformer import Transformer

@@ -136,7 +136,7 @@ def test_a_store_that_fails_stops_no_training_and_is_tried_again(uploaded: Small
 
 
 def test_a_password_in_the_url_is_refused_and_not_shown(small: SmallRun, capfd):
-    with pytest.raises(ConfigError, match="has a password in it") as e:
+    with pytest.raises(ConfigError, match="holds credentials") as e:
         small.train("execution.upload_to=s3://user:hunter2@bucket/runs")
     assert "hunter2" not in str(e.value) + capfd.readouterr().out + json.dumps(small.run.read_outcome())
 
