@@ -153,7 +153,7 @@ def launch(home: Home, what: str, seconds: Figures, cpu: Figures, peaks: Figures
     os.environ["DAGSTER_HOME"] = home.variables()["DAGSTER_HOME"]
     run_id = str(uuid.uuid4())
     command = [program("dagster"), "job", "launch", "-j", f"tokenize_{DATASET}", "--run-id", run_id]
-    command += ["--tags", json.dumps({"openlm/allow": "supersede"})]  # a changed file makes other shards of the same name
+    command += ["--tags", json.dumps({"openlm/allow": "supersede"})]  # a changed file makes other shards
     started, clock = time.monotonic(), time.time()
     with (home.root / "launch.log").open("ab") as log:
         subprocess.run(command, cwd=ROOT, env=home.variables(), stdout=log, stderr=subprocess.STDOUT, check=True)
