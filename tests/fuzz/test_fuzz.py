@@ -11,6 +11,7 @@ import resource
 import shutil
 import sys
 import tempfile
+import time
 import traceback
 from collections import Counter
 from pathlib import Path
@@ -22,6 +23,7 @@ from openlm_pipeline.errors import OpenLMError, printable
 
 MOST_BYTES = 500 << 20
 SECONDS = 30
+"""Of a CPU; on a busy machine an input may be under way four times as long."""
 FEW, MANY = 300, 10_000
 
 
@@ -56,9 +58,12 @@ def _child(kind: Kind, name: str, numbers: range, folder: Path, log: Path) -> No
         for number in numbers:
             out.write(f"{number}\t")
             out.flush()
-            faulthandler.dump_traceback_later(SECONDS, exit=True, file=errors)
+            faulthandler.dump_traceback_later(4 * SECONDS, exit=True, file=errors)
+            began = time.process_time()
             ended = _try(kind, name, number, folder)
             faulthandler.cancel_dump_traceback_later()
+            if (took := time.process_time() - began) > SECONDS:
+                ended = f"it took {took:.0f} CPU-seconds"
             out.write(ended.replace("\n", "\\n") + "\n")
 
 
