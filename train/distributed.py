@@ -2,10 +2,12 @@
 
 import os
 import resource
+import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,12 @@ class World:
         except DataError as e:
             mine = e
         return next((error for error in self.of_all(mine) if error), None)
+
+    @cached_property
+    def places(self) -> list[tuple[str, str]]:
+        """Host and device of each rank. Ranks ask for them alike, as they are gathered then."""
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        return self.of_all((socket.gethostname(), device))
 
     def of_all(self, value: Any) -> list[Any]:
         """What each rank gave, by rank; nothing large."""

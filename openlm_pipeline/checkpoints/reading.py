@@ -8,7 +8,7 @@ import enum
 import io
 import pickle
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,6 +131,21 @@ def load_alone(state: dict[str, Any], reader: SafeReader) -> None:
         raise DataError(f"the checkpoint {reader.path} is damaged, or holds more than tensors: {said}") from e
 
 
+def model_without_weights(checkpoint: Checkpoint, described: Collection[str]) -> Transformer:
+    """The model that a checkpoint says that it holds, on the meta device.
+
+    Args:
+        described: names of the tensors that it describes.
+
+    Raises:
+        MissingInputError, DataError: it does not say so, or its tensors are too few.
+    """
+    config = recorded_config(checkpoint.path)
+    check_layers(checkpoint.path, config, described)
+    with torch.device("meta"):
+        return Transformer(config)
+
+
 def load_model(
     checkpoint: Checkpoint, device: torch.device | str = "cpu", *, average: str | None = None
 ) -> Transformer:
@@ -145,10 +160,7 @@ def load_model(
     verify(checkpoint)
     reader = SafeReader(checkpoint.path)
     described = reader.read_metadata().state_dict_metadata  # read here, as DCP would wrap its error in another
-    config = recorded_config(checkpoint.path)
-    check_layers(checkpoint.path, config, described)
-    with torch.device("meta"):
-        model = Transformer(config)
+    model = model_without_weights(checkpoint, described)
 
     def wanted() -> dict[str, dict[str, Tensor]]:
         if average is None:

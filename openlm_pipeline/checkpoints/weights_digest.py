@@ -20,11 +20,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from openlm_pipeline.checkpoints.folders import Checkpoint, recorded_config, verify
-from openlm_pipeline.checkpoints.reading import SafeReader, load_alone
+from openlm_pipeline.checkpoints.folders import Checkpoint, verify
+from openlm_pipeline.checkpoints.reading import SafeReader, load_alone, model_without_weights
 from openlm_pipeline.errors import DataError
 from openlm_pipeline.fingerprint import fingerprint
-from openlm_pipeline.models.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -124,8 +123,7 @@ def weights_digest(checkpoint: Checkpoint) -> str:
     verify(checkpoint)
     reader = SafeReader(checkpoint.path)
     described = reader.read_metadata().state_dict_metadata
-    with torch.device("meta"):
-        model = Transformer(recorded_config(checkpoint.path))
+    model = model_without_weights(checkpoint, described)
     parts = {}
     for name, parameter in model.named_parameters():
         key = f"model.{name}"

@@ -366,10 +366,8 @@ def _score_by_processes(experiment: Experiment, home: Home, what: list[str], rep
             finally:
                 process.terminate()
         if process.returncode:
-            errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-            why = (
-                next(iter(errors), None) or signal_in("\n".join(lines)) or (lines[-1] if lines else "they said nothing")
-            )
+            error = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), None)
+            why = error or signal_in("\n".join(lines)) or next(reversed(lines), "they said nothing")
             raise OpenLMError(f"the processes that score ended with exit code {process.returncode}: {why}")
 
 

@@ -98,9 +98,10 @@ def _cards(experiment: Experiment, home: Home) -> _Cards:
         cards.append(compared(card, i))
     # What is said of the best: its lead over the second, and the best baseline.
     baselines, names = [], [baseline.name for baseline in evaluation_of(experiment).baselines]
-    for label in best_two(cards):
+    best = best_two(cards)
+    for label in best:
         at = [card.label for card in cards].index(label)
-        cards[at] = compared(cards[at], labels.index(label), *best_two(cards), *names)
+        cards[at] = compared(cards[at], labels.index(label), *best, *names)
     for baseline in evaluation_of(experiment).baselines:
         if changed := baseline_staleness(experiment, home, baseline, suite):
             without[baseline.name] = f"not scored as the recipe has it ({'; '.join(changed)})"

@@ -236,11 +236,6 @@ class History:
         return found
 
 
-def account(run: RunFolder) -> Account:
-    """The time of a run up to the last sign of life in its folder."""
-    return History(run).account()
-
-
 def facts(run: RunFolder, milestone: str | None = None) -> dict[str, Any]:
     """As `History.facts`."""
     return History(run).facts(milestone)

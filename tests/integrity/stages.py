@@ -12,15 +12,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from commands import Ended
 from small_run import as_trainer
-from test_damage_matrix import _scores
 from whole_home import last_checkpoint, run, variables
 
 import train.__main__
 from openlm_pipeline.runs.folder import RunFolder
-from openlm_pipeline.storage.files import sha256_file
+from openlm_pipeline.storage.files import read_json, sha256_file
 
 Result = dict[str, object]
 Stage = Callable[[Path], tuple[Ended, Result]]
@@ -30,6 +30,16 @@ def contents(folder: Path, *patterns: str) -> Result:
     """The hash of each file."""
     paths = sorted(p for pattern in patterns for p in folder.glob(pattern) if p.is_file() and p.name != ".lock")
     return {str(p.relative_to(folder)): sha256_file(p) for p in paths}
+
+
+def scores(folder: Path) -> Result:
+    """The items of each task below a folder, with what its scorecard makes of them."""
+    found = {}
+    for path in sorted(folder.rglob("items.parquet")):
+        found[str(path.relative_to(folder))] = pq.read_table(path).to_pylist()
+        card = read_json(path.with_name("scorecard.json"))
+        found[str(path.relative_to(folder)) + " card"] = [card[name] for name in ("tasks", "averages", "changes")]
+    return found
 
 
 def tokenize(root: Path) -> tuple[Ended, Result]:
@@ -64,7 +74,7 @@ def _trained(root: Path) -> Result:
 
 def evaluate(root: Path) -> tuple[Ended, Result]:
     ended = run(root, "evaluate one")
-    return ended, {} if ended.returncode else _scores(root / "home" / "scorecards" / "one")
+    return ended, {} if ended.returncode else scores(root / "home" / "scorecards" / "one")
 
 
 def report(root: Path) -> tuple[Ended, Result]:

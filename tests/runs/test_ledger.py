@@ -41,7 +41,7 @@ def test_a_second_session_has_idle_time_before_it(tmp_path):
     small.train("milestones=[512]")
     time.sleep(1.0)
     small.train()
-    of, made = ledger.facts(small.run), ledger.account(small.run)
+    of, made = ledger.facts(small.run), ledger.History(small.run).account()
     assert of["idle_seconds"] >= 1.0
     assert [session["end"]["status"] for session in made.sessions] == ["completed", "completed"]
     assert of["gpu_hours"] == pytest.approx((of["wall_seconds"] - of["idle_seconds"]) / 3600, abs=1e-5)
@@ -57,7 +57,7 @@ def test_steps_trained_again_after_a_kill_are_lost(tmp_path, monkeypatch):
     last.rename(tmp_path / "gone")
     before = ledger.facts(small.run)
     small.train()
-    of, made = ledger.facts(small.run), ledger.account(small.run)
+    of, made = ledger.facts(small.run), ledger.History(small.run).account()
     assert before["lost_seconds"] == 0 < of["lost_seconds"]
     assert made.sessions[0]["end"] is None and made.sessions[1]["end"]["status"] == "completed"
     (killed,) = made.interruptions
@@ -163,7 +163,7 @@ def test_what_is_read_as_it_is_written_is_what_is_read_at_once(tmp_path, monkeyp
             small.run.ledger_file.write_bytes(b"".join(events[:written]))
             history.update()
         assert (written, history.losses.records()) == (len(events), small.run.read_metrics())
-        assert history.account().sessions == ledger.account(small.run).sessions
+        assert history.account().sessions == ledger.History(small.run).account().sessions
         facts[most], spells[most] = history.facts(), len(history.account().spells)
     assert facts[10_000] == whole
     steps = [of["productive_seconds"] + of["lost_seconds"] for of in (facts[2], whole)]

@@ -41,7 +41,7 @@ def test_a_slow_rank_is_named_once(slow: str, other: str, tmp_path: Path) -> Non
     records = [r for r in small.run.read_metrics() if "loss" in r]
     field = {"compute": "slowest_rank", "data": "data_wait_rank"}[slow]
     assert [r[field] for r in records[1:]].count(int(SLOW_RANK)) >= 7
-    told = [event for event in ledger.account(small.run).stragglers if other not in event["why"]]
+    told = [event for event in ledger.History(small.run).account().stragglers if other not in event["why"]]
     assert [(event["rank"], event["step"] <= 8) for event in told] == [(1, True)]
     assert "CPU on" in told[0]["name"]
 

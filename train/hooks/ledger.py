@@ -26,14 +26,12 @@ class Ledger(Hook):
     def __init__(self, trainer: "Trainer") -> None:
         super().__init__(trainer)
         world, created, now = trainer.world, psutil.Process().create_time(), time.time()
-        device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
-        ranks = world.of_all((socket.gethostname(), device))
         self._open = world.rank == 0
         what = {
             # Python and torch were imported for this alone where torchrun started it.
             "began": round(created if "TORCHELASTIC_RUN_ID" in os.environ else now, 3),
-            "hosts": sorted({host for host, _ in ranks}),
-            "devices": Counter(name for _, name in ranks),
+            "hosts": sorted({host for host, _ in world.places}),
+            "devices": Counter(device for _, device in world.places),
             "world_size": world.size,
             "code": code_version(),
             "software": f"python {platform.python_version()}, torch {torch.__version__}",

@@ -1,7 +1,6 @@
 """Names a rank that all others wait for. In step with each other, all seem as slow as it; so each times what it does
 alone: one block's forward pass, with its weights gathered, and waiting for data."""
 
-import socket
 import time
 from collections import Counter, deque
 from statistics import mean, median_low
@@ -37,8 +36,7 @@ class Stragglers(Hook):
         self._began: Any = None
         if self.world.size == 1:
             return
-        device = torch.cuda.get_device_name(self.world.device) if self.on_gpu else "CPU"
-        self._names = self.world.of_all(f"{device} on {socket.gethostname()}")
+        self._names = [f"{device.replace('cpu', 'CPU')} on {host}" for host, device in self.world.places]
         self._in_a_row: Counter[tuple[str, int]] = Counter()
         blocks = list(trainer.model.layers.children())
         block = blocks[len(blocks) // 2]
