@@ -78,7 +78,8 @@ class TinyPipeline:
         }
 
     @classmethod
-    def create(cls, root: Path, global_batch: int = 256) -> TinyPipeline:
+    def create(cls, root: Path, global_batch: int = 256, copies: int = 1) -> TinyPipeline:
+        """A pipeline with nothing made yet, whose raw files hold 57,000 tokens `copies` times."""
         made = cls(root)
         for folder in ("recipes", "dagster", "openlm_home"):
             (root / folder).mkdir(parents=True)
@@ -87,7 +88,7 @@ class TinyPipeline:
         made.write_recipe(vocab_size=300, global_batch=global_batch)
         sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
         texts = [t for t in (p.read_text(errors="replace")[:4000] for p in sources) if len(t) > 1000]
-        rows = [{"text": text} for text in texts[:60]]
+        rows = [{"text": text} for text in texts[:60]] * copies
         _write_rows(made.home / "raw" / "tiny_text" / "a.jsonl", rows[:30])
         _write_rows(made.home / "raw" / "tiny_text" / "b.jsonl", rows[30:])
         lines = [line.split() for text in texts[60:80] for line in text.splitlines() if len(line.split()) > 6][:24]

@@ -21,6 +21,8 @@ defs = build_definitions([load_experiment("tiny")])
 """
 CONDITION, SENSOR, SCHEDULE = "default_automation_condition_sensor", "checkpoints_in_run_folders", "missing_scores"
 FAR = "t1500K"  # a milestone that nobody waits for
+FAR_COPIES = 8
+"""How often the text must be there for it: a recipe that repeats its data too often is refused."""
 
 
 def edit_recipe(pipeline: TinyPipeline, **fields: str) -> None:

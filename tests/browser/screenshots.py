@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import dagster as dg
 from dagster_ui import browser_page, open_graph, webserver
-from gestures import CONDITION, LOCATION, SCHEDULE, SENSOR, Ui, edit_recipe, ui_of
+from gestures import CONDITION, FAR_COPIES, LOCATION, SCHEDULE, SENSOR, Ui, edit_recipe, ui_of
 from PIL import Image
 from playwright.sync_api import Page
 from tiny_pipeline import LABELS, REPOSITORY, TinyPipeline
@@ -75,7 +75,7 @@ def of_demo(folder: Path, home: Path, dagster_home: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    pipeline = TinyPipeline.create(folder)
+    pipeline = TinyPipeline.create(folder, copies=FAR_COPIES)
     edit_recipe(pipeline, milestones="[10K, 40K, 1500K]", log_every="5")
     with ui_of(pipeline, daemon=True) as ui:
         for name in (CONDITION, SENSOR, SCHEDULE):

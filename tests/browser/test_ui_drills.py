@@ -4,7 +4,6 @@ that arrive, a recipe that changes, automation that scores while training contin
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 import dagster as dg
 import psutil
 import pytest
-from tiny_pipeline import LABELS, REPOSITORY, FinishedPipeline, TinyPipeline, environment
+from tiny_pipeline import LABELS, LONG, REPOSITORY, FinishedPipeline, TinyPipeline, environment
 
 # Marks, and no skip of the whole file: all processes that run tests side by side must find the same ones.
 no_browser = pytest.mark.skipif(not Path("/usr/bin/chromium").exists(), reason="there is no /usr/bin/chromium")
@@ -21,7 +20,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.drill, no_browser]
 pytest.importorskip("playwright", reason="playwright is not installed")
 
 from dagster_ui import open_graph  # noqa: E402 - it needs playwright
-from gestures import CONDITION, FAR, LOCATION, SCHEDULE, SENSOR, Ui, edit_recipe, ui_of  # noqa: E402
+from gestures import CONDITION, FAR, FAR_COPIES, LOCATION, SCHEDULE, SENSOR, Ui, edit_recipe, ui_of  # noqa: E402
 
 from openlm_pipeline.experiments import load_experiment  # noqa: E402
 from openlm_pipeline.runs.folder import RunFolder  # noqa: E402
@@ -61,7 +60,7 @@ def wait_for_observations(ui: Ui, key: str, number: int) -> None:
 
 
 def test_a_training_is_watched_live_terminated_and_goes_on(tmp_path):
-    pipeline = TinyPipeline.create(tmp_path / "pipeline")
+    pipeline = TinyPipeline.create(tmp_path / "pipeline", copies=FAR_COPIES)
     edit_recipe(pipeline, milestones="[10K, 1500K]", processes="2", log_every="5")
     folder = RunFolder(pipeline.run_folder)
     with ui_of(pipeline, daemon=True) as ui:
@@ -184,13 +183,8 @@ def asked_by(ui: Ui, record: dg.EventLogRecord) -> str:
     return ui.instance.get_run_by_id(record.run_id).tags["dagster/sensor_name"]
 
 
-def test_automation_scores_each_milestone_once_while_training_goes_on(long_finished, tmp_path):
-    pipeline = long_finished.copy(tmp_path)
-    for path in (
-        *(pipeline.home / name for name in ("runs", "scorecards", "reports")),
-        *(pipeline.root / "dagster" / name for name in ("history", "storage")),
-    ):
-        shutil.rmtree(path)
+def test_automation_scores_each_milestone_once_while_training_goes_on(tmp_path):
+    pipeline = TinyPipeline.create(tmp_path / "pipeline", global_batch=LONG, copies=FAR_COPIES)
     edit_recipe(pipeline, milestones="[10K, 40K, 1500K]")
     scorecards = [f"scorecard/tiny/{label}" for label in LABELS]
     with ui_of(pipeline, daemon=True) as ui:
