@@ -19,6 +19,7 @@ from assets.common import (
     allowed,
     code_version,
     metadata,
+    owned_by,
     place,
     planned,
     raw_key,
@@ -73,6 +74,7 @@ def corpus_asset(experiment: Experiment) -> dg.AssetsDefinition:
         deps=[PREFLIGHT_KEY],
         group_name="raw_files",
         kinds={"python", "corpus"},
+        owners=owned_by(),
         code_version="1",
         pool=CPU_POOL,
         description="Real text that every installation has: the Python standard library's and packages' documentation "
@@ -98,6 +100,7 @@ def tokenizer_asset(experiment: Experiment) -> dg.AssetsDefinition:
         deps=deps,
         group_name="tokenizers",
         kinds={"huggingface", "tokenizer"},
+        owners=owned_by(),
         code_version=code_version({"spec": settings_tree(spec, {"source"}), "code": TRAINING_VERSION}),
         pool=CPU_POOL,
         description=made_how,
@@ -255,6 +258,7 @@ def dataset_assets(dataset: Dataset) -> list[dg.AssetsDefinition | dg.AssetCheck
                 skippable=True,
                 group_name="raw_files",
                 kinds={"raw_files"},
+                owners=owned_by(),
                 code_version="1",
                 description=f"Raw text: {', '.join(dataset.source.files)}",
             )
@@ -277,6 +281,7 @@ def dataset_assets(dataset: Dataset) -> list[dg.AssetsDefinition | dg.AssetCheck
                 skippable=True,
                 group_name="tokenized",
                 kinds={"dask", "tokenized"},
+                owners=owned_by(),
                 code_version=_files_code_version(dataset),
                 description="Token streams and document indexes, one per raw file; several files are one run on Dask.",
             )
@@ -310,6 +315,7 @@ def dataset_assets(dataset: Dataset) -> list[dg.AssetsDefinition | dg.AssetCheck
         key=shards_key(dataset),
         group_name="shards",
         kinds={"dask", "shards"},
+        owners=owned_by(),
         code_version=_shards_code_version(dataset),
         ins={
             "tokenized": nothing(tokenized_key(dataset), partition_mapping=dg.AllPartitionMapping()),
@@ -433,6 +439,7 @@ def _ready_made(dataset: Dataset) -> list[dg.AssetsDefinition | dg.AssetChecksDe
         deps=[tokenizer_key(dataset.tokenizer.name)],
         group_name="shards",
         kinds={"shards"},
+        owners=owned_by(),
         code_version=code_version({"shards": dataset.source.shards, "seq_len": dataset.seq_len}),
         pool=CPU_POOL,
         description=f"Ready-made shards: {dataset.source.shards}",

@@ -11,6 +11,7 @@ from assets.common import (
     code_version,
     made_from,
     metadata,
+    owned_by,
     scorecard_key,
     scores_group,
     shown,
@@ -19,7 +20,7 @@ from assets.common import (
     when_ready,
 )
 from openlm_pipeline.errors import DataError, MissingInputError
-from openlm_pipeline.evaluation.suite import HARNESS_VERSION, Suite, load_suite
+from openlm_pipeline.evaluation.suite import HARNESS_VERSION, Suite
 from openlm_pipeline.experiments import Baseline, Experiment
 from openlm_pipeline.fingerprint import settings_tree
 from openlm_pipeline.pipeline import evaluation as scoring
@@ -90,11 +91,8 @@ def _events(
     )
 
 
-def scorecard_assets(experiment: Experiment) -> list[dg.AssetsDefinition]:
-    """The scorecard of each milestone; none where the recipe has no evaluation."""
-    if experiment.evaluation is None:
-        return []
-    suite = load_suite(experiment.evaluation.suite)
+def scorecard_assets(experiment: Experiment, suite: Suite) -> list[dg.AssetsDefinition]:
+    """The scorecard of each milestone."""
     version = _version(experiment, suite)
     return [_scorecard_asset(experiment, label, suite, version) for label, _ in experiment.labelled_milestones()]
 
@@ -107,6 +105,7 @@ def _scorecard_asset(experiment: Experiment, label: str, suite: Suite, version: 
         deps=[checkpoint_key(experiment.name, label), *(baseline_key(b.name) for b in experiment.evaluation.baselines)],
         group_name=scores_group(experiment.name),
         kinds={"pytorch", "scorecard"},
+        owners=owned_by(),
         code_version=version,
         automation_condition=when_ready(),
         pool=EVALUATION_POOL,
@@ -124,15 +123,15 @@ def _scorecard_asset(experiment: Experiment, label: str, suite: Suite, version: 
     return scorecard
 
 
-def baseline_asset(experiment: Experiment, baseline: Baseline) -> dg.AssetsDefinition:
+def baseline_asset(experiment: Experiment, suite: Suite, baseline: Baseline) -> dg.AssetsDefinition:
     """The scorecard of a model that no run here made."""
-    suite = load_suite(experiment.evaluation.suite)
     key = baseline_key(baseline.name)
 
     @dg.asset(
         key=key,
         group_name="baselines",
         kinds={"huggingface", "scorecard"},
+        owners=owned_by(),
         code_version=_version(experiment, suite, model=baseline.model, revision=baseline.revision),
         pool=EVALUATION_POOL,
         check_specs=_specs(key)[:1],

@@ -4,7 +4,16 @@ from collections.abc import Sequence
 
 import dagster as dg
 
-from assets.common import PREFLIGHT_KEY, allowed, checkpoint_key, planned, shards_key, tokenizer_key, user_errors
+from assets.common import (
+    PREFLIGHT_KEY,
+    allowed,
+    checkpoint_key,
+    owned_by,
+    planned,
+    shards_key,
+    tokenizer_key,
+    user_errors,
+)
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.pipeline.plan import look
 from openlm_pipeline.pipeline.preflight import whole
@@ -19,6 +28,7 @@ def preflight_asset(experiments: Sequence[Experiment]) -> dg.AssetsDefinition:
         key=PREFLIGHT_KEY,
         group_name="preflight",
         kinds={"python"},
+        owners=owned_by(),
         code_version="1",
         description="Refuses what a run would set aside, repeat or spend, unless its tag openlm/allow names it. "
         f"What can be allowed: {'; '.join(f'{name} ({meaning})' for name, meaning in CONSENTS.items())}.",

@@ -31,6 +31,7 @@ class Registry(Generic[T]):
         self.kind, self.package, self._base = kind, package, base
         self._entries: dict[str, type[T]] = {}
         self._seen: set[str] = set()
+        self._looked_in: list[str] = []
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
         """Decorator that puts a class under `name`.
@@ -53,6 +54,8 @@ class Registry(Generic[T]):
     def _load(self) -> None:
         """Import the package's modules, and check that each class that should be registered is."""
         package = importlib.import_module(self.package)
+        if self._looked_in == (folders := list(package.__path__)):
+            return
         modules = [f"{self.package}.{found.name}" for found in pkgutil.iter_modules(package.__path__)]
         for name in modules:
             if name not in self._seen:
@@ -72,6 +75,7 @@ class Registry(Generic[T]):
                             f"no name is registered for the {self.kind} {_place(entry)}: put "
                             f'`@{self.kind.upper().replace(" ", "_")}S.register("NAME")` above it'
                         )
+        self._looked_in = folders
 
     @property
     def names(self) -> list[str]:

@@ -5,13 +5,14 @@ from collections.abc import Mapping
 
 import dagster as dg
 
-from assets.common import DEFAULT_OWNERS, OWNERS, DaskResource, RunEnd, owners
+from assets.common import OWNERS, DaskResource, RunEnd, owned_by, owners
 from assets.data import corpus_asset, dataset_assets, tokenizer_asset
 from assets.evaluation import baseline_asset, scorecard_assets
 from assets.preflight import preflight_asset
 from assets.reports import report_asset
 from assets.training import checkpoint_assets
 from openlm_pipeline.errors import ConfigError
+from openlm_pipeline.evaluation.suite import load_suite
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.pipeline.recipes import load_recipes
 from orchestration.automation import alert_sensors, checkpoint_sensor, gap_schedule
@@ -30,9 +31,9 @@ def build_definitions(experiments: list[Experiment], not_loaded: Mapping[str, st
     baselines = {b.name: (e, b) for e in reversed(experiments) if e.evaluation for b in e.evaluation.baselines}
     not_loaded = dict(not_loaded)
     try:
-        owned_by = owners()
+        owners()
     except ConfigError as e:
-        owned_by, not_loaded[OWNERS] = [DEFAULT_OWNERS], str(e)
+        not_loaded[OWNERS] = str(e)
     assets: list[dg.AssetsDefinition | dg.AssetSpec] = [
         preflight_asset(experiments),
         *(tokenizer_asset(e) for e in {e.tokenizer.name: e for e in reversed(experiments)}.values()),
@@ -44,9 +45,12 @@ def build_definitions(experiments: list[Experiment], not_loaded: Mapping[str, st
         *made, check = dataset_assets(dataset)
         assets += made
         checks.append(check)
-    assets += [baseline_asset(*owned) for owned in baselines.values()]
+    suites = {suite: load_suite(suite) for suite in {e.evaluation.suite for e in experiments if e.evaluation}}
+    assets += [baseline_asset(e, suites[e.evaluation.suite], baseline) for e, baseline in baselines.values()]
     for experiment in experiments:
-        assets += [checkpoint_assets(experiment), report_asset(experiment), *scorecard_assets(experiment)]
+        assets += [checkpoint_assets(experiment), report_asset(experiment)]
+        if experiment.evaluation:
+            assets += scorecard_assets(experiment, suites[experiment.evaluation.suite])
     jobs: list[dg.JobDefinition | dg.UnresolvedAssetJobDefinition] = [
         *(recipe_job(e) for e in experiments),
         *(training_job(e) for e in experiments),
@@ -59,8 +63,9 @@ def build_definitions(experiments: list[Experiment], not_loaded: Mapping[str, st
         job = failing_job(name, error, taken)
         taken.add(job.name)
         jobs.append(job)
-        assets.append(dg.AssetSpec(["not_loaded", job.name], description=error, group_name="not_loaded"))
-    assets = list(dg.map_asset_specs(lambda spec: spec.replace_attributes(owners=owned_by), assets))
+        assets.append(
+            dg.AssetSpec(["not_loaded", job.name], description=error, group_name="not_loaded", owners=owned_by())
+        )
     scored = [e for e in experiments if e.evaluation]
     return dg.Definitions(
         assets=assets,

@@ -5,7 +5,6 @@ import time
 from typing import Any
 
 import dagster as dg
-from rich.console import Console
 
 _SHOWN = {
     "STEP_START": "start ",
@@ -14,12 +13,17 @@ _SHOWN = {
     "ASSET_MATERIALIZATION": "done  ",
     "ASSET_CHECK_EVALUATION": "check ",
 }
-_console = Console(highlight=False, soft_wrap=True)
 _started = time.monotonic()
 
 
 class LiveHandler(logging.Handler):
     """Prints one short line for each event that a person waits for."""
+
+    def __init__(self, level: int = logging.NOTSET) -> None:
+        from rich.console import Console  # slow to import, and only runs need it
+
+        super().__init__(level)
+        self._console = Console(highlight=False, soft_wrap=True)
 
     def emit(self, record: logging.LogRecord) -> None:
         fields = getattr(record, "dagster_meta", {})
@@ -32,7 +36,7 @@ class LiveHandler(logging.Handler):
             return
         else:
             word = _SHOWN[event.event_type_value]
-        _console.print(f"{time.monotonic() - _started:6.1f} s  {word} {text}", markup=False)
+        self._console.print(f"{time.monotonic() - _started:6.1f} s  {word} {text}", markup=False)
 
 
 def _describe(event: dg.DagsterEvent, fields: dict) -> str | None:

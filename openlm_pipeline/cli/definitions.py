@@ -1,8 +1,14 @@
 """What Dagster loads from any folder, as `-m openlm_pipeline.cli.definitions`."""
 
+import gc
 import importlib
 
 from openlm_pipeline.runs.programs import look_there_first
 
 look_there_first()
-defs = importlib.import_module("orchestration.definitions").defs
+gc.disable()  # what is loaded stays: a collection on the way, or at the end, would look through all of Dagster for nothing
+try:
+    defs = importlib.import_module("orchestration.definitions").defs
+finally:
+    gc.freeze()
+    gc.enable()

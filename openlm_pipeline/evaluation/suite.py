@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -233,7 +234,7 @@ class Suite(Strict):
         judged = [(task, k) for task, k in runs if RULES[task.rule].judges]
         return next(iter(self.averages.values()), tuple(task_name(task.label, k) for task, k in judged or runs))
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Fingerprint of the tasks' settings; file contents are not in it, each has its own hash."""
         tasks = [{**task.settings(), "num_fewshot": list(task.num_fewshot)} for task in self.icl_tasks]

@@ -19,7 +19,6 @@ from openlm_pipeline.shards.publish import publish
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.tokenization.documents import FileTokens
 from openlm_pipeline.tokenization.job import tokenize_files
-from openlm_pipeline.tokenization.packing_job import pack_shards
 from openlm_pipeline.tokenizers.tokenizer import make_tokenizer, read_tokenizer_info, tokenizer_file
 
 
@@ -97,6 +96,8 @@ def make_shards(
         made = open_dataset(dataset, home)
         report(f"{dataset.name}: {len(made)} ready-made samples of {dataset.seq_len + 1} tokens")
         return StageResult(made.folder, made.version, True, made.info["totals"])
+    from openlm_pipeline.tokenization.packing_job import pack_shards  # with it comes Arrow, which is slow to import
+
     started = time.monotonic()
     info = read_tokenizer_info(home.tokenizer(dataset.tokenizer.name))
     folder: Path = home.shards(dataset.name, dataset.version)

@@ -265,6 +265,9 @@ def _describe(spec: TokenizerSpec, path: Path, identity: dict[str, Any]) -> Toke
 @lru_cache(maxsize=4)
 def _facts(path: Path, sha256: str) -> dict[str, Any]:
     """What the ids of a tokenizer depend on beside its file's hash, `sha256`."""
-    config = orjson.loads(path.read_bytes())
+    try:
+        config = orjson.loads(path.read_bytes())
+    except orjson.JSONDecodeError as e:  # the reference reads some that are not JSON
+        raise ConfigError(f"{path} is not a tokenizer.json: {e}") from e
     off = [name for name in ("truncation", "padding") if config.get(name)]
     return {"largest_id": largest_id(load_any(path)), "switched_off": off}
