@@ -6,7 +6,7 @@ import importlib
 from openlm_pipeline.runs.programs import look_there_first
 
 look_there_first()
-gc.disable()  # what is loaded stays: a collection on the way, or at the end, would look through all of Dagster for nothing
+gc.disable()  # what is loaded stays: a collection meanwhile or at the end would look through all of it for nothing
 try:
     defs = importlib.import_module("orchestration.definitions").defs
 finally:
