@@ -141,7 +141,9 @@ def _standing(records: list[dict[str, Any]]) -> dict[str, Any]:
     facts = {k: of[-1][k] for k, of in (("loss", training), ("validation_loss", validated)) if of}
     curves = (series(records, k) for k in ("loss", "validation_loss"))
     picture = small_picture("loss against tokens, that of held-out text as dots", *curves)
-    return {**facts, "loss_curve": picture and dg.MetadataValue.md(picture), "tokens": records[-1]["tokens"]}
+    speed = training[-1]["tokens_per_second"] if training else None
+    picture = picture and dg.MetadataValue.md(picture)
+    return {**facts, "loss_curve": picture, "tokens": records[-1]["tokens"], "tokens_per_second": speed}
 
 
 def _cost(history: History) -> dict[str, Any]:
@@ -178,7 +180,7 @@ def _milestone(
     facts = {
         **shown(_standing(records)),
         **made_from(experiment, event.label),
-        **shown({"tokens_per_second": training[-1]["tokens_per_second"], **_cost(history)}),
+        **shown(_cost(history)),
         **shown(history.facts(event.label)),
         **metadata(result),
         "records": _table(training),

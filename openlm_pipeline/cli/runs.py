@@ -145,7 +145,11 @@ def cost(
     _say(f"in all {total:,.3f} GPU-hours" + (f", {total * price:,.2f} at {price:g} each" if price is not None else ""))
 
 
-def stop(run: Run, version: Version = None) -> None:
+def stop(
+    run: Run,
+    version: Version = None,
+    kill: Annotated[bool, typer.Option("--kill", help="If it has not ended in its grace: without saving.")] = False,
+) -> None:
     """Have a run save and stop, whatever started it: this machine's torchrun, Slurm or Kubernetes.
 
     Afterwards the same launch resumes it. A run that is not running is left as it is (exit code 0).
@@ -160,7 +164,7 @@ def stop(run: Run, version: Version = None) -> None:
     home = Home.from_env()
     folder = find_run(home, run, version)
     experiment = experiment_of(folder)
-    if not stop_run(experiment, home, folder, _say):
+    if not stop_run(experiment, home, folder, _say, kill=kill):
         _say(f"{experiment.name} is not running: {state_of(experiment, home, folder)[0]}")
         return
     saved = folder.saved()

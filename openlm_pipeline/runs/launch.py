@@ -164,8 +164,11 @@ def train_run(
             job = None
 
 
-def stop_run(experiment: Experiment, home: Home, run: RunFolder, report: Say) -> bool:
+def stop_run(experiment: Experiment, home: Home, run: RunFolder, report: Say, *, kill: bool = False) -> bool:
     """Ask the trainer of a run to save and end, whoever started it, and wait for that; whether there was one.
+
+    Args:
+        kill: one that is still there after its grace is killed, and what it did since its last checkpoint is lost.
 
     Raises:
         BusyError: it has not yet said which process it is, runs on another machine, or needs longer than its grace.
@@ -191,7 +194,12 @@ def stop_run(experiment: Experiment, home: Home, run: RunFolder, report: Say) ->
     give_up = time.monotonic() + grace
     while is_held(run.lock_folder):
         if time.monotonic() > give_up:
-            raise BusyError(f"process {pid} is still there after {grace} s; what it saved until now is kept")
+            if not kill:
+                late = f"process {pid} is still there after {grace} s: it saves at the end of a step"
+                raise BusyError(f"{late}. Wait for it, or end it as it is: `openlm stop {experiment.name} --kill`")
+            report(f"process {pid} is still there after {grace} s, and is killed")
+            os.kill(pid, signal.SIGKILL)  # torchrun ends the other ranks
+            kill, give_up = False, time.monotonic() + grace
         time.sleep(_POLL_SECONDS)
     return True
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from small_run import SmallRun
 from tiny_pipeline import TinyPipeline, environment
@@ -137,6 +138,29 @@ def test_stop_saves_a_run_that_another_process_trains_and_it_goes_on(home):
     assert process.returncode == 6 and "Traceback" not in err, err
     (row,) = json.loads(said("runs", "--json"))
     assert row["state"] == "preempted" and run.saved()[-1].tokens > 40_000
+
+
+def test_a_trainer_that_does_not_hear_is_killed_where_that_is_asked(home):
+    recipe = home.root / "recipes" / "tiny.yaml"
+    longer = recipe.read_text().replace("[10K, 40K]", "[10K, 40K, 20M]")
+    recipe.write_text(longer.replace("{processes: 1}", "{processes: 1, grace_seconds: 2}"))
+    command = [sys.executable, "-m", "openlm_pipeline", "train", "tiny", "--allow", "repeat_data"]
+    run = RunFolder(home.run_folder)
+    size = run.metrics_file.stat().st_size
+    process = subprocess.Popen(command, env=environment(home), stderr=subprocess.PIPE, text=True)
+    try:
+        wait_until(lambda: run.metrics_file.stat().st_size > size, process, seconds=120)
+        _, pid, _ = next(event["process"] for event in reversed(run.read_ledger()) if "process" in event)
+        psutil.Process(pid).suspend()
+        result = CliRunner().invoke(app, ["stop", "tiny"])
+        assert f"process {pid} is still there after 2 s" in str(result.exception)
+        assert "openlm stop tiny --kill" in str(result.exception)
+        assert "and is killed" in said("stop", "tiny", "--kill")
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 6 and "Traceback" not in err, err
+    assert "was asked to stop; the same command resumes it" in err
 
 
 def test_what_is_read_as_it_is_written_is_what_is_read_at_once(tmp_path, monkeypatch):
