@@ -209,8 +209,11 @@ class DaskSettings(Strict):
             yield InProcess()
             return
         from distributed import Client
+        from distributed.utils import silence_logging_cmgr
 
         with contextlib.ExitStack() as stack:
+            # What goes wrong, a scheduler that is gone as well, is raised where a result is asked for.
+            stack.enter_context(silence_logging_cmgr(logging.CRITICAL))
             try:
                 if self.address:
                     with waiting_for(f"the Dask scheduler at {self.address}, up to {self.wait_seconds:g} s"):
@@ -246,7 +249,7 @@ class DaskSettings(Strict):
                 dashboard_address="127.0.0.1:0",
                 # A worker's memory is bounded by the stages; a limit here would count pages of mapped files as well.
                 memory_limit=None,
-                silence_logs=logging.CRITICAL,  # a task's error is raised where its result is asked for
+                silence_logs=logging.CRITICAL,  # of its workers, too
                 **self.options,
             )
         module, name = CLUSTERS[self.cluster]

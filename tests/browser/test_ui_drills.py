@@ -80,9 +80,9 @@ def test_a_training_is_watched_live_terminated_and_goes_on(tmp_path):
         alive = trainers(pipeline)
         assert len(alive) == 3  # torchrun and two ranks
         ui.open(f"runs/{run.run_id}")
-        line = ui.page.get_by_text(re.compile(r"tokens, loss [\d.]+, tokens_per_second")).last
-        seen = line.inner_text()
-        ui.wait_until(lambda: line.inner_text() != seen, "a newer loss on the page of the run, without a reload")
+        shown = ui.page.locator("td").filter(has_text="tokens_per_second").last.locator("xpath=ancestor::table[1]")
+        seen = shown.inner_text()
+        ui.wait_until(lambda: shown.inner_text() != seen, "a newer loss on the page of the run, without a reload")
         clicked = ui.terminate(run)
         assert psutil.wait_procs(alive, timeout=60)[1] == []
         seconds = time.monotonic() - clicked
