@@ -339,7 +339,7 @@ class Drill:
         return "runs" not in self.case.makes or (self.pipeline.run.read_outcome() or {}).get("status") == "completed"
 
 
-_WORKERS, _RANKS = below("spawn_main"), below("-m train", without="torch.distributed.run")
+_WORKERS, _RANKS = below("spawn_main"), below("programs.py train", without="torch.distributed.run")
 CASES = (
     Case(
         "tokenize", forked("openlm_pipeline", "tokenize", "tiny", "--workers", "1"), itself, ("tokenized", "shards"), 3
