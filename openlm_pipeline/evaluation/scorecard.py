@@ -5,7 +5,7 @@ that it belongs to are then empty too: none is ever taken over fewer tasks than 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -140,7 +140,7 @@ def make_scorecard(
     suite: Suite,
     provenance: Provenance,
     task_files: Mapping[str, str],
-    against: Mapping[str, pa.Table] | None = None,
+    against: Iterable[tuple[str, pa.Table]] = (),
     warnings: tuple[str, ...] = (),
     num_rows: Mapping[str, int] = {},
 ) -> Scorecard:
@@ -150,8 +150,8 @@ def make_scorecard(
         items: table of `items.SCHEMA`, of this model and suite only.
         previous_items: the table of the milestone before, for the changes.
         task_files: `label/k-shot` -> sha256 of the task's file (`SuiteResult.task_files`).
-        against: milestone label or baseline name -> its items, for differences to them. Between models of one run the
-            prompts must be the same token ids, between others the questions.
+        against: milestone labels or baseline names and their items, for differences to them. Between models of one
+            run the prompts must be the same token ids, between others the questions.
         warnings, num_rows: of `SuiteResult`.
 
     Raises:
@@ -221,7 +221,7 @@ def make_scorecard(
         missing=missing,
         warnings=warnings,
         changes=() if previous_items is None else differences(_one_milestone(previous_items), previous_items),
-        against=tuple(d for label, other in (against or {}).items() for d in differences(label, other)),
+        against=tuple(d for label, other in against for d in differences(label, other)),
     )
 
 

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,7 +114,7 @@ def _summed_up(
     provenance: "Provenance",
     out: Path,
     before: "pa.Table | None" = None,
-    against: "Mapping[str, pa.Table] | None" = None,
+    against: "Iterable[tuple[str, pa.Table]]" = (),
 ) -> "tuple[Scorecard, bool]":
     """The scorecard of scored items, written where it is new; and whether it was there already."""
     from openlm_pipeline.evaluation.scorecard import load_scorecard, make_scorecard, save_scorecard
@@ -252,12 +252,12 @@ def items_of_others(
     earlier: list[str],
     part: "Part | None" = None,
     among: Collection[str] | None = None,
-) -> "tuple[pa.Table | None, dict[str, pa.Table]]":
+) -> "tuple[pa.Table | None, Iterator[tuple[str, pa.Table]]]":
     """What a milestone is compared with: the items of the milestone before (of a fork's first one, its parent), and
-    those of others by name.
+    those of others by name, read one after the other.
 
     Args:
-        among: names of those that are wanted; by default all. Each is in memory with all of its items.
+        among: names of those that are wanted; by default all.
     """
     folders = {label: home.scorecard(experiment.name, experiment.version, label) for label in earlier}
     for baseline in evaluation_of(experiment).baselines:
@@ -271,9 +271,13 @@ def items_of_others(
         folders = {name: folder for name, folder in folders.items() if name in (previous, *among)}
     if part:
         folders = {name: part.folder(folder) for name, folder in folders.items()}
-    found = {name: items for name, folder in folders.items() if (items := items_of(folder)) is not None}
-    of_suite = {name: t for name, t in found.items() if set(t["suite"].to_pylist()) <= {suite.name}}
-    return of_suite.pop(previous, None), of_suite
+
+    def of_suite(folder: Path | None) -> "pa.Table | None":
+        items = items_of(folder)
+        return items if items is not None and set(items["suite"].unique().to_pylist()) <= {suite.name} else None
+
+    before = of_suite(folders.pop(previous, None))
+    return before, ((name, items) for name, folder in folders.items() if (items := of_suite(folder)) is not None)
 
 
 def staleness(card: "Scorecard", suite: "Suite", evaluation: Evaluation, digest: str | None = None) -> list[str]:

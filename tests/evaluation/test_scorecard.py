@@ -262,7 +262,7 @@ def test_differences_to_any_milestone_and_to_a_baseline_with_another_tokenizer()
     now = rows(MC, [True] * 60 + [False] * 40)
     earlier = items_table(rows(MC, [True] * 40 + [False] * 60, **BEFORE))
     theirs = items_table([r | PYTHIA | {"tokens": None} for r in rows(MC, [True] * 70 + [False] * 30, prompt_hash="x")])
-    scorecard = card((MC,), now, against={"t0100K": earlier, "pythia_1b": theirs})
+    scorecard = card((MC,), now, against=[("t0100K", earlier), ("pythia_1b", theirs)])
     assert scorecard.difference("all_tasks", "t0100K").delta == pytest.approx(0.2)
     found = scorecard.difference("copa/0-shot", "pythia_1b")
     assert (found.delta, found.p_value) == (pytest.approx(-0.1), mcnemar_exact(10, 0))
@@ -281,7 +281,7 @@ def test_a_baseline_has_a_scorecard_without_a_milestone():
 def test_another_suite_is_not_compared():
     other = items_table(rows(MC, [True], suite_version="v2", **BEFORE))
     with pytest.raises(DataError, match="t0100K are of suite_version 'v2'"):
-        card((MC,), rows(MC, [True]), against={"t0100K": other})
+        card((MC,), rows(MC, [True]), against=[("t0100K", other)])
 
 
 def test_items_of_something_else_are_refused():
