@@ -1,5 +1,6 @@
 """All recipes as one set of Dagster definitions: `dagster dev`, `dg`, and `dagster job launch` load this module."""
 
+import gc
 import os
 from collections.abc import Mapping
 
@@ -79,4 +80,9 @@ def build_definitions(experiments: list[Experiment], not_loaded: Mapping[str, st
     )
 
 
-defs = build_definitions(*load_recipes(os.environ.get("OPENLM_ONLY", "").replace(",", " ").split()))
+gc.disable()  # what is made here stays: a collection meanwhile or at the end would look through all of it for nothing
+try:
+    defs = build_definitions(*load_recipes(os.environ.get("OPENLM_ONLY", "").replace(",", " ").split()))
+finally:
+    gc.freeze()
+    gc.enable()
