@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -99,6 +100,11 @@ def _on_worker(topic: str, name: str, function: Callable[..., Any], *arguments: 
         return function(*arguments, progress=progress)
     except DataError as e:
         return e
+
+
+def dask_setup(worker: Any) -> None:
+    """What Dask calls in each worker of a cluster of ours: Ctrl-C is the client's, which ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class DaskPool:
@@ -250,7 +256,7 @@ class DaskSettings(Strict):
                 # A worker's memory is bounded by the stages; a limit here would count pages of mapped files as well.
                 memory_limit=None,
                 silence_logs=logging.CRITICAL,  # of its workers, too
-                **self.options,
+                **{"preload": [__name__], **self.options},
             )
         module, name = CLUSTERS[self.cluster]
         try:
