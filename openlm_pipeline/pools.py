@@ -215,11 +215,10 @@ class DaskSettings(Strict):
             yield InProcess()
             return
         from distributed import Client
-        from distributed.utils import silence_logging_cmgr
 
+        for handler in logging.getLogger("distributed").handlers:
+            handler.setLevel(logging.CRITICAL)  # what goes wrong is raised where a result is asked for
         with contextlib.ExitStack() as stack:
-            # What goes wrong, a scheduler that is gone as well, is raised where a result is asked for.
-            stack.enter_context(silence_logging_cmgr(logging.CRITICAL))
             try:
                 if self.address:
                     with waiting_for(f"the Dask scheduler at {self.address}, up to {self.wait_seconds:g} s"):
