@@ -6,6 +6,7 @@ dies is run again elsewhere, and what a task writes appears whole or not at all.
 
 import contextlib
 import logging
+import multiprocessing
 import os
 import secrets
 import signal
@@ -247,16 +248,22 @@ class DaskSettings(Strict):
         if self.cluster == "local":
             from distributed import LocalCluster
 
-            return LocalCluster(
-                n_workers=self.workers,
-                threads_per_worker=1,
-                host="127.0.0.1",
-                dashboard_address="127.0.0.1:0",
-                # A worker's memory is bounded by the stages; a limit here would count pages of mapped files as well.
-                memory_limit=None,
-                silence_logs=logging.CRITICAL,  # of its workers, too
-                **{"preload": [__name__], **self.options},
-            )
+            try:
+                return LocalCluster(
+                    n_workers=self.workers,
+                    threads_per_worker=1,
+                    host="127.0.0.1",
+                    dashboard_address="127.0.0.1:0",
+                    # A worker's memory is bounded by the stages; a limit here would count pages of mapped files, too.
+                    memory_limit=None,
+                    silence_logs=logging.CRITICAL,  # of its workers, too
+                    **{"preload": [__name__], **self.options},
+                )
+            except BaseException:  # stopped while its workers start, which nobody else would end
+                for child in multiprocessing.active_children():
+                    if "Dask" in child.name:
+                        child.kill()
+                raise
         module, name = CLUSTERS[self.cluster]
         try:
             make = getattr(import_module(module), name)
