@@ -31,7 +31,8 @@ from assets.common import (
     user_errors,
 )
 from openlm_pipeline.corpus.discovery import discover
-from openlm_pipeline.errors import DataError
+from openlm_pipeline.corpus.maps import map_identity
+from openlm_pipeline.errors import ConfigError, DataError
 from openlm_pipeline.experiments import Dataset, Experiment
 from openlm_pipeline.fingerprint import settings_tree
 from openlm_pipeline.pipeline import data as data_stages
@@ -64,6 +65,8 @@ _SHOWN_TOKENS = 300
 _LAST_CHECKS = 20
 _CLOCKS_APART = 60.0
 """Seconds by which the clock of a file server may differ from ours."""
+_MOST_ROWS = 100
+"""Of the table of a breakdown; all of it is in `dataset.json`."""
 
 
 def corpus_asset(experiment: Experiment) -> dg.AssetsDefinition:
@@ -113,10 +116,25 @@ def tokenizer_asset(experiment: Experiment) -> dg.AssetsDefinition:
     return tokenizer
 
 
+def _map_version(dataset: Dataset) -> dict[str, str]:
+    """What the code of the source's map is by now; where it can't be looked at, the stage says why when it runs."""
+    if dataset.source.map is None:
+        return {}
+    try:
+        return map_identity(dataset.source.map)
+    except ConfigError:
+        return {"map_sha256": "not there"}
+
+
 def _files_code_version(dataset: Dataset) -> str:
     source = {**files_tree(dataset), "max_bad_fraction": FIRST_MAX_BAD_FRACTION}  # as it was in the first release
     return code_version(
-        {"source": source, "tokenizer": settings_tree(dataset.tokenizer, {"source"}), "code": STAGE_VERSION}
+        {
+            "source": source,
+            "tokenizer": settings_tree(dataset.tokenizer, {"source"}),
+            "code": STAGE_VERSION,
+            **_map_version(dataset),
+        }
     )
 
 
@@ -211,6 +229,7 @@ def _report_files(
             "tokens": file.tokens,
             "text_bytes": file.text_bytes,
             **({} if file.special_strings is None else {"special_strings": file.special_strings}),
+            **({"dropped": file.dropped, "changed": file.changed} if dataset.source.map else {}),
             "engine": file.engine,
             **shown({"seconds": file.seconds, "tokens_per_second": file.tokens / max(file.seconds, 1e-3)}),
         }
@@ -353,6 +372,11 @@ def _shards_metadata(dataset: Dataset, made: StageResult) -> dict[str, object]:
             }
             rows = [dg.TableRecord({"sample": n, "text": text}) for n, text in texts.items()]
             facts["texts"] = dg.MetadataValue.table(rows)
+    if breakdown := made.facts.get("breakdown"):
+        columns = (dataset.source.breakdown, "documents", "text_bytes", "tokens")
+        largest_first = sorted(breakdown.items(), key=lambda row: -row[1][2])[:_MOST_ROWS]
+        rows = [dg.TableRecord(dict(zip(columns, (name, *counts)))) for name, counts in largest_first]
+        facts["breakdown"] = dg.MetadataValue.table(rows)
     facts["size_bytes"] = sum(entry.bytes for entry in shards.entries)
     if url := published_url(dataset):
         facts["dagster/uri"] = public(url)
@@ -423,7 +447,9 @@ def _check_shards(context: dg.AssetCheckExecutionContext, dataset: Dataset) -> I
             yield result("shard_checksums", True, **facts)
         try:
             offsets = partial(record_offsets, home.tokenized(dataset.name, dataset.version))
-            found = round_trip(made, discover(dataset, home), dataset.source.text_key, offsets=offsets)
+            found = round_trip(
+                made, discover(dataset, home), dataset.source.text_key, offsets=offsets, map=dataset.source.map
+            )
         except DataError as e:
             yield result("round_trip", False, str(e))
         else:

@@ -53,6 +53,7 @@ app = typer.Typer(
 console = Console(highlight=False, soft_wrap=True)
 _INTERRUPTED, _ENDED = 130, 143
 """Exit codes after SIGINT, which Typer gives, and SIGTERM."""
+_STOPPED = "stopped; what is done stays done, and the same command goes on from there"
 app.add_typer(shards_app, name="shards")
 _COMMANDS = (plan, launch, fork, download, evaluate, report, compare, items, generate, baselines, export, fsck, gc, ui)
 for command in (*_COMMANDS, runs, show, logs, stop, cost, env):
@@ -343,8 +344,13 @@ def main() -> None:
         sys.exit(OpenLMError.exit_code)
     except SystemExit as e:
         if e.code in (_INTERRUPTED, _ENDED):
-            errors.print("stopped; what is done stays done, and the same command goes on from there")
+            errors.print(_STOPPED)
         raise
+    except ImportError as e:
+        if not isinstance(e.__cause__, (KeyboardInterrupt, SystemExit)):
+            raise
+        errors.print(_STOPPED)  # while a compiled module was being imported, which makes its own error of it
+        sys.exit(_INTERRUPTED if isinstance(e.__cause__, KeyboardInterrupt) else _ENDED)
     finally:
         signal.signal(signal.SIGTERM, before)
         freeze()  # at its end the interpreter looks for cycles, through all of torch where a command needed it

@@ -165,7 +165,18 @@ def _print_stats(found: "DatasetStats") -> None:
         rows["special tokens' strings in documents"] = f"{special:,}"
     if lengths := found.document_tokens:
         rows["tokens per document"] = ", ".join(f"{_quantile(q)} {tokens:,}" for q, tokens in lengths.items())
+    if "dropped" in totals:
+        rows["dropped by the source's map"] = f"{totals['dropped']:,}"
+        rows |= {f"  {reason}": f"{count:,}" for reason, count in info.get("dropped", {}).items()}
+        rows["changed by it"] = f"{totals['changed']:,}"
     _print_table(Table(show_header=False, box=None), ([name, str(value)] for name, value in rows.items()))
+    if breakdown := info.get("breakdown"):
+        field = next(iter(info["inputs"].values()))["breakdown"]
+        table = Table(field, box=None)
+        for column in ("documents", "text bytes", "tokens"):
+            table.add_column(column, justify="right")
+        largest_first = sorted(breakdown.items(), key=lambda row: -row[1][2])
+        _print_table(table, ([name, *(f"{n:,}" for n in counts)] for name, counts in largest_first))
     if found.files:
         table = Table("raw file", box=None)
         for column in ("tokens", "documents"):

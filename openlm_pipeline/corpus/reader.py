@@ -10,8 +10,9 @@ which it begins, and to no other, wherever the cuts are.
 import hashlib
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import orjson
 
@@ -34,6 +35,8 @@ class Record:
     text: str
     offset: int
     """Byte at which the record begins in the file's decompressed content; in Parquet the row, from 0."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """The values of `RecordReader`'s `fields`, None where the record has no such field."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +72,16 @@ class RecordReader(Reading, Iterator[Record]):
         on_bad: Callable[[BadRecord], None],
         part: Part = WHOLE,
         format: str | None = None,
+        fields: tuple[str, ...] = (),
     ) -> None:
         """
         Args:
             text_key: field or column of the text; dots lead into fields of fields.
             format: as for `format_of`.
+            fields: others that are wanted of each record, named likewise.
         """
         self._sha256 = hashlib.sha256()
-        super().__init__(url, text_key, part, digest=self._sha256.update)
+        super().__init__(url, text_key, part, digest=self._sha256.update, fields=fields)
         self._format = format_of(url, format)
         self.records = 0
         """Good records so far."""
@@ -111,7 +116,7 @@ class RecordReader(Reading, Iterator[Record]):
                     self._reject(found)
                 else:
                     self.records += 1
-                    yield Record(self.records + self.bad - 1, found.text, found.offset)
+                    yield Record(self.records + self.bad - 1, found.text, found.offset, found.fields)
         if self.part == WHOLE:
             self._judge()
 
@@ -159,10 +164,15 @@ def check_bad_fraction(
             )
 
 
-def texts_of(
-    url: str, records: Mapping[int, int | None], *, text_key: str = "text", format: str | None = None
-) -> dict[int, str]:
-    """Texts of some records of a raw file, by their numbers; those that are bad, or not there, are left out.
+def records_of(
+    url: str,
+    records: Mapping[int, int | None],
+    *,
+    text_key: str = "text",
+    format: str | None = None,
+    fields: tuple[str, ...] = (),
+) -> dict[int, Record]:
+    """Some records of a raw file, by their numbers; those that are bad, or not there, are left out.
 
     Args:
         records: number -> `Record.offset`, if that is known; a plain file of lines is then read there alone, and else
@@ -171,8 +181,9 @@ def texts_of(
     Raises:
         MissingInputError, DataError: as for `RecordReader`.
     """
-    settings = {"text_key": text_key, "max_bad_fraction": 1.0, "on_bad": lambda _: None, "format": format}
-    found: dict[int, str] = {}
+    settings = {"text_key": text_key, "max_bad_fraction": 1.0, "on_bad": lambda _: None}
+    settings |= {"format": format, "fields": fields}
+    found: dict[int, Record] = {}
     if format_of(url, format).seekable and None not in records.values():
         for number, offset in records.items():
             reader = RecordReader(url, part=Part(offset, offset + 1), **settings)
@@ -181,13 +192,13 @@ def texts_of(
             if reader.compression is not None:
                 break
             if record is not None and record.offset == offset:
-                found[number] = record.text
+                found[number] = record
         else:
             return found
     reader, found = RecordReader(url, **settings), {}
     for record in reader:
         if record.number in records:
-            found[record.number] = record.text
+            found[record.number] = record
         if record.number >= max(records):
             break
     reader.close()

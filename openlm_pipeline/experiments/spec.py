@@ -81,6 +81,20 @@ class TokenizerSpec(Strict):
         return self
 
 
+class DocumentMap(Strict):
+    """A function of yours that each document of a source goes through; it runs where `OPENLM_MAP_MODULES` names its
+    module. It gets an `openlm_pipeline.corpus.maps.Document` and the `arguments`, and returns the text, or None or a
+    `Drop` for a document that is to be left out."""
+
+    function: Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+    """`module:function`."""
+    version: str
+    """Raised by you when it would give something else, though its module's file is the same: other data, say."""
+    arguments: dict[str, Any] = {}
+    fields: tuple[str, ...] = ()
+    """Fields or columns that it gets beside the text, such as `meta.pile_set_name`."""
+
+
 class Source(Strict):
     """Raw text files that become one dataset of shards, or shards that are there already: `files` or `shards`."""
 
@@ -108,6 +122,10 @@ class Source(Strict):
     special_tokens: Annotated[Literal["ids", "text"], Neutral("ids")] = "ids"
     """What the string of a special token, such as `<|endoftext|>`, becomes where it stands in a document: that token's
     id, or with `text` the ids of its letters."""
+    map: Annotated[DocumentMap | None, Neutral(None)] = None
+    """Keeps, changes or drops each document; what it drops is counted by reason."""
+    breakdown: Annotated[str | None, Neutral(None)] = None
+    """Field or column, such as `meta.pile_set_name`, by whose values documents, bytes and tokens are counted."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Source":

@@ -89,18 +89,24 @@ def compare_sides(a: Side, b: Side) -> "Comparison":
     from openlm_pipeline.reports.compare import compared
 
     if a.run is None or b.run is None or a.chosen or b.chosen:
-        return compared([tuple(s.scored(s.chosen or list(s.milestones)[-1]) for s in (a, b))])
+        return compared(tuple(s.scored(s.chosen or list(s.milestones)[-1]) for s in (a, b)))
     common = sorted(a.milestones.keys() & b.milestones.keys())
     if not common:
         had = "; ".join(f"{s.name}: {', '.join(format_tokens(t) for t in s.milestones)}" for s in (a, b))
         raise MissingInputError(f"no milestone of equal tokens is scored for both ({had}); name two: RUN@MILESTONE")
-    return compared([(a.scored(tokens), b.scored(tokens)) for tokens in common])
+    *earlier, last = common
+
+    def pair(tokens: int) -> "tuple[Scored, Scored]":
+        return a.scored(tokens), b.scored(tokens)
+
+    return compared(pair(last), map(pair, earlier))
 
 
 def comparison_page(a: Side, b: Side, found: "Comparison") -> str:
     """An HTML page: the table, and the curves of both."""
     from openlm_pipeline.reports.render import compare_page
 
-    cards = {s.name: [_card(folder) for folder in s.milestones.values()] for s in (a, b)}
+    nothing = {"tasks": (), "categories": (), "changes": (), "against": ()}  # of each milestone only its averages stay
+    cards = {s.name: [_card(f).model_copy(update=nothing) for f in s.milestones.values()] for s in (a, b)}
     metrics = {s.name: s.run.read_metrics() for s in (a, b) if s.run and s.run.metrics_file.exists()}
     return compare_page(found, cards, metrics)

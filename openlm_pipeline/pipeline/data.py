@@ -114,6 +114,10 @@ def make_shards(
         + ("reused" if reused else "made")
     )
     facts = {**totals, "changed": changed}
+    if "dropped" in totals:  # of the documents; the other is what is new in the settings
+        facts |= {"dropped_by_reason": made.info.get("dropped", {}), "changed_documents": totals["changed"]}
+    if "breakdown" in made.info:
+        facts["breakdown"] = made.info["breakdown"]
     if not reused:
         seconds = time.monotonic() - started
         facts |= {"seconds": seconds, "tokens_per_second": totals["tokens"] / seconds}

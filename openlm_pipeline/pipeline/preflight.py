@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from openlm_pipeline.corpus.discovery import discover
+from openlm_pipeline.corpus.maps import load_map
 from openlm_pipeline.errors import ConfigError, MissingInputError, OpenLMError
 from openlm_pipeline.experiments import Dataset, Experiment
 from openlm_pipeline.registry import SAMPLINGS
@@ -188,6 +189,19 @@ def _data(need: Need) -> Iterator[Finding]:
         else:
             yield Finding("ok", f"{dataset.name} has {there}: {about}{epochs:.3g} epochs")
     yield from repeated(experiment, need.home, need.until)
+
+
+def _maps(need: Need) -> Iterator[Finding]:
+    """Whether the functions that documents go through may run, and are there."""
+    for dataset in need.experiment.datasets():
+        size = need.sizes.get(dataset.name)
+        if (spec := dataset.source.map) and not (size and size.is_made):
+            try:
+                load_map(spec)
+            except ConfigError as e:
+                yield Finding("refusal", str(e))
+            else:
+                yield Finding("ok", f"documents of {dataset.name} go through {spec.function}")
 
 
 def _devices(need: Need) -> Iterator[Finding]:
@@ -389,7 +403,7 @@ def _secrets(need: Need) -> Iterator[Finding]:
             )
 
 
-_LOOKS = (_data, _devices, _memory, _shard_cache, _disk, _tokenizer, _evaluation, _rates, _launcher, _secrets)
+_LOOKS = (_data, _maps, _devices, _memory, _shard_cache, _disk, _tokenizer, _evaluation, _rates, _launcher, _secrets)
 
 
 @dataclass(frozen=True)

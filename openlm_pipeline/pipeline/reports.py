@@ -33,6 +33,7 @@ from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.identity import settled
 from openlm_pipeline.runs.launch import milestone_checkpoints
 from openlm_pipeline.runs.parent import parent_folder
+from openlm_pipeline.shards.opening import open_dataset
 from openlm_pipeline.storage.files import is_held, sha256_file, write_text
 from openlm_pipeline.storage.home import Home
 
@@ -154,6 +155,32 @@ def _quoted(experiment: Experiment) -> "list[QuotedBaseline]":
     return quoted_baselines(names) if names else []
 
 
+_MOST_VALUES = 8
+
+
+def _texts(experiment: Experiment, home: Home) -> dict[str, str]:
+    """What maps left out of the raw text, and what is left by the field of its breakdown, where the shards are here."""
+    found = {}
+    for dataset in experiment.training_datasets():
+        if dataset.source.shards or not (dataset.source.map or dataset.source.breakdown):
+            continue
+        try:
+            info = open_dataset(dataset, home).info
+        except MissingInputError:
+            continue
+        if dropped := info.get("dropped"):
+            most = sorted(dropped.items(), key=lambda row: -row[1])[:_MOST_VALUES]
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in most)
+            records = info["totals"]["documents"] + info["totals"]["dropped"]
+            found[f"left out of {dataset.name}"] = f"{info['totals']['dropped']:,} of {records:,} documents: {reasons}"
+        if breakdown := info.get("breakdown"):
+            most = sorted(breakdown.items(), key=lambda row: -row[1][2])
+            shares = [f"{name} {row[2] / max(1, info['totals']['tokens']):.1%}" for name, row in most[:_MOST_VALUES]]
+            more = [f"and {len(most) - _MOST_VALUES:,} more"] if len(most) > _MOST_VALUES else []
+            found[f"tokens of {dataset.name} by {dataset.source.breakdown}"] = ", ".join([*shares, *more])
+    return found
+
+
 def make_report(experiment: Experiment, home: Home, report: Say) -> StageResult:
     """Write the report of a run over all its scorecards that are there."""
     from openlm_pipeline.reports import write_report
@@ -164,6 +191,7 @@ def make_report(experiment: Experiment, home: Home, report: Say) -> StageResult:
     history = ledger.History(run)
     took = ledger.sentence(history.facts())
     provenance = {"run fingerprint": run.fingerprint, "openlm_pipeline": __version__, "training took": took}
+    provenance |= _texts(experiment, home)
     folders = {c.label: home.scorecard(experiment.name, experiment.version, c.label) for c in found.milestones}
     shown = list(folders)[-MOST_MILESTONES:]
     items = look_at_items(experiment, home, shown) if shown else []

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -105,19 +105,19 @@ class Comparison:
         return out.getvalue()
 
 
-def compared(pairs: Sequence[tuple[Scored, Scored]]) -> Comparison:
-    """Compare two models item by item at the last of some pairs of milestones; at the others their headline.
+def compared(last: tuple[Scored, Scored], earlier: Iterable[tuple[Scored, Scored]] = ()) -> Comparison:
+    """Compare two models item by item at one pair of milestones; at earlier ones, read one by one, their headline.
 
     p-values are corrected (Holm) over all that is shown.
 
     Raises:
         DataError: two of a pair were scored with other suites, task files, precisions or harnesses.
     """
-    for a, b in pairs:
-        check_comparable(a.card, b.card)
-    *earlier, (a, b) = pairs
+    a, b = last
+    check_comparable(a.card, b.card)
     lines = _lines(a, b)
     for pair in earlier:
+        check_comparable(*(side.card for side in pair))
         at = f" at {format_tokens(pair[0].tokens)}"
         lines += [replace(x, title=x.title + at) for x in _lines(*pair) if x.title == lines[0].title]
     shown = a.card.model_copy(update={"changes": tuple(x.difference for x in lines)})

@@ -98,6 +98,7 @@ def summary(folder: Path, seconds: float | None = None) -> str:
     parts = [
         f"{totals['files']:,} files" + (f" and {skipped:,} left out" if skipped else ""),
         f"{totals['documents']:,} documents",
+        *([f"{totals['dropped']:,} dropped"] if "dropped" in totals else []),
         f"{totals['quarantined']:,} quarantined" + (f" ({top})" if top else ""),
         f"{format_tokens(totals['tokens'], 4)} tokens",
     ]

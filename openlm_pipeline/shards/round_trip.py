@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from openlm_pipeline.corpus.discovery import RawFile
-from openlm_pipeline.corpus.reader import texts_of
+from openlm_pipeline.corpus.maps import Document, Drop, load_map
+from openlm_pipeline.corpus.reader import records_of
 from openlm_pipeline.errors import IdentityError, MissingInputError
+from openlm_pipeline.experiments import DocumentMap
 from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.inspect import tokenizer_of
 from openlm_pipeline.shards.provenance import Spans, provenance_path, read_spans, shard_tokens
@@ -39,6 +41,7 @@ def round_trip(
     raw_files: Sequence[RawFile],
     text_key: str,
     *,
+    map: DocumentMap | None = None,
     offsets: Callable[[str, Collection[int]], dict[int, int | None]] = lambda _, records: dict.fromkeys(records),
     documents: int = 16,
     seed: int = 0,
@@ -47,6 +50,7 @@ def round_trip(
 
     Args:
         raw_files: those that the dataset was made from.
+        map: of the source.
         offsets: where in a raw file, by its name, records begin, as far as that is known.
         documents: at most so many, drawn by `seed` from up to 8 shards and 3 raw files.
 
@@ -57,6 +61,7 @@ def round_trip(
     """
     as_text = any(identity.get("special_tokens") == "text" for identity in dataset.info["inputs"].values())
     tokenizer = load_reference(tokenizer_of(dataset.folder), special_as_text=as_text)
+    change = load_map(map) if map else None
     by_name = {raw.name: raw for raw in raw_files}
     begin = [dataset.info["bos_id"]] if "bos_id" in dataset.info else []
     exact, lossy, damaged = 0, 0, []
@@ -65,11 +70,15 @@ def round_trip(
             raise MissingInputError(f"{dataset.folder} was made from a raw file {name}, which is not there any more")
         raw, wrong = by_name[name], []
         records = offsets(name, {record for record, _ in drawn})
-        texts = texts_of(raw.url, records, text_key=text_key, format=raw.format)
+        fields = map.fields if map else ()
+        found = records_of(raw.url, records, text_key=text_key, format=raw.format, fields=fields)
         for record, ids in drawn:
-            text = texts.get(record)
-            if text is None:
+            if record not in found:
                 wrong.append(f"record {record} of {name} is not in the raw file")
+                continue
+            text = found[record].text
+            if change and isinstance(text := change(Document(text, found[record].fields)), Drop):
+                wrong.append(f"record {record} of {name} is one that {map.function} drops: {text.reason}")
                 continue
             own = tokenizer.encode(text, add_special_tokens=False).ids
             if ids != (expected := [*begin, *own, dataset.info["eot_id"]]):

@@ -15,7 +15,7 @@ import hashlib
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,6 +24,7 @@ import numpy as np
 import orjson
 
 from openlm_pipeline.corpus.discovery import RawFile, restat
+from openlm_pipeline.corpus.maps import Counts, Document, Drop, Mapped, added, load_map, map_identity
 from openlm_pipeline.corpus.reader import (
     BadRecord,
     Part,
@@ -32,7 +33,7 @@ from openlm_pipeline.corpus.reader import (
     check_bad_fraction,
     quarantine_writer,
 )
-from openlm_pipeline.errors import DataError, OpenLMError
+from openlm_pipeline.errors import ConfigError, DataError, OpenLMError
 from openlm_pipeline.experiments import Dataset
 from openlm_pipeline.fingerprint import Tree, fingerprint, settings_tree
 from openlm_pipeline.pools import TaskProgress
@@ -87,6 +88,21 @@ class _Tokens:
     special_strings: int | None = None
     """How often the string of a special token, such as `<|endoftext|>`, stands in a document; None in what a release
     before this field wrote."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Reason -> documents that the source's `map` left out."""
+    changed: int = 0
+    """Documents whose text it changed."""
+    breakdown: dict[str, list[int]] = field(default_factory=dict)
+    """Value of the source's `breakdown` -> documents, UTF-8 bytes of their text, tokens."""
+
+    @property
+    def records(self) -> int:
+        """All that were read."""
+        return self.documents + self.quarantined + sum(self.dropped.values())
+
+    def content(self) -> dict[str, Any]:
+        """What is written; of a source without a map or breakdown nothing of these."""
+        return {k: v for k, v in asdict(self).items() if v or k not in ("dropped", "changed", "breakdown")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +173,8 @@ def _settings(dataset: Dataset, tokenizer: TokenizerInfo) -> dict[str, Any]:
         **({"bos_id": tokenizer.bos_id} if tokenizer.bos_id is not None else {}),
         "code": STAGE_VERSION,
     }
+    if dataset.source.map:
+        tree |= map_identity(dataset.source.map)
     if tokenizer.switched_off:  # the first release cut or padded documents by them
         tree["switched_off"] = tokenizer.switched_off
     return tree
@@ -205,7 +223,8 @@ def finished(dataset: Dataset, raw: RawFile, tokenizer: TokenizerInfo, folder: P
     with paths.quarantine.open("rb") as bad:
         first_bad = BadRecord(**orjson.loads(line)) if (line := bad.readline()) else None
     limit = dataset.source.max_bad_fraction
-    check_bad_fraction(raw.url, done.documents, done.quarantined, limit, first_bad, done.bad_bytes, done.content_bytes)
+    judged = (done.records - done.quarantined, done.quarantined, limit, first_bad)
+    check_bad_fraction(raw.url, *judged, done.bad_bytes, done.content_bytes)
     if done.stamp != raw.stamp:  # touched, but the same: remember it, or it is hashed again each time
         write_sealed(paths.done, {**fields, "stamp": raw.stamp})
     return done
@@ -365,6 +384,8 @@ def tokenize_part(
     as_text = dataset.source.special_tokens == "text"
     engine, engine_reason = make_engine(path, dataset.engine, dataset.verify_every, special_as_text=as_text)
     special = special_strings(load_reference(path))
+    change = load_map(dataset.source.map) if dataset.source.map else None
+    counts, wanted = Counts(), _fields(dataset)
     dtype = SampleFormat.for_vocabulary(1, tokenizer.num_rows).numpy_dtype
     text_bytes = tokens = found = 0
     with (
@@ -380,8 +401,11 @@ def tokenize_part(
             on_bad=quarantine,
             part=part,
             format=raw.format,
+            fields=wanted,
         )
         for batch in _batches(reader):
+            if change and not (batch := _mapped(batch, change, dataset, counts, raw)):
+                continue
             texts = [record.text for record in batch]
             try:
                 encoded = engine.encode_batch(texts)
@@ -396,13 +420,17 @@ def tokenize_part(
             rows = np.stack([[record.number for record in batch], lengths], axis=1)
             index.write(rows.astype(INDEX_DTYPE).tobytes())
             offsets.write(np.array([record.offset for record in batch], INDEX_DTYPE).tobytes())
-            text_bytes += sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
+            sizes = [len(text) if text.isascii() else len(text.encode()) for text in texts]
+            text_bytes += sum(sizes)
+            if by := dataset.source.breakdown:
+                for record, size, length in zip(batch, sizes, lengths.tolist()):
+                    counts.keep(record.fields[by], size, length)
             tokens += len(ids) // dtype.itemsize
             found += sum(special.count(text) for text in texts)
             progress({"raw_bytes": reader.raw_bytes, "tokens": tokens})
     result = PartTokens(
         identity=identity,
-        documents=reader.records,
+        documents=reader.records - counts.dropped.total(),
         quarantined=reader.bad,
         lines=reader.lines,
         tokens=tokens,
@@ -418,9 +446,42 @@ def tokenize_part(
         offsets_sha256=offsets.sha256.hexdigest(),
         quarantine_sha256=sha256_file(paths.quarantine),
         special_strings=found,
+        dropped=dict(sorted(counts.dropped.items())),
+        changed=counts.changed,
+        breakdown=dict(sorted(counts.breakdown.items())),
     )
-    write_sealed(paths.done, asdict(result))
+    write_sealed(paths.done, result.content())
     return result
+
+
+def _fields(dataset: Dataset) -> tuple[str, ...]:
+    """What is read of each record beside its text."""
+    source = dataset.source
+    return tuple(dict.fromkeys([*(source.map.fields if source.map else ()), *filter(None, [source.breakdown])]))
+
+
+def _mapped(batch: list[Record], change: Mapped, dataset: Dataset, counts: Counts, raw: RawFile) -> list[Record]:
+    """What the source's map leaves of a batch.
+
+    Raises:
+        ConfigError: the function failed; it is named, and the record.
+    """
+    kept = []
+    for record in batch:
+        names = dataset.source.map.fields
+        try:
+            made = change(Document(record.text, {name: record.fields[name] for name in names}))
+        except Exception as e:  # noqa: BLE001 - whatever the user's code raises
+            raise ConfigError(
+                f"{dataset.source.map.function} failed on the record at byte or row {record.offset} of {raw.url}: "
+                f"{type(e).__name__}: {e}"
+            ) from e
+        if isinstance(made, Drop):
+            counts.drop(made.reason)
+        else:
+            counts.changed += made != record.text
+            kept.append(replace(record, text=made))
+    return kept
 
 
 class _Hashed:
@@ -499,14 +560,16 @@ def join_parts(
     final = _Paths.of(folder, raw.name)
     sources = [_Paths.of(folder, part_stem(raw, number)) for number in range(count)]
     parts = [PartTokens(**read_sealed(paths.done)) for paths in sources]
-    summed = ("documents", "quarantined", "tokens", "text_bytes", "content_bytes", "bad_bytes")
+    summed = ("documents", "quarantined", "tokens", "text_bytes", "content_bytes", "bad_bytes", "changed")
     totals = {name: sum(getattr(p, name) for p in parts) for name in summed}
+    totals |= {name: added([getattr(p, name) for p in parts]) for name in ("dropped", "breakdown")}
     first_line, first_bad = 0, None
     for p in parts:
         if p.first_bad and first_bad is None:
             first_bad = BadRecord(**{**p.first_bad, "line": p.first_bad["line"] + first_line})
         first_line += p.lines
-    counts = (totals["documents"], totals["quarantined"], dataset.source.max_bad_fraction, first_bad)
+    good = sum(p.records for p in parts) - totals["quarantined"]
+    counts = (good, totals["quarantined"], dataset.source.max_bad_fraction, first_bad)
     check_bad_fraction(raw.url, *counts, totals["bad_bytes"], totals["content_bytes"])
     raw_sha256 = parts[-1].raw_sha256 or sha256_url(raw.url)
     if restat(raw).stamp != raw.stamp:
@@ -530,7 +593,7 @@ def join_parts(
                 _append(paths, paths.offsets, p.offsets_sha256, offsets)
                 _append(paths, paths.documents, p.index_sha256, index, partial(_renumbered, first_record))
                 _append_quarantine(paths.quarantine, p.quarantine_sha256, quarantine, first_line)
-                first_record, first_line = first_record + p.documents + p.quarantined, first_line + p.lines
+                first_record, first_line = first_record + p.records, first_line + p.lines
         hashes = [written.sha256.hexdigest() for written in (tokens, index, offsets)]
     result = FileTokens(
         name=raw.name,
@@ -545,7 +608,7 @@ def join_parts(
         quarantine_sha256=parts[0].quarantine_sha256 if count == 1 else sha256_file(final.quarantine),
         special_strings=added_up(p.special_strings for p in parts),
     )
-    write_sealed(final.done, asdict(result))
+    write_sealed(final.done, result.content())
     for paths in sources:
         for path in (paths.tokens, paths.documents, paths.offsets, paths.quarantine, paths.done):
             path.unlink(missing_ok=True)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from openlm_pipeline.corpus.discovery import RawFile
 from openlm_pipeline.corpus.formats import format_of
-from openlm_pipeline.errors import DataError
+from openlm_pipeline.corpus.maps import map_identity
+from openlm_pipeline.errors import ConfigError, DataError
 from openlm_pipeline.experiments import Dataset
 from openlm_pipeline.pools import Call, PoolFactory, TaskProgress
 from openlm_pipeline.result import Say
@@ -101,9 +102,25 @@ def tokenize_files(
                 leave_out(dataset, raw, tokenizer, folder, str(damaged[raw.name]))
                 report(f"left out: {damaged[raw.name]}")
         made = [result for raw in raw_files if (result := done.get(raw.name))]
+        _check_map(dataset, made)
         for result in made:
             leave_in(folder, result.name)
     return made, sorted(raw.name for raw in missing if raw.name not in damaged)
+
+
+def _check_map(dataset: Dataset, made: list[FileTokens]) -> None:
+    """
+    Raises:
+        ConfigError: workers have another file of the map's module than this machine.
+    """
+    if dataset.source.map:
+        own = map_identity(dataset.source.map)["map_sha256"]
+        for result in made:
+            if result.identity["map_sha256"] != own:
+                raise ConfigError(
+                    f"{dataset.source.map.function} of {dataset.name} is another here than where {result.name} was "
+                    "tokenized; give all workers the same file"
+                )
 
 
 def _part_counts(files: list[RawFile], workers: int, min_part_bytes: int) -> dict[RawFile, int]:

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from openlm_pipeline.corpus.maps import added
 from openlm_pipeline.errors import DataError, IdentityError, MissingInputError
 from openlm_pipeline.experiments import Dataset
 from openlm_pipeline.fingerprint import Tree, differences, fingerprint
@@ -224,6 +225,7 @@ class _Packing:
     def info(self) -> dict[str, Any]:
         """What `dataset.json` says, but for the version."""
         skipped = notes_of_left_out(self.tokenized, self.files) if self.dataset.source.on_bad_file == "skip" else {}
+        dropped, changed = added([f.dropped for f in self.files]), sum(f.changed for f in self.files)
         tokens = sum(f.tokens for f in self.files)
         num_samples, tail = divmod(tokens, self.sample_format.sample_tokens)
         padding = 0
@@ -251,6 +253,7 @@ class _Packing:
                 "quarantined": sum(f.quarantined for f in self.files),
                 "text_bytes": sum(f.text_bytes for f in self.files),
                 "special_strings": added_up(f.special_strings for f in self.files),
+                **({"dropped": sum(dropped.values()), "changed": changed} if self.dataset.source.map else {}),
                 "tokens": tokens,
                 "samples": num_samples,
                 "tail_tokens": tail,
@@ -262,6 +265,10 @@ class _Packing:
         }
         if skipped:
             info["skipped"] = skipped
+        if dropped:
+            info["dropped"] = dropped
+        if self.dataset.source.breakdown:
+            info["breakdown"] = added([f.breakdown for f in self.files])
         return info
 
     def _write_order(self) -> None:

@@ -13,7 +13,7 @@ from small_dataset import SmallDataset, documents
 from whole_documents import document_tokens, find_document, iterate_documents
 
 from openlm_pipeline.corpus.discovery import discover
-from openlm_pipeline.corpus.reader import RecordReader, texts_of
+from openlm_pipeline.corpus.reader import RecordReader, records_of
 from openlm_pipeline.errors import DataError, OpenLMError
 from openlm_pipeline.pipeline.plan import plan
 from openlm_pipeline.pools import PoolFactory
@@ -258,7 +258,8 @@ def test_offsets_lead_to_the_raw_records(made: SmallDataset) -> None:
         whole = {r.number: r.text for r in RecordReader(raw.url, on_bad=lambda bad: None, max_bad_fraction=1.0)}
         wanted = {number: text for number, text in whole.items() if number < 10}
         assert offsets.keys() == wanted.keys() and None not in offsets.values()
-        assert texts_of(raw.url, offsets) == wanted == texts_of(raw.url, dict.fromkeys(wanted))
+        for known in (offsets, dict.fromkeys(wanted)):
+            assert {n: record.text for n, record in records_of(raw.url, known).items()} == wanted
 
 
 @pytest.mark.parametrize("field", ["documents", "text_bytes", "tokens_sha256", "engine", "quarantined"])

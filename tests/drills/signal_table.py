@@ -210,6 +210,8 @@ def _judged(number: int, code: int, on_itself: bool, said: str, case: Case) -> s
         return "a traceback"
     if code == 0:
         return None
+    if on_itself and code == -number:  # at its end, when Python has let go of its handlers
+        return None if "Traceback" not in said else "a traceback"
     if on_itself:
         return None if code in (130, 143) and "stopped" in said.splitlines()[-1] else f"exit code {code}"
     return None if code > 0 and re.search(r"^error: ", said, re.M) else f"exit code {code}"
@@ -323,6 +325,8 @@ class Drill:
             self.tally.wrong.append(f"{self.case.name}: hangs after {signal.Signals(number).name}")
             kill(*family, psutil.Process(command.pid))
             code = command.wait(timeout=60)
+        if victim and victim.pid == command.pid and number == signal.SIGKILL and code == 0:
+            in_work = False  # it had ended
         if in_work:
             wait_until(lambda: not any(map(_lives, family)), "its processes to go", seconds=60)
             self._pending += 1

@@ -31,8 +31,8 @@ EXTENDS = (
     "like change one item of a list."
 )
 ORDER = (
-    *("TokenizerSpec", "TrainedTokenizer", "Source", "Validation", "Training", "Parent", "Evaluation", "Baseline"),
-    *("WhileTraining", "Execution", "Launcher"),
+    *("TokenizerSpec", "TrainedTokenizer", "Source", "DocumentMap", "Validation", "Training", "Parent", "Evaluation"),
+    *("Baseline", "WhileTraining", "Execution", "Launcher"),
 )
 
 
@@ -139,6 +139,7 @@ def _type(node: Node) -> str:
 def _title(model: str) -> str:
     titles = {"TokenizerSpec": "tokenizer", "TrainedTokenizer": "tokenizer.train", "ModelConfig": "model"}
     titles |= {"Baseline": "evaluation.baselines", "WhileTraining": "evaluation.while_training", "Source": "sources"}
+    titles["DocumentMap"] = "sources.map"
     return titles.get(model, model.lower() if model.isalpha() else model)
 
 

@@ -104,6 +104,6 @@ def test_other_items_are_no_comparison(pipeline):
     folder = twin_of(pipeline) / "t0040K"
     a, b = scored(pipeline.home / "scorecards" / "tiny" / "v1" / "t0040K", "a"), scored(folder, "b")
     other = Scored(b.title, b.tokens, b.card, b.items.slice(1))
-    found = compared([(a, other)])
+    found = compared((a, other))
     assert "other items" in json.dumps(found.rows)
     assert "a and b can't be compared" in found.headline

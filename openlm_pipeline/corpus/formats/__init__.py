@@ -5,9 +5,9 @@ does not count. Where several suffixes fit a name, the longest wins.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import BinaryIO, ClassVar
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, ClassVar
 
 from openlm_pipeline.corpus import blocks as limits
 from openlm_pipeline.errors import ConfigError
@@ -43,6 +43,8 @@ class Found:
     """Why it cannot be used, where `text` is None."""
     size: int = 0
     """Bytes of one that cannot be used, as `Reading.bytes` counts them."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """The values of `Reading.fields`, None where it has no such field."""
 
 
 @dataclass
@@ -64,6 +66,8 @@ class Reading:
     """All of the part's bytes were read, and given to `digest`."""
     digest: Callable[[bytes], object] = lambda block: None
     """Takes the file's own bytes in order, where they are read in order."""
+    fields: tuple[str, ...] = ()
+    """What is wanted of each record beside its text; dots lead into fields of fields."""
 
 
 class RawFormat(ABC):

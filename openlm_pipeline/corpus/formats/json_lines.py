@@ -25,6 +25,9 @@ _NAMES = {
 }
 
 
+_ABSENT = object()
+
+
 class BadText(Exception):
     """Why a record is bad."""
 
@@ -33,8 +36,8 @@ class NotJson(BadText):
     """It is no JSON, as the half of a record isn't."""
 
 
-def text_of(data: bytes | None, text_key: str) -> str:
-    """The text of a JSON record; `data` is None for one of more than `blocks.MAX_RECORD_BYTES`.
+def record_of(data: bytes | None, text_key: str) -> tuple[str, dict[str, Any]]:
+    """The text of a JSON record, and all of the record; `data` is None for one of more than `blocks.MAX_RECORD_BYTES`.
 
     Raises:
         BadText: it is no JSON object with a string at `text_key`.
@@ -47,17 +50,23 @@ def text_of(data: bytes | None, text_key: str) -> str:
         value = _without_constants(data, e)
     if not isinstance(value, dict):
         raise BadText(f"not a JSON object but a {_NAMES[type(value)]}")
-    if text_key in value:
-        text = value[text_key]
-    else:
-        text = value
-        for key in text_key.split("."):
-            if not isinstance(text, dict) or key not in text:
-                raise BadText(f"no field {text_key!r}")
-            text = text[key]
+    text = _inner(value, text_key)
+    if text is _ABSENT:
+        raise BadText(f"no field {text_key!r}")
     if not isinstance(text, str):
         raise BadText(f"field {text_key!r} is a {_NAMES[type(text)]}, not a string")
-    return text
+    return text, value
+
+
+def _inner(value: Any, key: str) -> Any:
+    """A field of a record, by its own name or by the dots in it; `_ABSENT` where there is none."""
+    if key in value:
+        return value[key]
+    for part in key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            return _ABSENT
+        value = value[part]
+    return value
 
 
 def _without_constants(data: bytes, error: orjson.JSONDecodeError) -> Any:
@@ -92,7 +101,7 @@ class JsonLines(RawFormat):
             if raw.data is not None and not raw.data.strip():
                 continue
             try:
-                text = text_of(raw.data, reading.text_key)
+                text, record = record_of(raw.data, reading.text_key)
             except BadText as e:
                 if not raw.ended and isinstance(e, NotJson):
                     raise DataError(
@@ -101,7 +110,9 @@ class JsonLines(RawFormat):
                     ) from None
                 yield Found(raw.line, raw.offset, None, str(e), raw.size)
             else:
-                yield Found(raw.line, raw.offset, text)
+                values = ((key, _inner(record, key)) for key in reading.fields)
+                fields = {key: None if value is _ABSENT else value for key, value in values}
+                yield Found(raw.line, raw.offset, text, fields=fields)
 
     def _pieces(self, content: LineContent, reading: Reading) -> Iterator[Raw]:
         """What should be JSON records."""

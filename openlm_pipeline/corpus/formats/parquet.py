@@ -2,10 +2,10 @@
 
 import io
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from openlm_pipeline.corpus.blocks import empty
-from openlm_pipeline.corpus.formats import Found, Part, RawFormat, Reading
+from openlm_pipeline.corpus.formats import Found, RawFormat, Reading
 from openlm_pipeline.errors import DataError
 from openlm_pipeline.registry import RAW_FORMATS
 
@@ -27,7 +27,7 @@ class Parquet(RawFormat):
     compressible = False
 
     def records(self, file: BinaryIO, reading: Reading) -> Iterator[Found]:
-        for row, value in _parquet_rows(file, reading.url, reading.text_key, reading.part):
+        for row, value, fields in _parquet_rows(file, reading):
             reading.lines += 1
             if value is None:
                 yield Found(reading.lines, row, None, f"field {reading.text_key!r} is a null, not a string")
@@ -39,7 +39,7 @@ class Parquet(RawFormat):
             except UnicodeDecodeError as e:
                 yield Found(reading.lines, row, None, f"invalid UTF-8 at byte {e.start} of the record", len(value))
             else:
-                yield Found(reading.lines, row, text)
+                yield Found(reading.lines, row, text, fields=fields)
 
 
 def _inner(column: "pa.Array", path: list[str]) -> "pa.Array":
@@ -50,12 +50,48 @@ def _inner(column: "pa.Array", path: list[str]) -> "pa.Array":
     return column
 
 
-def _parquet_rows(file: BinaryIO, url: str, text_key: str, part: Part) -> Iterator[tuple[int, bytes | None]]:
-    """Row numbers in the file and texts; a row group belongs to the part in which its share of the rows begins."""
+def _type(schema: "pa.Schema", path: list[str]) -> "pa.DataType | None":
+    """The type of a field, None where there is none."""
+    import pyarrow as pa
+
+    fields, kind = schema, None
+    for key in path:
+        number = fields.get_field_index(key) if fields is not None else -1
+        if number < 0:
+            return None
+        kind = fields.field(number).type
+        fields = kind if pa.types.is_struct(kind) else None
+    return kind
+
+
+def _leaves(batch: "pa.RecordBatch") -> "Iterator[pa.Array]":
+    """All columns, those inside of structs too."""
+    import pyarrow as pa
+
+    columns = list(batch.columns)
+    while columns:
+        column = columns.pop()
+        if pa.types.is_struct(column.type):
+            columns += column.flatten()
+        else:
+            yield column
+
+
+def _values(batch: "pa.RecordBatch", path: list[str]) -> "list[Any]":
+    """The values of a field, None where the file has no such column."""
+    if _type(batch.schema, path) is None:
+        return [None] * len(batch)
+    return _inner(batch.column(batch.schema.get_field_index(path[0])), path).to_pylist()
+
+
+def _parquet_rows(file: BinaryIO, reading: Reading) -> Iterator[tuple[int, bytes | None, dict[str, Any]]]:
+    """Row numbers in the file, texts and other fields; a row group belongs to the part in which its share of the rows
+    begins."""
     import pyarrow as pa  # slow to import, and most raw files are no Parquet
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
+    url, text_key, part = reading.url, reading.text_key, reading.part
     try:
         if not (file_bytes := file.seek(0, io.SEEK_END)):
             raise empty(url)
@@ -76,12 +112,17 @@ def _parquet_rows(file: BinaryIO, url: str, text_key: str, part: Part) -> Iterat
         texts = (types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary)
         if not any(is_kind(kind) for is_kind in texts):
             raise DataError(f"column {text_key!r} of raw file {url} is {kind}, not a string; set the source's text_key")
+        names = table.schema_arrow.names
+        others = {name: [name] if name in names else name.split(".") for name in reading.fields}
+        typed = {".".join(other): _type(table.schema_arrow, other) for other in others.values()}
+        columns = [".".join(path), *(column for column, other in typed.items() if other is not None)]
+        dictionary = [column for column in columns[1:] if any(is_kind(typed[column]) for is_kind in texts)]
         peek = pq.ParquetFile(
             file,
             metadata=table.metadata,
             buffer_size=_BUFFER_BYTES,
             pre_buffer=False,
-            read_dictionary=[".".join(path)],
+            read_dictionary=[columns[0], *dictionary],
         )
         row = rows_before = 0
         for group in range(table.num_row_groups):
@@ -94,18 +135,21 @@ def _parquet_rows(file: BinaryIO, url: str, text_key: str, part: Part) -> Iterat
                 continue
             row_bytes = max(1, about.total_byte_size // max(1, about.num_rows))
             longest = 1  # of the group's dictionary, which each row may be: 600 bytes of a file stand for 200 GB then
-            for batch in peek.iter_batches(1, row_groups=[group], columns=[".".join(path)]):
-                if pa.types.is_dictionary((column := _inner(batch.column(0), path)).type):
-                    longest = pc.max(pc.binary_length(column.dictionary.cast(pa.large_binary()))).as_py() or 1
+            for batch in peek.iter_batches(1, row_groups=[group], columns=columns):
+                for column in _leaves(batch):
+                    if types.is_dictionary(column.type) and any(is_kind(column.type.value_type) for is_kind in texts):
+                        lengths = pc.binary_length(column.dictionary.cast(pa.large_binary()))
+                        longest = max(longest, pc.max(lengths).as_py() or 1)
                 break  # its first row brings all of the dictionary
             rows = max(1, min(_ROWS_PER_BATCH, _BYTES_PER_BATCH // row_bytes, _MOST_BYTES_PER_BATCH // longest))
-            for batch in table.iter_batches(rows, row_groups=[group], columns=[".".join(path)]):
-                column = _inner(batch.column(0), path)
+            for batch in table.iter_batches(rows, row_groups=[group], columns=columns):
+                column = _inner(batch.column(batch.schema.get_field_index(path[0])), path)
+                values = {name: _values(batch, other) for name, other in others.items()}
                 if pa.types.is_dictionary(column.type):
                     column = column.dictionary_decode()
                 # As bytes: invalid UTF-8 in one row must not hide the others.
-                for value in column.cast(pa.large_binary()).to_pylist():
-                    yield row, value
+                for i, value in enumerate(column.cast(pa.large_binary()).to_pylist()):
+                    yield row, value, {name: of[i] for name, of in values.items()}
                     row += 1
     except (pa.ArrowException, OSError, UnicodeDecodeError) as e:  # names of columns may be no UTF-8
         raise DataError(f"raw file {url} is not a whole Parquet file: {e}. Fetch it again.") from e
