@@ -15,6 +15,8 @@ from openlm_pipeline.errors import ConfigError, DataError, MissingInputError, pr
 from openlm_pipeline.storage.home import Home
 
 if TYPE_CHECKING:
+    from openlm_pipeline.experiments import Dataset
+    from openlm_pipeline.shards.foreign import ForeignStats
     from openlm_pipeline.shards.inspect import DatasetStats
 
 shards_app = typer.Typer(
@@ -65,7 +67,7 @@ def _folders(target: str, dataset: str | None, *, foreign: bool = False) -> list
     from openlm_pipeline.experiments import load_experiment
 
     experiment, home = load_experiment(target), Home.from_env()
-    folders = {d.name: home.shards(d.name, d.version) for d in experiment.datasets()}
+    folders = {d.name: _place(d, home) for d in experiment.datasets()}
     if dataset is None:
         return list(folders.values())
     if dataset not in folders:
@@ -73,9 +75,19 @@ def _folders(target: str, dataset: str | None, *, foreign: bool = False) -> list
     return [folders[dataset]]
 
 
-def _folder(target: str, dataset: str | None) -> Path:
+def _place(dataset: "Dataset", home: Home) -> Path:
+    """The folder of a dataset's shards; of ready-made ones in a store or a list the local copies."""
+    from openlm_pipeline.shards.foreign import is_list
+
+    shards = dataset.source.shards
+    if shards and not is_list(shards) and Path(home.resolve(shards)).is_dir():
+        return Path(home.resolve(shards))
+    return home.shards(dataset.name, dataset.version)
+
+
+def _folder(target: str, dataset: str | None, *, foreign: bool = False) -> Path:
     """The one folder that is meant."""
-    folders = _folders(target, dataset)
+    folders = _folders(target, dataset, foreign=foreign)
     if len(folders) > 1:
         names = ", ".join(folder.parent.name for folder in folders)
         raise ConfigError(f"{target} has several datasets; choose one with --dataset: {names}")
@@ -130,15 +142,44 @@ def verify(
 
 
 @shards_app.command()
-def stats(target: Target, dataset: DatasetName = None) -> None:
-    """Count shards, samples, tokens and documents, in all and for each raw file.
+def stats(
+    target: Target,
+    dataset: DatasetName = None,
+    duplicates: Annotated[
+        bool, typer.Option("--duplicates", help="Read all shards, and count documents that are there more than once.")
+    ] = False,
+) -> None:
+    """Count shards, samples, tokens and documents, in all, by the field of a breakdown, and for each raw file.
 
-    Example: openlm shards stats demo --dataset embedded
+    Of OpenLM's own shards, whose manifest says little, all tars are read.
+
+    Example: openlm shards stats demo --dataset embedded --duplicates
     """
-    from openlm_pipeline.shards.inspect import dataset_stats
+    from openlm_pipeline.shards.foreign import foreign_stats
+    from openlm_pipeline.shards.inspect import dataset_stats, exact_duplicates
 
-    for folder in _folders(target, dataset):
+    for folder in _folders(target, dataset, foreign=True):
+        if _is_foreign(folder):
+            _print_foreign(folder, foreign_stats(folder))
+            continue
         _print_stats(dataset_stats(folder))
+        if duplicates:
+            same, compared = exact_duplicates(folder)
+            _say(f"exact duplicates: {same:,} of {compared:,} documents have the tokens of an earlier one")
+
+
+def _print_foreign(folder: Path, found: "ForeignStats") -> None:
+    rows = {
+        "folder": f"{folder}, of OpenLM's shards",
+        "shards": f"{found.shards:,}",
+        "samples": f"{found.samples:,} of {found.sample_tokens:,} tokens",
+        "tokens": f"{found.samples * found.sample_tokens - found.padding:,}, end-of-text included",
+        "  padding": f"{found.padding:,}",
+        "documents": f"about {found.ends:,}, by their end-of-text (id 0)",
+        "on disk": f"{found.bytes:,} bytes, {found.bytes / max(1, found.samples * found.sample_tokens):.2f} per token",
+        "largest id": f"{found.largest_id:,}",
+    }
+    _print_table(Table(show_header=False, box=None), ([name, value] for name, value in rows.items()))
 
 
 def _print_stats(found: "DatasetStats") -> None:
@@ -206,13 +247,18 @@ def inspect(
 ) -> None:
     """Decode one sample and name the documents it is made of: raw file, record, token span.
 
+    OpenLM's own shards need --tokenizer, and say only where documents end.
+
     Where a sample cuts a letter of several tokens, `\ufffd` stands for what is missing.
 
     Example: openlm shards inspect demo 17 --dataset embedded
     """
     from openlm_pipeline.shards.inspect import sample_spans, tokenizer_of
 
-    folder = _folder(target, dataset)
+    folder = _folder(target, dataset, foreign=True)
+    if _is_foreign(folder):
+        _inspect_foreign(folder, sample, tokenizer, ids)
+        return
     spans = sample_spans(folder, sample)
     path = tokenizer_of(folder, tokenizer)
     from openlm_pipeline.tokenizers.engine import load_any
@@ -229,6 +275,24 @@ def inspect(
         if ids:
             _say(" ".join(map(str, span.ids.tolist())))
         _say(_visible(decoder.decode(span.ids.tolist(), skip_special_tokens=False)))
+
+
+def _inspect_foreign(folder: Path, sample: int, tokenizer: Path | None, ids: bool) -> None:
+    from openlm_pipeline.shards.foreign import foreign_sample
+    from openlm_pipeline.tokenizers.engine import load_any
+
+    if tokenizer is None:
+        raise ConfigError(
+            f"{folder} holds OpenLM's shards, which don't say of which tokenizer: name its file, --tokenizer"
+        )
+    parts = foreign_sample(folder, sample)
+    decoder = load_any(tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer)
+    _say(f"sample {sample} of {folder}, {sum(map(len, parts)):,} tokens, {len(parts)} parts by their end-of-text")
+    for part in parts:
+        _say("")
+        if ids:
+            _say(" ".join(map(str, part.tolist())))
+        _say(_visible(decoder.decode(part.tolist(), skip_special_tokens=False)))
 
 
 def _visible(text: str) -> str:

@@ -12,6 +12,7 @@ import json
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ PIPE = "pipe:"
 """What webdataset takes for a shell command."""
 
 _MAX_SHARDS = 1_000_000
+_PADDING = (1 << 31) - 1
+"""An id that no tokenizer has, for the string `<|pad|>`."""
 _COUNTS = "counts.json"
 _SIZES = "sizes.json"
 _THREADS = 8
@@ -92,6 +95,67 @@ def check_foreign(folder: Path, *, quick: bool = False) -> Iterator[tuple[str, s
         except DataError as e:
             problem = str(e)
         yield path.name, problem
+
+
+@dataclass(frozen=True)
+class ForeignStats:
+    """Numbers of OpenLM's shards in a folder; what its manifest does not say is counted."""
+
+    shards: int
+    samples: int
+    sample_tokens: int
+    bytes: int
+    ends: int
+    """End-of-text tokens: about as many documents end."""
+    padding: int
+    largest_id: int
+
+
+def _foreign_shards(folder: Path, eot_id: int) -> Iterator[tuple[Path, np.ndarray]]:
+    """Each tar of OpenLM's in a folder, and its samples as uint32[n, seq_len + 1], padding as `_PADDING`."""
+    counts = _parse_counts(_read_manifest(str(folder)), str(folder / MANIFEST))
+    paths = {shard: folder / f"{shard}.tar" for shard in counts}
+    for path in paths.values():
+        if not path.exists():
+            raise MissingInputError(f"shard {path} is missing though the manifest lists it")
+    seq_len = next((length for path in paths.values() if (length := first_length(path))), 2) - 1
+    settings = {"seq_len": seq_len, "vocab_size": _PADDING + 1, "eot_id": eot_id, "pad_id": _PADDING}
+    for shard, path in paths.items():
+        yield path, read_shard(path, **settings, num_samples=counts[shard])
+
+
+def foreign_stats(folder: Path, eot_id: int = EOT_ID) -> ForeignStats:
+    """Count OpenLM's shards; a shard is in memory at a time.
+
+    Raises:
+        MissingInputError: there is no manifest, or a tar is not there.
+        DataError: one is damaged.
+    """
+    shards = samples = width = size = ends = padding = largest = 0
+    for path, ids in _foreign_shards(folder, eot_id):
+        shards, samples, width, size = shards + 1, samples + len(ids), ids.shape[1], size + path.stat().st_size
+        ends += int((ids == eot_id).sum())
+        padding += int((ids == _PADDING).sum())
+        largest = max(largest, int(ids[ids != _PADDING].max(initial=0)))
+    return ForeignStats(shards, samples, width, size, ends, padding, largest)
+
+
+def foreign_sample(folder: Path, number: int, eot_id: int = EOT_ID) -> list[np.ndarray]:
+    """The documents that a sample of OpenLM's is made of, as ids, each with its end-of-text; padding left out.
+
+    Raises:
+        ConfigError: there is no such sample.
+        MissingInputError, DataError: as for `foreign_stats`.
+    """
+    first = 0
+    for _, ids in _foreign_shards(folder, eot_id):
+        if number < first + len(ids):
+            sample = ids[number - first]
+            sample = sample[sample != _PADDING]
+            cuts = np.flatnonzero(sample == eot_id) + 1
+            return [part for part in np.split(sample, cuts) if len(part)]
+        first += len(ids)
+    raise ConfigError(f"{folder} has samples 0 to {first - 1}, and no sample {number}")
 
 
 def foreign_dataset(

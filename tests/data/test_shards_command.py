@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable
@@ -175,7 +176,7 @@ def test_verify_reads_openlms_shards(tmp_path: Path) -> None:
     message_of(result.exception, "2 problems found")
     assert "1.tar, member 000000000014.json.gz" in result.stdout
     assert "3.tar is missing though the manifest lists it" in result.stdout
-    assert isinstance(run("inspect", tmp_path, 0).exception, DataError)
+    assert isinstance(run("inspect", tmp_path, 0).exception, ConfigError)
 
 
 def test_verify_compares_manifest_and_dataset(made: SmallDataset) -> None:
@@ -285,4 +286,42 @@ def test_export_writes_what_openlm_reads(made: SmallDataset, tmp_path: Path) -> 
     assert output(*arguments).endswith(f"{tmp_path / 'out'}: {samples} samples in {shards} shards exported")
     assert output(*arguments) == f"{tmp_path / 'out'}: {samples} samples in {shards} shards was exported already"
     assert len((tmp_path / "out" / "manifest.jsonl").read_text().splitlines()) == shards
-    message_of(run("stats", tmp_path / "out").exception, f"{tmp_path / 'out'} has no dataset.json")
+    assert "of OpenLM's shards" in output("stats", tmp_path / "out")
+
+
+def test_exact_duplicates_are_counted_as_a_slow_reader_does(small, inline: PoolFactory):
+    made = small("twice")
+    texts = documents(30)
+    made.write({"a.jsonl": texts, "b.jsonl": [*texts[:10], *documents(9, 300)]})
+    made.run(inline)
+    ids = [tuple(found) for _, _, found in iterate_documents(made.shards)]
+    assert len(ids) - len(set(ids)) > 0
+    said = output("stats", made.shards, "--duplicates")
+    assert f"exact duplicates: {len(ids) - len(set(ids))} of {len(ids)} documents" in said
+
+
+def test_stats_and_samples_of_openlms_shards(made: SmallDataset, tmp_path: Path):
+    dataset = ShardedDataset(made.shards)
+    end, folder = dataset.info["eot_id"], tmp_path / "openlm"
+    output("export", made.shards, "-o", folder, "--workers", 1, "--eot-as", "string")
+    said = output("stats", folder)
+    samples, width = len(dataset), dataset.format.sample_tokens
+    ids = np.stack([dataset[n] for n in range(samples)])
+    for line in (
+        f"shards {len(dataset.entries)}",
+        f"samples {samples:,} of {width} tokens",
+        f"tokens {samples * width:,}, end-of-text included",
+        f"documents about {(ids == end).sum() + (ids == 0).sum() * (end != 0):,}, by their end-of-text (id 0)",
+        f"largest id {ids[ids != end].max():,}",
+    ):
+        assert line in said, said
+    shown = run("inspect", folder, 3, "--tokenizer", made.root / "small_bpe.json", "--ids")
+    assert f"sample 3 of {folder}, {width} tokens" in shown.output
+    expected = [0 if token == end else token for token in dataset[3].tolist()]
+    assert [
+        int(n) for line in shown.output.splitlines() if re.fullmatch(r"[\d ]+", line) for n in line.split()
+    ] == expected
+    assert "name its file, --tokenizer" in str(run("inspect", folder, 3).exception)
+    assert f"no sample {samples}" in str(
+        run("inspect", folder, samples, "--tokenizer", made.root / "small_bpe.json").exception
+    )
