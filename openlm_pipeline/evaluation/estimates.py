@@ -106,7 +106,7 @@ def combined(parts: Sequence[tuple[float, Estimate]]) -> Estimate:
 
     def spread(sizes: Callable[[Estimate], float]) -> float:
         scaled = np.array([w * sizes(e) for w, e in parts])
-        return math.sqrt(max(0.0, scaled @ related @ scaled))
+        return math.sqrt(max(0.0, _sum(scaled[:, None] * related * scaled)))
 
     low, high = value - spread(lambda e: e.value - e.low), value + spread(lambda e: e.high - e.value)
     return Estimate(value, low, high, spread(lambda e: e.error), codes, influence, len(codes))
@@ -153,6 +153,11 @@ def _clustered(residuals: Array, codes: Array) -> tuple[Array, Array, float]:
     return distinct, sums, max(1.0, together / (alone * n / (n - 1)))
 
 
+def _sum(values: Array) -> float:
+    """Rounded once: BLAS adds in an order that depends on the machine, and a scorecard is the same on each."""
+    return math.fsum(values.ravel().tolist())
+
+
 def _correlations(leaves: Sequence[Estimate]) -> Array:
     """Of the errors of estimates, float64[L, L]: 0 where they have no cluster in common, never negative."""
     related = np.eye(len(leaves))
@@ -161,11 +166,11 @@ def _correlations(leaves: Sequence[Estimate]) -> Array:
     for i, a in enumerate(leaves):
         for j, b in enumerate(leaves[:i]):
             shared, at_a, at_b = np.intersect1d(a.codes, b.codes, assume_unique=True, return_indices=True)
-            sizes = np.linalg.norm(a.influence) * np.linalg.norm(b.influence)
+            sizes = math.sqrt(_sum(a.influence**2) * _sum(b.influence**2))
             if not len(shared):
                 continue
             if sizes:
-                found = float(a.influence[at_a] @ b.influence[at_b]) / sizes
+                found = _sum(a.influence[at_a] * b.influence[at_b]) / sizes
             else:  # all of them right, or all wrong: nothing says how they go together
                 found = len(shared) / math.sqrt(len(a.codes) * len(b.codes))
             related[i, j] = related[j, i] = min(1.0, max(0.0, found))
