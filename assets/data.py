@@ -39,7 +39,9 @@ from openlm_pipeline.pipeline import data as data_stages
 from openlm_pipeline.pools import DaskSettings
 from openlm_pipeline.result import ProgressLine, Say, StageResult
 from openlm_pipeline.shards.dataset import ShardedDataset
-from openlm_pipeline.shards.opening import open_dataset, published_url
+from openlm_pipeline.shards.extended import ExtendedDataset
+from openlm_pipeline.shards.opening import Opened, open_dataset, published_url
+from openlm_pipeline.shards.synthetic import SyntheticDataset
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.storage.remote import public
 from openlm_pipeline.tokenization.documents import (
@@ -140,7 +142,12 @@ def _files_code_version(dataset: Dataset) -> str:
 
 def _shards_code_version(dataset: Dataset) -> str:
     return code_version(
-        {"dataset": packing_tree(dataset), "files": _files_code_version(dataset), "code": PACKING_VERSION}
+        {
+            "dataset": packing_tree(dataset),
+            "files": _files_code_version(dataset),
+            "code": PACKING_VERSION,
+            **({"extends": dataset.source.extends} if dataset.source.extends else {}),
+        }
     )
 
 
@@ -205,6 +212,8 @@ def _report_files(
     raw, code = raw_key(dataset).to_user_string(), _files_code_version(dataset)
     tokenizer = tokenizer_key(dataset.tokenizer.name).to_user_string()
     for file in files:
+        if file.name not in observed:  # of a version before, and no longer among the raw files
+            continue
         storage_id, seen = observed[file.name]
         tags = {
             DATA_VERSION_TAG: file.version,
@@ -255,8 +264,10 @@ def _tokenize(context: dg.OpExecutionContext, dataset: Dataset, dask: DaskResour
     _observe(context, dataset)
     report = _progress(context, tokenized_key(dataset))
     with user_errors():
-        files, done = data_stages.tokenize(dataset, Home.from_env(), dask.settings().pool, report, only)
-    _report_files(context, dataset, files, set(done))
+        home = Home.from_env()
+        files, done = data_stages.tokenize(dataset, home, dask.settings().pool, report, only)
+        before = [file for file in data_stages.files_before(dataset, home) if only is None or file.name in only]
+    _report_files(context, dataset, [*before, *files], set(done))
 
 
 def dataset_assets(dataset: Dataset) -> list[dg.AssetsDefinition | dg.AssetChecksDefinition]:
@@ -400,9 +411,7 @@ def _checked_before(context: dg.AssetCheckExecutionContext, key: dg.AssetKey, ch
     return facts["read_from"].value - _CLOCKS_APART
 
 
-def _verified(
-    context: dg.AssetCheckExecutionContext, made: ShardedDataset, key: dg.AssetKey, check: str
-) -> dict[str, Any]:
+def _verified(context: dg.AssetCheckExecutionContext, made: Opened, key: dg.AssetKey, check: str) -> dict[str, Any]:
     """Metadata of a check that compared the shards with their manifest.
 
     Raises:
@@ -424,7 +433,7 @@ def _check_shards(context: dg.AssetCheckExecutionContext, dataset: Dataset) -> I
 
     home = Home.from_env()
     with user_errors():
-        made = open_dataset(dataset, home)
+        made = open_dataset(dataset, home, whole=True)
         totals = made.info["totals"]
         in_shards = len(made) * made.format.sample_tokens - totals["padding_tokens"]
         yield result(
@@ -447,8 +456,9 @@ def _check_shards(context: dg.AssetCheckExecutionContext, dataset: Dataset) -> I
             yield result("shard_checksums", True, **facts)
         try:
             offsets = partial(record_offsets, home.tokenized(dataset.name, dataset.version))
+            newest = made.segments[-1] if isinstance(made, ExtendedDataset) else made
             found = round_trip(
-                made, discover(dataset, home), dataset.source.text_key, offsets=offsets, map=dataset.source.map
+                newest, discover(dataset, home), dataset.source.text_key, offsets=offsets, map=dataset.source.map
             )
         except DataError as e:
             yield result("round_trip", False, str(e))
@@ -478,9 +488,9 @@ def _ready_made(dataset: Dataset) -> list[dg.AssetsDefinition | dg.AssetChecksDe
     @dg.asset_check(name="shards_are_there", asset=shards_key(dataset), blocking=True)
     def shards_are_there(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
         with user_errors():
-            made = open_dataset(dataset, Home.from_env())
+            made = open_dataset(dataset, Home.from_env(), whole=True)
             facts = {"shards": len(made.shard_sizes)}
-            if isinstance(made, ShardedDataset):  # synthetic ones are made as they are read
+            if not isinstance(made, SyntheticDataset):  # synthetic ones are made as they are read
                 facts = _verified(context, made, shards_key(dataset), "shards_are_there")
         return dg.AssetCheckResult(passed=True, metadata=facts)
 

@@ -108,6 +108,10 @@ class Source(Strict):
     file, a list of tars (`shard-{0000..0099}.tar`, `a.tar::b.tar`), or `synthetic://SAMPLES/SEED`."""
     origin: Literal["files", "embedded"] = "files"
     """`embedded`: the corpus that this project makes from the Python installation it runs in."""
+    extends: Annotated[Version | None, Neutral(None)] = None
+    """A version of this source that is made: its shards stay, and only the raw files that it lacks are packed."""
+    max_tokens: Annotated[Tokens | None, Field(gt=0), Neutral(None)] = None
+    """Only so many tokens are read: the first samples, which are of documents in random order. Nothing is copied."""
     weight: float = Field(default=1.0, gt=0)
     """Share of this source in the mixture, relative to the other sources."""
     text_key: str = "text"
@@ -131,6 +135,8 @@ class Source(Strict):
     def _one_origin(self) -> "Source":
         if bool(self.files) == bool(self.shards):
             raise ValueError("give exactly one of 'files' (raw text) and 'shards' (ready-made ones)")
+        if self.extends and (self.shards or self.extends == self.version):
+            raise ValueError("'extends' names another version of a source with 'files'")
         return self
 
 

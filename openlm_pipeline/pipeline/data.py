@@ -14,10 +14,12 @@ from openlm_pipeline.experiments import Dataset, Experiment, TokenizerSpec
 from openlm_pipeline.pools import PoolFactory
 from openlm_pipeline.result import Say, StageResult
 from openlm_pipeline.shards.dataset import ShardedDataset
-from openlm_pipeline.shards.opening import open_dataset, published_url
+from openlm_pipeline.shards.extended import EXTENDS, ExtendedDataset
+from openlm_pipeline.shards.manifest import read_dataset
+from openlm_pipeline.shards.opening import Opened, open_dataset, open_extended, published_url
 from openlm_pipeline.shards.publish import publish
 from openlm_pipeline.storage.home import Home
-from openlm_pipeline.tokenization.documents import FileTokens
+from openlm_pipeline.tokenization.documents import FileTokens, files_to_add, results
 from openlm_pipeline.tokenization.job import tokenize_files
 from openlm_pipeline.tokenizers.tokenizer import make_tokenizer, read_tokenizer_info, tokenizer_file
 
@@ -41,6 +43,9 @@ def ensure_tokenizer(experiment: Experiment, home: Home, report: Say, allow: Col
     spec: TokenizerSpec = experiment.tokenizer
     first = experiment.training_datasets()[0]
     files = discover(first, home) if first.source.files else []
+    if before := open_extended(first, home):  # it is that of the first version
+        names = getattr(before, "segments", [before])[0].info["inputs"]
+        files = [raw for raw in files if raw.name in names]
     folder = home.tokenizer(spec.name)
     with home.artefact(folder):
         info, reused, changed = make_tokenizer(spec, files, first.source.text_key, folder, allow)
@@ -67,6 +72,13 @@ def tokenize(
     home.pull(tokenizer_folder)
     info = read_tokenizer_info(tokenizer_folder)
     tokenized = home.tokenized(dataset.name, dataset.version)
+    if before := open_extended(dataset, home):
+        inputs = before.info["inputs"]
+        if only is None or not only <= inputs.keys():
+            stamps = {file.name: file.stamp for file in files_before(dataset, home)}
+            raw_files = files_to_add(dataset, raw_files, info, inputs, stamps)
+        else:
+            raw_files = []
     with home.artefact(tokenized):
         files, done = tokenize_files(dataset, raw_files, info, tokenizer_folder, tokenized, pools, report)
     skipped = len(raw_files) - len(files)
@@ -78,6 +90,19 @@ def tokenize(
         became = "their tokens" if dataset.source.special_tokens == "ids" else "ordinary text"
         report(f"{dataset.name}: strings of special tokens stand in documents {found} times and became {became}")
     return files, done
+
+
+def files_before(dataset: Dataset, home: Home) -> list[FileTokens]:
+    """Stage 1 of the versions that a dataset extends, as far as it is still there."""
+    if dataset.source.extends is None:
+        return []
+    versions, found = [dataset.source.extends], []
+    while versions:
+        version = versions.pop()
+        found += results(home.tokenized(dataset.name, version))
+        info = read_dataset(home.shards(dataset.name, version))[1]
+        versions += [e["version"]] if (e := info["identity"].get(EXTENDS)) else []
+    return found
 
 
 def make_shards(
@@ -93,7 +118,7 @@ def make_shards(
     Ready-made shards are only opened.
     """
     if dataset.source.shards:
-        made = open_dataset(dataset, home)
+        made = open_dataset(dataset, home, whole=True)
         report(f"{dataset.name}: {len(made)} ready-made samples of {dataset.seq_len + 1} tokens")
         return StageResult(made.folder, made.version, True, made.info["totals"])
     from openlm_pipeline.tokenization.packing_job import pack_shards  # with it comes Arrow, which is slow to import
@@ -102,16 +127,20 @@ def make_shards(
     info = read_tokenizer_info(home.tokenizer(dataset.tokenizer.name))
     folder: Path = home.shards(dataset.name, dataset.version)
     tokenized = home.tokenized(dataset.name, dataset.version)
-    url = published_url(dataset)
+    url, before = published_url(dataset), open_extended(dataset, home)
+    how = {"local": not url, "extends": before and before.version}
     with nullcontext() if url else home.artefact(folder):  # what has a place of its own does not go to the home's too
-        reused, changed = pack_shards(dataset, files, info, tokenized, folder, pools, report, allow, local=not url)
+        reused, changed = pack_shards(dataset, files, info, tokenized, folder, pools, report, allow, **how)
     if url:
         publish(folder, url, report, delete_local=not dataset.keep_local_shards)
-    made = ShardedDataset(folder)
+    made: Opened = ShardedDataset(folder)
+    if before:
+        made = ExtendedDataset(before, made)
     totals = made.info["totals"]
     report(
         f"{dataset.name}: {totals['samples']} samples of {dataset.seq_len + 1} tokens in {totals['shards']} shards "
         + ("reused" if reused else "made")
+        + (f", of which {len(before)} in {len(before.shard_sizes)} are {dataset.source.extends}'s" if before else "")
     )
     facts = {**totals, "changed": changed}
     if "dropped" in totals:  # of the documents; the other is what is new in the settings

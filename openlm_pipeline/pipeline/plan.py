@@ -25,7 +25,7 @@ from openlm_pipeline.runs.rates import rate_line
 from openlm_pipeline.runs.repeats import Content, content_of, overlaps, read_by_parent
 from openlm_pipeline.runs.traffic import BETWEEN
 from openlm_pipeline.shards.manifest import DOCUMENTS, MANIFEST, read_dataset
-from openlm_pipeline.shards.opening import open_dataset, published_url
+from openlm_pipeline.shards.opening import open_dataset, open_extended, published_url
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.tokenization.documents import FileTokens, finished, left_out
 from openlm_pipeline.tokenization.packing_job import lost_files, shards_identity
@@ -299,6 +299,13 @@ def _dataset(
         yield Artefact(name, state, (f"{above.name} is {above.state}",), above.consent if there else None)
         return
     tokenized = home.tokenized(dataset.name, dataset.version)
+    try:
+        before = open_extended(dataset, home)
+    except OpenLMError as e:
+        yield Artefact(name, "stale" if there else "missing", (str(e),), REFUSED)
+        return
+    if before:
+        raw_files = [raw for raw in raw_files if raw.name not in before.info["inputs"]]
     done: list[FileTokens] = []
     too_bad: list[str] = []
     skipped = left_out(dataset, raw_files, tokenizer, tokenized)
@@ -336,7 +343,7 @@ def _dataset(
         consent = "supersede" if others or other_files else None
         yield Artefact(name, "stale", (f"tokenized/{dataset.name} is not fresh",), consent)
         return
-    changed = differences(info["identity"], shards_identity(dataset, done, tokenizer))
+    changed = differences(info["identity"], shards_identity(dataset, done, tokenizer, before and before.version))
     lost, index_gone = ({}, False) if changed or published_url(dataset) else lost_files(folder, entries)
     if lost or index_gone:
         shown = ", ".join(entry.tar for entry in list(lost.values())[:3]) + (", ..." if len(lost) > 3 else "")

@@ -86,7 +86,8 @@ def data_size(dataset: Dataset, home: Home) -> DataSize | None:
         tokens = size * sum(made.tokens for made in done) / read
     else:
         tokens = text / _TEXT_PER_TOKEN
-    return DataSize(dataset.name, int(tokens), size, int(text), False) if size else None
+    most = dataset.source.max_tokens or int(tokens)
+    return DataSize(dataset.name, min(int(tokens), most), size, int(text), False) if size else None
 
 
 @dataclass(frozen=True)

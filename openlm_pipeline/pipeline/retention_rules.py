@@ -21,6 +21,7 @@ from openlm_pipeline.evaluation.scored import milestone_digest, scored_digest
 from openlm_pipeline.experiments import Evaluation
 from openlm_pipeline.fingerprint import differences
 from openlm_pipeline.runs.folder import RunFolder
+from openlm_pipeline.shards.extended import EXTENDS, extended_version
 from openlm_pipeline.shards.manifest import DATASET, MANIFEST, read_manifest, read_version
 from openlm_pipeline.storage.files import TMP_SUFFIX, read_json
 from openlm_pipeline.tokenization.documents import results
@@ -127,10 +128,15 @@ class Scan:
     """sha256 of a manifest -> a run that stays and was trained on it."""
     _tokenizers: dict[str, Path] = field(default_factory=dict)
     """sha256 of a tokenizer -> shards that stay and were made with it."""
+    _extended: dict[str, Path] = field(default_factory=dict)
+    """Content of shards -> other shards that extend them."""
 
     def everything(self) -> "Scan":
         for run in self._folders("runs", 2):
             self._run(run)
+        for shards in self._folders("shards", 2):
+            if extends := _read(shards / DATASET).get("identity", {}).get(EXTENDS):
+                self._extended[extends["content"]] = shards
         for shards in self._folders("shards", 2):
             self._shards(shards)
         for tokenizer in self._folders("tokenizers", 1):
@@ -225,12 +231,16 @@ class Scan:
         info = _read(folder / DATASET)
         if base := _base(folder):
             try:
-                used_by = self._manifests.get(read_version(folder)) if (folder / MANIFEST).exists() else None
+                own = read_version(folder) if (folder / MANIFEST).exists() else ""
+                before = info.get("identity", {}).get(EXTENDS, {}).get("content")
+                used_by = self._manifests.get(extended_version(before, own) if before else own)
             except DataError as e:
                 self._keep(folder, f"it can't be read: {e}")
                 return
             if used_by:
                 self._keep(folder, f"run {used_by.relative_to(self.root)} was trained on it")
+            elif later := self._extended.get(own):
+                self._keep(folder, f"shards {later.relative_to(self.root)} extend it")
             elif why := self._aside(folder, (base / MANIFEST).exists()):
                 changed = differences(info.get("identity", {}), _read(base / DATASET).get("identity", {}))
                 self._add(

@@ -32,7 +32,7 @@ class ShardedDataset:
         *,
         remote: str | None = None,
         cache_bytes: int | None = None,
-        made: tuple[list[ShardEntry], dict[str, Any], str, ShardStore] | None = None,
+        made: tuple[list[ShardEntry], dict[str, Any], str, ShardStore | None] | None = None,
     ) -> None:
         """
         Args:
@@ -40,8 +40,8 @@ class ShardedDataset:
             remote: fsspec URL of a folder with the same files. `manifest.jsonl` and `dataset.json` are fetched at
                 once if they are missing here, shards when they are needed.
             cache_bytes: what the fetched shards may take in `folder`; those that were there count and go never.
-            made: entries, info and version, as the attributes, and the store that brings shards, where they come in
-                some other way.
+            made: entries, info and version, as the attributes, and the store that brings shards, where not all of the
+                folder is meant, or they come in some other way.
 
         Raises:
             MissingInputError: there is no finished dataset.
@@ -126,7 +126,7 @@ class ShardedDataset:
             if sums is not None:
                 own = places[self.shards_of(places) == k] - self._first[k]
                 if not all(agree(samples[i : i + 1], sums[i]) for i in own.tolist()):
-                    raise damaged_sample(self._file(k), samples, sums)
+                    raise damaged_sample(self.file(k), samples, sums)
 
     def shard_samples(self, k: int) -> np.ndarray:
         """All samples of shard `k`, found as they were written: ids[num_sequences, seq_len + 1], read-only.
@@ -149,7 +149,7 @@ class ShardedDataset:
 
     def shard_path(self, k: int) -> Path:
         """The local file of shard `k`, fetched if need be; with `cache_bytes` it may go when others are needed."""
-        return self._file(k) if self._store is None else self._store.path(k)
+        return self.file(k) if self._store is None else self._store.path(k)
 
     @property
     def has_sums(self) -> bool:
@@ -172,7 +172,7 @@ class ShardedDataset:
         """
         read = 0
         for k, entry in enumerate(self.entries):
-            path = self._file(k)
+            path = self.file(k)
             if self._store is not None and (fetch or path.exists()):
                 self._store.path(k)  # which compares the hash
                 read += 1
@@ -194,13 +194,14 @@ class ShardedDataset:
             DataError: names a file that differs.
         """
         entry = self.entries[k]
-        open_shard(self._file(k), entry.num_sequences, self.format)
+        open_shard(self.file(k), entry.num_sequences, self.format)
         read = {name: sha256 for name, sha256 in entry.hashes.items() if _ctime(self.folder / name) >= since}
         for name, sha256 in read.items():
             check_hash(self.folder / name, sha256)
         return entry.tar in read
 
-    def _file(self, k: int) -> Path:
+    def file(self, k: int) -> Path:
+        """Where shard `k` is, once it is here."""
         return self.folder / self.entries[k].tar
 
     def _checked(self, indices: np.ndarray) -> np.ndarray:
@@ -220,7 +221,7 @@ class ShardedDataset:
         if (opened := self._open.get(k)) is None:
             entry = self.entries[k]
             if self._store is None:
-                array = open_shard(self._file(k), entry.num_sequences, self.format)
+                array = open_shard(self.file(k), entry.num_sequences, self.format)
             else:
                 with self._store.held(k) as path:
                     array = open_shard(path, entry.num_sequences, self.format)

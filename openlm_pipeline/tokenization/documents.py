@@ -33,9 +33,9 @@ from openlm_pipeline.corpus.reader import (
     check_bad_fraction,
     quarantine_writer,
 )
-from openlm_pipeline.errors import ConfigError, DataError, OpenLMError
+from openlm_pipeline.errors import ConfigError, DataError, IdentityError, MissingInputError, OpenLMError
 from openlm_pipeline.experiments import Dataset
-from openlm_pipeline.fingerprint import Tree, fingerprint, settings_tree
+from openlm_pipeline.fingerprint import Tree, differences, fingerprint, settings_tree
 from openlm_pipeline.pools import TaskProgress
 from openlm_pipeline.shards.format import SampleFormat
 from openlm_pipeline.storage.files import (
@@ -156,7 +156,18 @@ FIRST_MAX_BAD_FRACTION = 0.001
 """Stands in the version of each file: its identity once held the source's `max_bad_fraction`, of which this is the
 default. That changes no token, so it is judged when a file is accepted; a file of that time keeps what it recorded."""
 
-_NOT_TOKENS = {"name", "version", "files", "shards", "origin", "weight", "max_bad_fraction", "on_bad_file"}
+_NOT_TOKENS = {
+    "name",
+    "version",
+    "extends",
+    "max_tokens",
+    "files",
+    "shards",
+    "origin",
+    "weight",
+    "max_bad_fraction",
+    "on_bad_file",
+}
 """Fields of a source that change no token stream; what the files hold has its own hash."""
 
 
@@ -240,6 +251,46 @@ def record_offsets(folder: Path, name: str, records: Collection[int]) -> dict[in
     rows = np.searchsorted(numbers, list(records)).tolist()
     found = {record: row for record, row in zip(records, rows) if row < len(numbers) and numbers[row] == record}
     return {record: int(offsets[row]) for record, row in found.items()}
+
+
+def files_to_add(
+    dataset: Dataset,
+    raw_files: list[RawFile],
+    tokenizer: TokenizerInfo,
+    inputs: dict[str, Tree],
+    stamps: dict[str, str],
+) -> list[RawFile]:
+    """The raw files that the version which `dataset` extends lacks.
+
+    Args:
+        inputs: name -> identity of each file of that version.
+        stamps: name -> stamp of those of its files whose streams are still there.
+
+    Raises:
+        DataError: a file of that version is another by now.
+        IdentityError: its files were read or tokenized otherwise.
+        MissingInputError: there is none.
+    """
+    settings, name = _settings(dataset, tokenizer), f"{dataset.name} {dataset.source.extends}"
+    anew = "leave out `extends` to make all of it anew"
+    first = next(iter(inputs.values()), {})
+    recorded = {key: value for key, value in _plain(first).items() if key != "raw_sha256"}
+    if changed := differences(recorded, settings):
+        raise IdentityError(
+            f"{name} was made with other settings than {dataset.version}, which extends it: {'; '.join(changed)}. "
+            f"Take its settings, or {anew}"
+        )
+    for raw in raw_files:
+        touched = raw.name in inputs and stamps.get(raw.name) != raw.stamp
+        if touched and sha256_url(raw.url) != inputs[raw.name]["raw_sha256"]:
+            raise DataError(
+                f"raw file {raw.url} is not the one that {name} was made from, which {dataset.version} extends: give "
+                f"the new one another name, or {anew}"
+            )
+    new = [raw for raw in raw_files if raw.name not in inputs]
+    if not new:
+        raise MissingInputError(f"{dataset.name} {dataset.version} has no raw file that {dataset.source.extends} lacks")
+    return new
 
 
 _LEFT_OUT = ".left_out.json"

@@ -13,6 +13,7 @@ from openlm_pipeline.experiments import Dataset
 from openlm_pipeline.fingerprint import Tree, differences, fingerprint
 from openlm_pipeline.pools import Call, Pool, PoolFactory, TaskProgress
 from openlm_pipeline.result import Say, refusal, refuse
+from openlm_pipeline.shards.extended import EXTENDS
 from openlm_pipeline.shards.format import SampleFormat, open_shard
 from openlm_pipeline.shards.manifest import (
     DATASET,
@@ -56,12 +57,15 @@ _BUILDING = ".building"
 _IDENTITY = "identity.json"
 
 
-def shards_identity(dataset: Dataset, files: list[FileTokens], tokenizer: TokenizerInfo) -> Tree:
-    """What the shards of a dataset are made from."""
+def shards_identity(
+    dataset: Dataset, files: list[FileTokens], tokenizer: TokenizerInfo, extends: str | None = None
+) -> Tree:
+    """What the shards of a dataset are made from; `extends` is the content of the version that it extends."""
     return {
         **packing_tree(dataset),
         "tokenizer_sha256": tokenizer.sha256,
         "files": {f.name: f.version for f in files},
+        **({EXTENDS: {"version": dataset.source.extends, "content": extends}} if extends else {}),
         "code": PACKING_VERSION,
     }
 
@@ -77,6 +81,7 @@ def pack_shards(
     allow: Collection[str] = (),
     *,
     local: bool = True,
+    extends: str | None = None,
 ) -> tuple[bool, list[str]]:
     """Stage 2: make the dataset in `folder` unless it is there; return (reused, how it differs from what was there).
 
@@ -84,6 +89,7 @@ def pack_shards(
 
     Args:
         local: the shards are to be in the folder, and not in a store alone.
+        extends: content of the version that it extends.
         allow: consents; with `supersede` a finished dataset of another identity is set aside, not deleted.
 
     Raises:
@@ -91,7 +97,7 @@ def pack_shards(
         DataError: there is too little text for one sample, or tokens were lost.
         BusyError: another process is packing this dataset.
     """
-    made = _Packing(dataset, files, tokenizer, tokenized, folder, pools, report)
+    made = _Packing(dataset, files, tokenizer, tokenized, folder, pools, report, extends)
     changed: list[str] = []
     with folder_lock(folder.parent / f".{folder.name}", "packing"):
         if (folder / MANIFEST).exists():
@@ -143,6 +149,7 @@ class _Packing:
     folder: Path
     pools: PoolFactory
     report: Say
+    extends: str | None = None
 
     @property
     def building(self) -> Path:
@@ -151,7 +158,7 @@ class _Packing:
 
     @cached_property
     def identity(self) -> Tree:
-        return shards_identity(self.dataset, self.files, self.tokenizer)
+        return shards_identity(self.dataset, self.files, self.tokenizer, self.extends)
 
     @property
     def sample_format(self) -> SampleFormat:

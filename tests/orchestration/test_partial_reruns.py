@@ -125,3 +125,28 @@ def test_one_milestone_is_scored_again_alone(finished, tmp_path, label):
     assert result.success
     assert _new(result) == {f"scorecard/tiny/{label}"}
     assert _unchanged(pipeline, before)
+
+
+def test_a_raw_file_more_is_a_version_that_extends_the_first_and_packs_that_file_alone(
+    finished, tmp_path, stale_status
+):
+    pipeline = finished.copy(tmp_path)
+    before = _snapshots(pipeline, "tokenizers", "tokenized/tiny_text/v1", "shards/tiny_text/v1")
+    raw = pipeline.home / "raw" / "tiny_text"
+    (raw / "c.jsonl").write_text("".join((raw / "a.jsonl").read_text().splitlines(keepends=True)[:9]))
+    recipe = pipeline.root / "recipes" / "tiny.yaml"
+    recipe.write_text(recipe.read_text().replace("{name: tiny_text,", "{name: tiny_text, version: v2, extends: v1,"))
+    result = pipeline.execute("tokenize_tiny_text")
+    assert result.success
+    assert _unchanged(pipeline, before)
+    made = [e.step_materialization_data.materialization for e in result.all_events if e.is_step_materialization]
+    assert [m.partition for m in made if m.asset_key.path[0] == "tokenized"] == ["c.jsonl"]
+    assert {e.check_name for e in result.get_asset_check_evaluations() if not e.passed} == set()
+    (shards,) = [m for m in made if m.asset_key.path[0] == "shards"]
+    info = read_json(pipeline.home / "shards" / "tiny_text" / "v2" / "dataset.json")
+    assert info["totals"]["files"] == 1 < shards.metadata["files"].value == 3
+    stale = {name for name, (state, _) in stale_status(pipeline).items() if state != "FRESH"}
+    assert not {name for name in stale if name.startswith(("tokenizer", "tokenized", "shards", "raw_files"))}
+    assert f"checkpoint/tiny/{FIRST}" in stale
+    again = pipeline.execute("tokenize_tiny_text")
+    assert again.success and _new(again) == set()

@@ -32,7 +32,7 @@ def check_shard(hashes: FileHashes, dataset: ShardedDataset, k: int) -> None:
     Raises:
         DataError: it is damaged or missing.
     """
-    path = dataset.folder / dataset.entries[k].tar
+    path = dataset.file(k)
     if not path.exists() or hashes.sha256(path) != dataset.entries[k].sha256:
         dataset.check_shard(k)
 
