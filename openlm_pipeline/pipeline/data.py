@@ -80,7 +80,8 @@ def tokenize(
         else:
             raw_files = []
     with home.artefact(tokenized):
-        files, done = tokenize_files(dataset, raw_files, info, tokenizer_folder, tokenized, pools, report)
+        args = (dataset, raw_files, info, tokenizer_folder, tokenized, pools, report)
+        files, done = tokenize_files(*args, whole=only is None)
     skipped = len(raw_files) - len(files)
     report(
         f"{dataset.name}: {len(done)} raw files tokenized, {len(files) - len(done)} reused"

@@ -14,7 +14,7 @@ never less than some 250 MiB for the engines.
 import hashlib
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ from openlm_pipeline.pools import TaskProgress
 from openlm_pipeline.shards.format import SampleFormat
 from openlm_pipeline.storage.files import (
     atomic_writer,
+    make_folder,
     read_json,
     read_sealed,
     rename,
@@ -253,6 +254,36 @@ def record_offsets(folder: Path, name: str, records: Collection[int]) -> dict[in
     return {record: int(offsets[row]) for record, row in found.items()}
 
 
+def take_over(
+    dataset: Dataset, raw: RawFile, tokenizer: TokenizerInfo, folder: Path, gone: list[FileTokens]
+) -> FileTokens | None:
+    """The result of a raw file that had another name before, now under its own; None where there is none.
+
+    Args:
+        gone: results whose raw files are no longer there under their names.
+    """
+    alike = [made for made in gone if made.stamp.partition("-")[0] == str(raw.size_bytes)]
+    wanted = fingerprint(_identity(dataset, tokenizer, sha256_url(raw.url))) if alike else None
+    made = next((made for made in alike if fingerprint(_plain(made.identity)) == wanted), None)
+    old = made and _Paths.of(folder, made.name)
+    if made is None or not old.sizes_fit(made, _token_bytes(tokenizer)):
+        return None
+    new = _Paths.of(folder, raw.name)
+    bad = map(orjson.loads, read_quarantine(old.quarantine, made.quarantine_sha256).splitlines())
+    make_folder(new.done.parent)
+    gone.remove(made)
+    old.done.unlink()  # what it describes is about to go
+    with atomic_writer(new.quarantine, shared=True) as file:
+        file.writelines(orjson.dumps({**line, "file": raw.url}) + b"\n" for line in bad)
+    for source, target in ((old.tokens, new.tokens), (old.documents, new.documents), (old.offsets, new.offsets)):
+        if source.exists():
+            rename(source, target)
+    result = replace(made, name=raw.name, stamp=raw.stamp, quarantine_sha256=sha256_file(new.quarantine))
+    write_sealed(new.done, result.content())
+    old.quarantine.unlink()
+    return result
+
+
 def files_to_add(
     dataset: Dataset,
     raw_files: list[RawFile],
@@ -303,6 +334,16 @@ def results(folder: Path) -> list[FileTokens]:
         DataError, TypeError: a file is damaged.
     """
     return [FileTokens(**read_sealed(path)) for path in _done_files(folder)]
+
+
+def results_of_others(folder: Path, names: Collection[str]) -> list[FileTokens]:
+    """Those of raw files of other names; one that is damaged counts as none, as nothing needs it."""
+    found = []
+    for path in _done_files(folder):
+        if path.relative_to(folder).as_posix().removesuffix(".json") not in names:
+            with suppress(DataError, TypeError):
+                found.append(FileTokens(**read_sealed(path)))
+    return found
 
 
 def _done_files(folder: Path) -> list[Path]:

@@ -18,6 +18,8 @@ from openlm_pipeline.tokenization.documents import (
     leave_out,
     left_out,
     remove_parts,
+    results_of_others,
+    take_over,
     tokenize_part,
 )
 from openlm_pipeline.tokenization.tasks import Meter, raise_all, run_all
@@ -37,11 +39,13 @@ def tokenize_files(
     report: Say,
     *,
     min_part_bytes: int = _MIN_PART_BYTES,
+    whole: bool = False,
 ) -> tuple[list[FileTokens], list[str]]:
     """Stage 1 over `raw_files`: results in their order, and the names of those that had to be done.
 
     Args:
         min_part_bytes: a raw file is not cut into parts of fewer bytes.
+        whole: `raw_files` are all of the dataset, so a result of another name is of a file that is gone, or was moved.
 
     Raises:
         DataError: files are damaged, all of which are named; the others stay. With the source's `on_bad_file: skip`
@@ -59,6 +63,12 @@ def tokenize_files(
                 except DataError as e:
                     damaged[raw.name] = e
         missing = [raw for raw in raw_files if done.get(raw.name, raw) is None]
+        names = {raw.name for raw in raw_files}
+        gone = results_of_others(folder, names) if missing and whole else []
+        for raw in missing if gone else []:
+            if moved := take_over(dataset, raw, tokenizer, folder, gone):
+                done[raw.name] = moved
+        missing = [raw for raw in missing if done[raw.name] is None]
         remove_parts(folder, {name for name, result in done.items() if result})
         if missing:
             remove_leftovers(folder)
@@ -80,7 +90,7 @@ def tokenize_files(
                         calls[name] = (tokenize_part, dataset, raw, part, number, *args)
                         sizes[name] = (part.end or raw.size_bytes) - part.begin
                 meter = Meter(f"tokenizing {dataset.name}", sum(sizes.values()), report)
-                results, wrong = run_all(pool, meter, sizes, calls)
+                found, wrong = run_all(pool, meter, sizes, calls)
                 meter.say()
                 damaged |= {name.partition(_PART)[0]: error for name, error in wrong.items()}
                 joins = {
@@ -92,8 +102,8 @@ def tokenize_files(
                     sizes = {raw.name: raw.size_bytes for raw in missing}
                     what = f"joining the parts of {dataset.name}"
                     more, wrong = run_all(pool, Meter(what, sum(sizes[n] for n in joins), report), sizes, joins)
-                    results, damaged = results | more, damaged | wrong
-            done |= {raw.name: results[raw.name] for raw in missing if raw.name not in damaged}
+                    found, damaged = found | more, damaged | wrong
+            done |= {raw.name: found[raw.name] for raw in missing if raw.name not in damaged}
             remove_parts(folder, {name for name, result in done.items() if result})  # of one that cut in another way
         if dataset.source.on_bad_file == "fail":
             raise_all(damaged)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.round_trip import round_trip
 from openlm_pipeline.storage.files import read_json, write_json
 from openlm_pipeline.storage.remote import sha256_url
+from openlm_pipeline.tokenization.documents import check_streams
 from openlm_pipeline.tokenizers import tokenizer
 
 Small = Callable[..., SmallDataset]
@@ -235,3 +237,48 @@ def test_files_of_one_base_name_go_all_the_way(small: Small, inline: PoolFactory
         e for e in plan_gc(made.home, Retention(token_streams=True)).entries if e.path == made.tokenized.resolve()
     ]
     assert "3 raw files" in str(removal)
+
+
+def test_a_raw_file_that_was_moved_is_not_tokenized_again(small, inline: PoolFactory, no_client: PoolFactory):
+    made = small("moved", files=["raw/**/*.jsonl"], max_bad_fraction=0.5)
+    made.write({"a.jsonl": documents(20), "b.jsonl": documents(30, 100)})
+    with made.raw("a.jsonl").open("a") as f:
+        f.write("not JSON\n")
+    made.tokenizer()
+    before = {file.name: file for file in made.tokenize(inline)[0]}
+    stream = (made.tokenized / "a.jsonl.tokens").read_bytes()
+    made.raw("new").mkdir()
+    made.raw("a.jsonl").rename(made.raw("new") / "c.jsonl")
+    os.utime(made.raw("new") / "c.jsonl")
+    files, done = made.tokenize(no_client)
+    assert done == []
+    after = {file.name: file for file in files}
+    assert after.keys() == {"b.jsonl", "new/c.jsonl"}
+    assert after["new/c.jsonl"].version == before["a.jsonl"].version
+    assert (made.tokenized / "new" / "c.jsonl.tokens").read_bytes() == stream
+    assert not list(made.tokenized.glob("a.jsonl*"))
+    assert [problem for _, problem in check_streams(made.tokenized)] == [None, None]
+    made.make_shards(files, inline)
+    bad = [json.loads(line) for line in (made.shards / "quarantine.jsonl").read_text().splitlines()]
+    assert [line["file"] for line in bad] == [str(made.raw("new") / "c.jsonl")]
+    again = small("again", files=["raw/**/*.jsonl"], max_bad_fraction=0.5)
+    for name in ("b.jsonl", "new/c.jsonl"):
+        again.raw(name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(made.raw(name), again.raw(name))
+    again.run(inline)
+    assert again.manifest() == made.manifest()
+
+
+def test_of_two_files_alike_only_one_takes_a_stream_over_and_another_content_does_not(small, inline: PoolFactory):
+    made = small("alike")
+    made.write({"a.jsonl": documents(20)})
+    made.tokenizer()
+    made.tokenize(inline)
+    text = made.raw("a.jsonl").read_bytes()
+    made.raw("a.jsonl").unlink()
+    made.raw("b.jsonl").write_bytes(text)
+    made.raw("c.jsonl").write_bytes(text)
+    made.raw("d.jsonl").write_bytes(text.replace(b"fox", b"cat"))
+    files, done = made.tokenize(inline)
+    assert done == ["c.jsonl", "d.jsonl"]
+    assert len({file.tokens_sha256 for file in files}) == 2
