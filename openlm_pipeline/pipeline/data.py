@@ -4,12 +4,14 @@ Each stage looks at what is on disk, does only what is missing or no longer matc
 was there. `version` is the content hash that the next stage depends on. No stage needs Dagster.
 """
 
+import os
 import time
 from collections.abc import Collection
 from contextlib import nullcontext
 from pathlib import Path
 
 from openlm_pipeline.corpus.discovery import RawFile, discover
+from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.experiments import Dataset, Experiment, TokenizerSpec
 from openlm_pipeline.pools import PoolFactory
 from openlm_pipeline.result import Say, StageResult
@@ -20,6 +22,7 @@ from openlm_pipeline.shards.opening import Opened, open_dataset, open_extended, 
 from openlm_pipeline.shards.publish import publish
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.tokenization.documents import FileTokens, files_to_add, results
+from openlm_pipeline.tokenization.exchange import Exchange
 from openlm_pipeline.tokenization.job import tokenize_files
 from openlm_pipeline.tokenizers.tokenizer import make_tokenizer, read_tokenizer_info, tokenizer_file
 
@@ -81,7 +84,7 @@ def tokenize(
             raw_files = []
     with home.artefact(tokenized):
         args = (dataset, raw_files, info, tokenizer_folder, tokenized, pools, report)
-        files, done = tokenize_files(*args, whole=only is None)
+        files, done = tokenize_files(*args, whole=only is None, exchange=_exchange(dataset))
     skipped = len(raw_files) - len(files)
     report(
         f"{dataset.name}: {len(done)} raw files tokenized, {len(files) - len(done)} reused"
@@ -91,6 +94,22 @@ def tokenize(
         became = "their tokens" if dataset.source.special_tokens == "ids" else "ordinary text"
         report(f"{dataset.name}: strings of special tokens stand in documents {found} times and became {became}")
     return files, done
+
+
+def _exchange(dataset: Dataset) -> Exchange | None:
+    """Where workers without a shared disk hand on what they make of a dataset: below `OPENLM_EXCHANGE`.
+
+    Raises:
+        ConfigError: the shards have no place in a store.
+    """
+    if not (url := os.environ.get("OPENLM_EXCHANGE")):
+        return None
+    if not published_url(dataset):
+        raise ConfigError(
+            "OPENLM_EXCHANGE is for workers that share no disk, and so the shards need a place that all can reach: set "
+            "the recipe's shards_url"
+        )
+    return Exchange(f"{url.rstrip('/')}/{dataset.name}/{dataset.version}")
 
 
 def files_before(dataset: Dataset, home: Home) -> list[FileTokens]:
@@ -129,7 +148,7 @@ def make_shards(
     folder: Path = home.shards(dataset.name, dataset.version)
     tokenized = home.tokenized(dataset.name, dataset.version)
     url, before = published_url(dataset), open_extended(dataset, home)
-    how = {"local": not url, "extends": before and before.version}
+    how = {"local": not url, "extends": before and before.version, "exchange": _exchange(dataset), "target": url}
     with nullcontext() if url else home.artefact(folder):  # what has a place of its own does not go to the home's too
         reused, changed = pack_shards(dataset, files, info, tokenized, folder, pools, report, allow, **how)
     if url:

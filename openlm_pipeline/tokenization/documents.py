@@ -13,7 +13,7 @@ never less than some 250 MiB for the engines.
 
 import hashlib
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -59,7 +59,7 @@ STAGE_VERSION = 2
 _BATCH_CHARACTERS = 1 << 20
 _COPY_BYTES = 1 << 22
 INDEX_DTYPE = np.dtype("<i8")
-_KINDS = ("tokens", "documents", "offsets", "quarantine.jsonl", "json")
+KINDS = ("tokens", "documents", "offsets", "quarantine.jsonl", "json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,14 +143,15 @@ class _Paths:
 
     @classmethod
     def of(cls, folder: Path, stem: str) -> "_Paths":
-        return cls(*(folder / f"{stem}.{kind}" for kind in _KINDS))
+        return cls(*(folder / f"{stem}.{kind}" for kind in KINDS))
 
-    def sizes_fit(self, made: FileTokens | PartTokens, token_bytes: int) -> bool:
-        """Whether the files are there, of the sizes that `made` says."""
+    def sizes_fit(self, made: FileTokens | PartTokens, token_bytes: int, elsewhere: Mapping[Path, int] = {}) -> bool:
+        """Whether the files are there, of the sizes that `made` says; those of `elsewhere` may be there alone."""
         wanted = {self.tokens: made.tokens * token_bytes, self.documents: made.documents * 2 * INDEX_DTYPE.itemsize}
         if made.offsets_sha256 is not None:
             wanted[self.offsets] = made.documents * INDEX_DTYPE.itemsize
-        return self.quarantine.exists() and all(p.exists() and p.stat().st_size == n for p, n in wanted.items())
+        sizes = {path: path.stat().st_size if path.exists() else elsewhere.get(path) for path in wanted}
+        return self.quarantine.exists() and sizes == wanted
 
 
 FIRST_MAX_BAD_FRACTION = 0.001
@@ -214,8 +215,13 @@ def _token_bytes(tokenizer: TokenizerInfo) -> int:
     return SampleFormat.for_vocabulary(1, tokenizer.num_rows).numpy_dtype.itemsize
 
 
-def finished(dataset: Dataset, raw: RawFile, tokenizer: TokenizerInfo, folder: Path) -> FileTokens | None:
+def finished(
+    dataset: Dataset, raw: RawFile, tokenizer: TokenizerInfo, folder: Path, elsewhere: Mapping[Path, int] = {}
+) -> FileTokens | None:
     """The result of a file that is done for this content, tokenizer and settings, else None.
+
+    Args:
+        elsewhere: path in `folder` -> size of what is in an exchange.
 
     Raises:
         DataError: more of its records are bad than the source allows by now.
@@ -230,7 +236,7 @@ def finished(dataset: Dataset, raw: RawFile, tokenizer: TokenizerInfo, folder: P
     raw_sha256 = done.identity["raw_sha256"] if done.stamp == raw.stamp else sha256_url(raw.url)
     if _plain(done.identity) != _identity(dataset, tokenizer, raw_sha256):
         return None
-    if not paths.sizes_fit(done, _token_bytes(tokenizer)):
+    if not paths.sizes_fit(done, _token_bytes(tokenizer), elsewhere):
         return None
     with paths.quarantine.open("rb") as bad:
         first_bad = BadRecord(**orjson.loads(line)) if (line := bad.readline()) else None

@@ -22,6 +22,7 @@ from openlm_pipeline.tokenization.documents import (
     take_over,
     tokenize_part,
 )
+from openlm_pipeline.tokenization.exchange import Exchange
 from openlm_pipeline.tokenization.tasks import Meter, raise_all, run_all
 from openlm_pipeline.tokenizers.tokenizer import TokenizerInfo
 
@@ -40,11 +41,13 @@ def tokenize_files(
     *,
     min_part_bytes: int = _MIN_PART_BYTES,
     whole: bool = False,
+    exchange: Exchange | None = None,
 ) -> tuple[list[FileTokens], list[str]]:
     """Stage 1 over `raw_files`: results in their order, and the names of those that had to be done.
 
     Args:
         min_part_bytes: a raw file is not cut into parts of fewer bytes.
+        exchange: through which workers hand on what they make, where they share no disk.
         whole: `raw_files` are all of the dataset, so a result of another name is of a file that is gone, or was moved.
 
     Raises:
@@ -54,17 +57,21 @@ def tokenize_files(
     """
     with folder_lock(folder, "tokenizing"):
         skipped = left_out(dataset, raw_files, tokenizer, folder)
+        there = exchange.sizes() if exchange else {}
+        elsewhere = {folder / name: size for name, size in there.items()}
         done: dict[str, FileTokens | None] = {}
         damaged: dict[str, DataError] = {}
         for raw in raw_files:
             if raw.name not in skipped:
                 try:
-                    done[raw.name] = finished(dataset, raw, tokenizer, folder)
+                    if f"{raw.name}.json" in there and not (folder / f"{raw.name}.json").exists():
+                        exchange.fetch(raw.name, folder, there)
+                    done[raw.name] = finished(dataset, raw, tokenizer, folder, elsewhere)
                 except DataError as e:
                     damaged[raw.name] = e
         missing = [raw for raw in raw_files if done.get(raw.name, raw) is None]
         names = {raw.name for raw in raw_files}
-        gone = results_of_others(folder, names) if missing and whole else []
+        gone = results_of_others(folder, names) if missing and whole and not exchange else []
         for raw in missing if gone else []:
             if moved := take_over(dataset, raw, tokenizer, folder, gone):
                 done[raw.name] = moved
@@ -72,10 +79,12 @@ def tokenize_files(
         remove_parts(folder, {name for name, result in done.items() if result})
         if missing:
             remove_leftovers(folder)
+            if exchange:
+                exchange.give_tokenizer(tokenizer, tokenizer_folder)
             with pools(report) as pool:
                 parts = {
                     raw.name: format_of(raw.url, raw.format).cut(raw.size_bytes, count)
-                    for raw, count in _part_counts(missing, pool.workers, min_part_bytes).items()
+                    for raw, count in _part_counts(missing, 1 if exchange else pool.workers, min_part_bytes).items()
                 }
                 calls: dict[str, Call] = {}
                 sizes: dict[str, int] = {}
@@ -83,7 +92,11 @@ def tokenize_files(
                 for raw in largest_first:
                     args = (tokenizer, tokenizer_folder, folder)
                     if len(parts[raw.name]) == 1:
-                        calls[raw.name] = (tokenize_whole, dataset, raw, *args)
+                        calls[raw.name] = (
+                            exchange.call(dataset, raw, tokenizer)
+                            if exchange
+                            else (tokenize_whole, dataset, raw, *args)
+                        )
                         sizes[raw.name] = raw.size_bytes
                     for number, part in enumerate(parts[raw.name] if len(parts[raw.name]) > 1 else []):
                         name = f"{raw.name}{_PART}{number}"
@@ -104,6 +117,9 @@ def tokenize_files(
                     more, wrong = run_all(pool, Meter(what, sum(sizes[n] for n in joins), report), sizes, joins)
                     found, damaged = found | more, damaged | wrong
             done |= {raw.name: found[raw.name] for raw in missing if raw.name not in damaged}
+            there = exchange.sizes() if exchange else {}
+            for name in found if exchange else ():
+                exchange.fetch(name, folder, there)
             remove_parts(folder, {name for name, result in done.items() if result})  # of one that cut in another way
         if dataset.source.on_bad_file == "fail":
             raise_all(damaged)

@@ -184,18 +184,18 @@ class _Streams:
 
 
 @dataclass(frozen=True)
-class _Spans:
+class Spans:
     """The documents that a stretch of the global stream touches; arrays of the same length."""
 
-    ids: np.ndarray
     file: np.ndarray
+    record: np.ndarray
     begin: np.ndarray
     """Token of the global stream where its part starts."""
     skipped: np.ndarray
     """Token within the document where its part starts."""
 
 
-def _gather(order: DocumentOrder, begin: int, end: int, streams: _Streams) -> tuple[np.ndarray, _Spans]:
+def _gather(order: DocumentOrder, begin: int, end: int, streams: _Streams) -> tuple[np.ndarray, Spans]:
     """Tokens begin..end of the global stream, and the documents they come from."""
     first = int(np.searchsorted(order.ends, begin, side="right"))
     last = int(np.searchsorted(order.ends, end, side="left")) + 1
@@ -207,10 +207,10 @@ def _gather(order: DocumentOrder, begin: int, end: int, streams: _Streams) -> tu
     skipped = part_begin - begins
     start = order.begins[ids] - order.first_tokens[file] + skipped
     parts = [streams.read(f, s, n) for f, s, n in zip(file.tolist(), start.tolist(), (part_end - part_begin).tolist())]
-    return np.concatenate(parts), _Spans(ids, file, part_begin, skipped)
+    return np.concatenate(parts), Spans(file, order.records[ids], part_begin, skipped)
 
 
-def _provenance(order: DocumentOrder, spans: _Spans, begin: int, end: int, width: int) -> pa.Table:
+def provenance(names: list[str], spans: Spans, begin: int, end: int, width: int) -> pa.Table:
     """One row for each (sample, document) pair among the tokens begin..end; `shards.provenance.COLUMNS` has them."""
     cuts = np.union1d(spans.begin, np.arange(begin, end, width))  # each span lies in one document and one sample
     owner = np.searchsorted(spans.begin, cuts, side="right") - 1
@@ -219,8 +219,8 @@ def _provenance(order: DocumentOrder, spans: _Spans, begin: int, end: int, width
             "sample": _column(cuts // width, "i8"),
             "start": _column(cuts % width, "i4"),
             "length": _column(np.diff(np.append(cuts, end)), "i4"),
-            "file": _files(order, spans.file[owner]),
-            "record": _column(order.records[spans.ids][owner], "i8"),
+            "file": _files(names, spans.file[owner]),
+            "record": _column(spans.record[owner], "i8"),
             "document_start": _column(spans.skipped[owner] + cuts - spans.begin[owner], "i8"),
         }
     )
@@ -242,7 +242,7 @@ def write_document_index(order_folder: Path, path: Path, *, progress: TaskProgre
         for begin in range(0, len(order.starts), _INDEX_ROWS):
             end = min(begin + _INDEX_ROWS, len(order.starts))
             columns = {
-                "file": _files(order, np.searchsorted(order.first_ids, np.arange(begin, end), side="right") - 1),
+                "file": _files(order.names, np.searchsorted(order.first_ids, np.arange(begin, end), side="right") - 1),
                 "record": _column(order.records[begin:end], "i8"),
                 "start": _column(order.starts[begin:end], "i8"),
                 "tokens": _column(np.diff(order.begins[begin : end + 1]), "i8"),
@@ -250,10 +250,10 @@ def write_document_index(order_folder: Path, path: Path, *, progress: TaskProgre
             out.write_table(pa.table(columns, schema=schema))
 
 
-def _files(order: DocumentOrder, file: np.ndarray) -> pa.Array:
+def _files(names: list[str], file: np.ndarray) -> pa.Array:
     """Names of files by their numbers; only those that occur are in its dictionary, for there may be 30,000."""
     used, place = np.unique(file, return_inverse=True)
-    return pa.DictionaryArray.from_arrays(_column(place, "i4"), _strings([order.names[f] for f in used]))
+    return pa.DictionaryArray.from_arrays(_column(place, "i4"), _strings([names[f] for f in used]))
 
 
 def _strings(values: list[str]) -> pa.Array:
@@ -309,9 +309,21 @@ def make_shard(
         tokens, spans = _gather(order, begin, end, streams)
     if padding := count * width - len(tokens):
         tokens = np.append(tokens, np.full(padding, pad_id, tokens.dtype))
-    samples = tokens.reshape(count, width)
+    table = provenance(order.names, spans, begin, end, width)
+    return write_shard_files(out, number, tokens.reshape(count, width), first, sample_format, table, source)
+
+
+def write_shard_files(
+    out: Path, number: int, samples: np.ndarray, first: int, sample_format: SampleFormat, table: pa.Table, source: str
+) -> ShardEntry:
+    """Write a shard and what is beside it.
+
+    Args:
+        samples: ids[n, sample_tokens]; `first` is the number of its first sample.
+        table: its provenance.
+    """
     name = f"{number:08d}"
-    provenance_sha256 = _write_parquet(out / f"{name}.provenance.parquet", _provenance(order, spans, begin, end, width))
+    provenance_sha256 = _write_parquet(out / f"{name}.provenance.parquet", table)
     sums_sha256 = write_sums(out / f"{name}.sums", samples)
     made = write_shard(out / f"{name}.tar", samples, first, sample_format)
     return ShardEntry(shard=name, source=source, sums_sha256=sums_sha256, provenance_sha256=provenance_sha256, **made)

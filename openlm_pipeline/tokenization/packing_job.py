@@ -42,8 +42,10 @@ from openlm_pipeline.storage.files import (
     write_text,
 )
 from openlm_pipeline.tokenization.documents import FileTokens, added_up, notes_of_left_out, read_quarantine
+from openlm_pipeline.tokenization.exchange import Exchange, Shuffle, gather, scatter
 from openlm_pipeline.tokenization.packing import (
     PACKING_VERSION,
+    DocumentOrder,
     check_stream,
     make_shard,
     packing_tree,
@@ -82,6 +84,8 @@ def pack_shards(
     *,
     local: bool = True,
     extends: str | None = None,
+    exchange: Exchange | None = None,
+    target: str | None = None,
 ) -> tuple[bool, list[str]]:
     """Stage 2: make the dataset in `folder` unless it is there; return (reused, how it differs from what was there).
 
@@ -90,6 +94,8 @@ def pack_shards(
     Args:
         local: the shards are to be in the folder, and not in a store alone.
         extends: content of the version that it extends.
+        exchange, target: through which workers hand on what they make, where they share no disk, and where the shards
+            go then.
         allow: consents; with `supersede` a finished dataset of another identity is set aside, not deleted.
 
     Raises:
@@ -97,7 +103,7 @@ def pack_shards(
         DataError: there is too little text for one sample, or tokens were lost.
         BusyError: another process is packing this dataset.
     """
-    made = _Packing(dataset, files, tokenizer, tokenized, folder, pools, report, extends)
+    made = _Packing(dataset, files, tokenizer, tokenized, folder, pools, report, extends, exchange, target)
     changed: list[str] = []
     with folder_lock(folder.parent / f".{folder.name}", "packing"):
         if (folder / MANIFEST).exists():
@@ -150,6 +156,8 @@ class _Packing:
     pools: PoolFactory
     report: Say
     extends: str | None = None
+    exchange: Exchange | None = None
+    target: str | None = None
 
     @property
     def building(self) -> Path:
@@ -180,7 +188,7 @@ class _Packing:
         self._write_order()
         numbers = range(totals["shards"])
         with self.pools(self.report) as pool:
-            entries = self._still_whole(numbers, pool)
+            entries = self._shuffled(totals["samples"], pool) if self.exchange else self._still_whole(numbers, pool)
             shard_bytes, all_bytes = dataset.samples_per_shard * record_bytes, totals["samples"] * record_bytes
             missing = {n: min(shard_bytes, all_bytes - n * shard_bytes) for n in numbers if n not in entries}
             entries |= self._make_shards(missing, pool, index=True)
@@ -189,6 +197,46 @@ class _Packing:
         if in_shards + totals["tail_tokens"] != totals["tokens"]:
             raise DataError(f"dataset {dataset.name}: {in_shards} tokens are in shards, which differs from {totals}")
         finish_dataset(self.folder, [entries[n] for n in numbers], info)
+        if self.exchange:
+            self._shuffle(totals["samples"]).clear()
+
+    def _shuffle(self, samples: int) -> Shuffle:
+        return Shuffle(
+            exchange=self.exchange,
+            key=fingerprint(self.identity)[:16],
+            sample_format=self.sample_format,
+            samples_per_shard=self.dataset.samples_per_shard,
+            samples=samples,
+            source=self.dataset.name,
+            pad_id=self.dataset.pad_id,
+            target=self.target,
+        )
+
+    def _shuffled(self, samples: int, pool: Pool) -> dict[int, ShardEntry]:
+        """All shards, made by workers that share no disk.
+
+        Raises:
+            DataError: a stream is damaged.
+        """
+        order = DocumentOrder(self.building)
+        shuffle = self._shuffle(samples)
+        sizes = {str(unit): size for unit, size in enumerate(shuffle.prepare(order, self.files))}
+        dealt = {unit: groups for unit in sizes if (groups := shuffle.scattered(int(unit))) is not None}
+        calls: dict[str, Call] = {unit: (scatter, shuffle, int(unit)) for unit in sizes if unit not in dealt}
+        found, damaged = self._run("dealing out", calls, {unit: sizes[unit] for unit in calls}, pool)
+        raise_all(damaged)
+        dealt |= found
+        made = {str(group): entries for group in range(shuffle.groups) if (entries := shuffle.gathered(group))}
+        units = {
+            group: [int(u) for u, groups in dealt.items() if int(group) in groups]
+            for group in map(str, range(shuffle.groups))
+        }
+        calls = {g: (gather, shuffle, int(g), units[g], order.num_tokens) for g in units if g not in made}
+        bytes_each = shuffle.group_tokens * self.sample_format.numpy_dtype.itemsize
+        found, damaged = self._run("packing", calls, dict.fromkeys(calls, bytes_each), pool)
+        raise_all(damaged)
+        made |= found
+        return dict(enumerate(entry for g in range(shuffle.groups) for entry in made[str(g)]))
 
     def _write_quarantine(self) -> None:
         with atomic_writer(self.folder / QUARANTINE) as out:

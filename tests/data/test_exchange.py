@@ -1,0 +1,102 @@
+"""Workers that share no disk: what goes through a store comes out as the bytes that one machine makes."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from small_dataset import SmallDataset, documents
+
+from openlm_pipeline.errors import ConfigError, DataError
+from openlm_pipeline.pools import PoolFactory
+from openlm_pipeline.shards.opening import open_dataset, published_url
+from openlm_pipeline.tokenization import exchange
+
+TEXTS = {f"{i:02d}.jsonl": documents(7 + i % 5, 100 * i) for i in range(20)}
+
+
+@pytest.fixture(params=[{}, {"pad_id": 1}], ids=["tail", "padded"])
+def alone(request, small, inline: PoolFactory) -> SmallDataset:
+    made = small("alone", {"samples_per_shard": 4, **request.param})
+    made.write(TEXTS)
+    made.run(inline)
+    return made
+
+
+@pytest.fixture
+def apart(alone: SmallDataset, tmp_path: Path, small, monkeypatch: pytest.MonkeyPatch) -> SmallDataset:
+    monkeypatch.setenv("OPENLM_EXCHANGE", f"file://{tmp_path}/exchange")
+    monkeypatch.setattr(exchange, "UNITS", 6)
+    monkeypatch.setattr(exchange, "GROUPS", 5)
+    made = small("apart", {**alone.settings, "execution": {"shards_url": f"file://{tmp_path}/bucket"}})
+    made.write(TEXTS)
+    made.tokenizer()
+    return made
+
+
+def bucket(made: SmallDataset) -> dict[str, bytes]:
+    folder = Path(published_url(made.dataset).removeprefix("file://"))
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def run(made: SmallDataset, clients: PoolFactory) -> list[str]:
+    files, done = made.tokenize(clients)
+    made.make_shards(files, clients)
+    return done
+
+
+def test_the_bytes_are_those_of_one_machine(
+    alone: SmallDataset, apart: SmallDataset, inline: PoolFactory, no_client: PoolFactory, tmp_path: Path
+):
+    assert run(apart, inline) == sorted(TEXTS)
+    same = {path.name: path.read_bytes() for path in alone.shards.iterdir() if path.is_file()}
+    there = bucket(apart)
+    assert there.keys() == same.keys()
+    assert {
+        name for name in same if name.endswith((".tar", ".sums", ".parquet")) and same[name] != there[name]
+    } == set()
+    strip = lambda data: data.replace(str(alone.root).encode(), b"").replace(str(apart.root).encode(), b"")  # noqa: E731
+    assert strip(there["quarantine.jsonl"]) == strip(same["quarantine.jsonl"])
+    assert there["manifest.jsonl"].splitlines()[1:] == same["manifest.jsonl"].splitlines()[1:]
+    opened = open_dataset(apart.dataset, apart.home)
+    assert opened.version == open_dataset(alone.dataset, alone.home).version
+    assert not list(apart.tokenized.glob("*.tokens")) and not list((tmp_path / "exchange").rglob("packing-*/*"))
+    assert run(apart, no_client) == []
+
+
+def test_what_was_done_stays_and_a_client_that_lost_its_disk_goes_on(
+    alone: SmallDataset, apart: SmallDataset, inline: PoolFactory, no_client: PoolFactory, monkeypatch
+):
+    real, calls = exchange.gather, []
+
+    def dies(shuffle, group, *arguments, **more):
+        calls.append(group)
+        if len(calls) == 3:
+            raise RuntimeError("killed")
+        return real(shuffle, group, *arguments, **more)
+
+    monkeypatch.setattr("openlm_pipeline.tokenization.packing_job.gather", dies)
+    with pytest.raises(RuntimeError, match="killed"):
+        run(apart, inline)
+    assert len(calls) == 3
+    shutil.rmtree(apart.home.root / "tokenized")
+    shutil.rmtree(apart.home.root / "shards")
+    assert apart.tokenize(no_client)[1] == []
+    assert run(apart, inline) == []
+    assert sorted(calls[3:]) == sorted({*range(max(calls) + 1)} - set(calls[:2]))
+    assert open_dataset(apart.dataset, apart.home).version == open_dataset(alone.dataset, alone.home).version
+
+
+def test_damage_in_the_store_is_named(apart: SmallDataset, inline: PoolFactory, tmp_path: Path):
+    files, _ = apart.tokenize(inline)
+    stream = next((tmp_path / "exchange").rglob("streams/07.jsonl.tokens"))
+    data = bytearray(stream.read_bytes())
+    data[5] ^= 1
+    stream.write_bytes(data)
+    with pytest.raises(DataError, match=r"07.jsonl.tokens is damaged"):
+        apart.make_shards(files, inline)
+
+
+def test_without_a_place_for_the_shards_it_is_refused(alone: SmallDataset, inline: PoolFactory, monkeypatch, tmp_path):
+    monkeypatch.setenv("OPENLM_EXCHANGE", f"file://{tmp_path}/exchange")
+    with pytest.raises(ConfigError, match="set the recipe's shards_url"):
+        alone.tokenize(inline)
