@@ -121,7 +121,7 @@ def files_before(dataset: Dataset, home: Home) -> list[FileTokens]:
         version = versions.pop()
         found += results(home.tokenized(dataset.name, version))
         info = read_dataset(home.shards(dataset.name, version))[1]
-        versions += [e["version"]] if (e := info["identity"].get(EXTENDS)) else []
+        versions += [e["version"]] if (e := info.get("identity", {}).get(EXTENDS)) else []
     return found
 
 

@@ -37,7 +37,7 @@ def open_dataset(dataset: Dataset, home: Home, *, whole: bool = False) -> Opened
     folder = home.shards(dataset.name, dataset.version)
     if dataset.source.shards is None:
         opened = ShardedDataset(folder, remote=published_url(dataset), cache_bytes=dataset.shard_cache_bytes)
-        if extends := opened.info["identity"].get(EXTENDS):
+        if extends := opened.info.get("identity", {}).get(EXTENDS):
             before = _of_version(dataset, extends["version"])
             home.pull(home.shards(before.name, before.version))
             opened = ExtendedDataset(open_dataset(before, home), opened)
