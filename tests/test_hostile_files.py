@@ -262,6 +262,21 @@ def test_a_small_parquet_file_takes_little_memory(store_schema: bool, tmp_path: 
     assert pa.total_allocated_bytes() - before < 200 << 20
 
 
+@pytest.mark.parametrize("encoding", ["PLAIN", "DELTA_BYTE_ARRAY"])
+def test_a_parquet_page_that_stands_for_much_is_refused_before_its_memory_is_taken(
+    encoding: str, tmp_path: Path
+) -> None:
+    """400 MiB: as one text, and as texts that are stored as differences from each other."""
+    texts = ["x" * (400 << 20)] if encoding == "PLAIN" else ["x" * (4 << 20)] * 100
+    path, how = tmp_path / "x.parquet", {"column_encoding": {"text": encoding}, "use_dictionary": False}
+    table = pa.table({"text": pa.array(texts, pa.large_string())})
+    pq.write_table(table, path, compression="zstd", data_page_size=1 << 30, write_statistics=False, **how)
+    assert path.stat().st_size < 20_000
+    del texts, table
+    with pytest.raises(DataError, match=r"takes over 320 MiB for a page of row group 0, for [\d,]+ bytes"):
+        list(RecordReader(str(path), on_bad=print))
+
+
 def test_an_address_that_is_no_address_is_not_told(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     for url in (f"https://hooks.example/{SECRET} x", f"http://[{SECRET}/", f"http://h:{SECRET}/"):
         monkeypatch.setenv(WEBHOOK, url)

@@ -5,9 +5,12 @@ bounded: a few bytes may stand for gigabytes.
 """
 
 import bz2
+import contextlib
 import lzma
+import resource
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from backports import zstd
@@ -212,3 +215,24 @@ def decompressed_blocks(
         file.seek(begin)
         return raw()
     return _streams(raw(), url, compression)
+
+
+@contextlib.contextmanager
+def memory_bound(more: int) -> Iterator[None]:
+    """At most `more` bytes of memory beyond what this process has, all its threads together; past it a MemoryError.
+
+    Where the system has no such limit (Linux has), nothing is bounded.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        yield
+        return
+    used = int(status.partition("VmData:")[2].split()[0]) << 10
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limits = [limit for limit in (soft, hard, used + more) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))

@@ -392,3 +392,11 @@ def test_a_text_inside_other_fields(tmp_path: Path) -> None:
         assert [r.text for r in read(parquet, text_key=key)[0]] == TEXTS
     with pytest.raises(DataError, match=r"has no column 'meta\.body' but (n, text|text, n)"):
         read(parquet, text_key="meta.body")
+
+
+def test_parquet_texts_that_are_stored_as_differences_are_read(tmp_path):
+    texts = [f"a long beginning that all of them have, number {n}" for n in range(3000)]
+    path = tmp_path / "x.parquet"
+    how = {"column_encoding": {"text": "DELTA_BYTE_ARRAY"}, "use_dictionary": False, "row_group_size": 1000}
+    pq.write_table(pa.table({"text": texts}), path, **how)
+    assert [record.text for record in RecordReader(str(path), on_bad=print)] == texts

@@ -4,7 +4,7 @@ import io
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from openlm_pipeline.corpus.blocks import empty
+from openlm_pipeline.corpus.blocks import empty, memory_bound
 from openlm_pipeline.corpus.formats import Found, RawFormat, Reading
 from openlm_pipeline.errors import DataError
 from openlm_pipeline.registry import RAW_FORMATS
@@ -17,6 +17,8 @@ _BYTES_PER_BATCH = 8 << 20
 _MOST_BYTES_PER_BATCH = 64 << 20
 _BUFFER_BYTES = 1 << 20
 """Read of a column at a time: without it a row group's column is read as a whole."""
+_MEMORY_BYTES, _MEMORY_TIMES = 320 << 20, 10
+"""What reading may take at a time: so many bytes, or so many times those of the file."""
 
 
 @RAW_FORMATS.register("parquet")
@@ -124,6 +126,7 @@ def _parquet_rows(file: BinaryIO, reading: Reading) -> Iterator[tuple[int, bytes
             pre_buffer=False,
             read_dictionary=[columns[0], *dictionary],
         )
+        most = max(_MEMORY_BYTES, _MEMORY_TIMES * file_bytes)
         row = rows_before = 0
         for group in range(table.num_row_groups):
             about = table.metadata.row_group(group)
@@ -135,21 +138,36 @@ def _parquet_rows(file: BinaryIO, reading: Reading) -> Iterator[tuple[int, bytes
                 continue
             row_bytes = max(1, about.total_byte_size // max(1, about.num_rows))
             longest = 1  # of the group's dictionary, which each row may be: 600 bytes of a file stand for 200 GB then
-            for batch in peek.iter_batches(1, row_groups=[group], columns=columns):
-                for column in _leaves(batch):
-                    if types.is_dictionary(column.type) and any(is_kind(column.type.value_type) for is_kind in texts):
-                        lengths = pc.binary_length(column.dictionary.cast(pa.large_binary()))
-                        longest = max(longest, pc.max(lengths).as_py() or 1)
-                break  # its first row brings all of the dictionary
+            try:
+                with memory_bound(most):  # its first row brings all of the dictionary
+                    batch = next(peek.iter_batches(1, row_groups=[group], columns=columns, use_threads=False), None)
+            except OSError as e:
+                if "Not yet implemented" not in str(e):
+                    raise
+                batch = None  # texts that are stored as differences from each other, which have no dictionary
+            for column in _leaves(batch) if batch else ():
+                if types.is_dictionary(column.type) and any(is_kind(column.type.value_type) for is_kind in texts):
+                    lengths = pc.binary_length(column.dictionary.cast(pa.large_binary()))
+                    longest = max(longest, pc.max(lengths).as_py() or 1)
             rows = max(1, min(_ROWS_PER_BATCH, _BYTES_PER_BATCH // row_bytes, _MOST_BYTES_PER_BATCH // longest))
-            for batch in table.iter_batches(rows, row_groups=[group], columns=columns):
-                column = _inner(batch.column(batch.schema.get_field_index(path[0])), path)
-                values = {name: _values(batch, other) for name, other in others.items()}
-                if pa.types.is_dictionary(column.type):
-                    column = column.dictionary_decode()
-                # As bytes: invalid UTF-8 in one row must not hide the others.
-                for i, value in enumerate(column.cast(pa.large_binary()).to_pylist()):
+            batches = table.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False)
+            while True:
+                with memory_bound(most):
+                    if (batch := next(batches, None)) is None:
+                        break
+                    column = _inner(batch.column(batch.schema.get_field_index(path[0])), path)
+                    values = {name: _values(batch, other) for name, other in others.items()}
+                    if pa.types.is_dictionary(column.type):
+                        column = column.dictionary_decode()
+                    # As bytes: invalid UTF-8 in one row must not hide the others.
+                    found = column.cast(pa.large_binary()).to_pylist()
+                for i, value in enumerate(found):
                     yield row, value, {name: of[i] for name, of in values.items()}
                     row += 1
+    except MemoryError as e:  # Arrow's is one, too
+        raise DataError(
+            f"raw file {url} takes over {most >> 20} MiB for a page of row group {group}, for {file_bytes:,} bytes: "
+            "write it with smaller pages, or leave it out"
+        ) from e
     except (pa.ArrowException, OSError, UnicodeDecodeError) as e:  # names of columns may be no UTF-8
         raise DataError(f"raw file {url} is not a whole Parquet file: {e}. Fetch it again.") from e
