@@ -14,6 +14,7 @@ import numpy as np
 from openlm_pipeline.errors import DataError, MissingInputError
 from openlm_pipeline.shards.format import SampleFormat, open_shard
 from openlm_pipeline.shards.manifest import DATASET, MANIFEST, ShardEntry, check_hash, read_dataset
+from openlm_pipeline.shards.samples import Samples
 from openlm_pipeline.shards.store import ShardStore, only_one
 from openlm_pipeline.shards.sums import agree, damaged_sample, open_checked, read_sums
 from openlm_pipeline.storage.remote import download, join, public, remote_size
@@ -23,7 +24,7 @@ _MAX_OPEN = 512
 _datasets: "WeakSet[ShardedDataset]" = WeakSet()
 
 
-class ShardedDataset:
+class ShardedDataset(Samples):
     """Samples of a finished dataset by number, over memory-mapped shards."""
 
     def __init__(
@@ -74,20 +75,8 @@ class ShardedDataset:
     def __len__(self) -> int:
         return int(self._first[-1])
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        """Sample `index` as token ids [seq_len + 1]."""
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return self.gather(np.array([index]))[0]
-
     def gather(self, indices: np.ndarray) -> np.ndarray:
-        """Samples in the order asked, as token ids [n, seq_len + 1]; `indices` is int[n].
-
-        Raises:
-            IndexError: an index is not that of a sample.
-            DataError: a sample is not what was written, or its shard can't be read.
-        """
-        indices = self._checked(indices)
+        indices = self.checked(indices)
         out = np.empty((len(indices), self.format.sample_tokens), self.format.numpy_dtype)
         by_place = np.argsort(indices, kind="stable")
         places = indices[by_place]
@@ -144,7 +133,7 @@ class ShardedDataset:
         fetched ahead than fits beside the shard in use.
         """
         if self._store is not None:
-            shards, firsts = np.unique(self.shards_of(self._checked(indices)), return_index=True)
+            shards, firsts = np.unique(self.shards_of(self.checked(indices)), return_index=True)
             self._store.prefetch(shards[np.argsort(firsts)].tolist())
 
     def shard_path(self, k: int) -> Path:
@@ -203,12 +192,6 @@ class ShardedDataset:
     def file(self, k: int) -> Path:
         """Where shard `k` is, once it is here."""
         return self.folder / self.entries[k].tar
-
-    def _checked(self, indices: np.ndarray) -> np.ndarray:
-        indices = np.asarray(indices, np.int64)
-        if indices.size and not (indices.min() >= 0 and indices.max() < len(self)):
-            raise IndexError(f"an index is not in range({len(self)})")
-        return indices
 
     def shards_of(self, indices: np.ndarray) -> np.ndarray:
         """The shard of each sample."""

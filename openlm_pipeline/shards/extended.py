@@ -15,6 +15,7 @@ import numpy as np
 from openlm_pipeline.errors import IdentityError
 from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.manifest import ShardEntry
+from openlm_pipeline.shards.samples import Samples
 
 EXTENDS = "extends"
 """In a segment's identity: the `version` that it extends, and the sha256 of its `content`."""
@@ -25,7 +26,7 @@ def extended_version(before: str, segment: str) -> str:
     return hashlib.sha256(f"{before} {segment}".encode()).hexdigest()
 
 
-class ExtendedDataset:
+class ExtendedDataset(Samples):
     """Samples of several segments one after the other, with what is used of a `ShardedDataset`."""
 
     def __init__(self, before: "ShardedDataset | ExtendedDataset", segment: ShardedDataset) -> None:
@@ -58,22 +59,8 @@ class ExtendedDataset:
     def __len__(self) -> int:
         return int(self._first[-1])
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        """Sample `index` as token ids [seq_len + 1]."""
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return self.gather(np.array([index]))[0]
-
     def gather(self, indices: np.ndarray) -> np.ndarray:
-        """Samples in the order asked, as token ids [n, seq_len + 1]; `indices` is int[n].
-
-        Raises:
-            IndexError: an index is not that of a sample.
-            DataError: as of `ShardedDataset.gather`.
-        """
-        indices = np.asarray(indices, np.int64)
-        if indices.size and not (indices.min() >= 0 and indices.max() < len(self)):
-            raise IndexError(f"an index is not in range({len(self)})")
+        indices = self.checked(indices)
         out = np.empty((len(indices), self.format.sample_tokens), self.format.numpy_dtype)
         for segment, mine, own in self._by_segment(indices):
             out[mine] = segment.gather(own)

@@ -8,9 +8,10 @@ import numpy as np
 
 from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.extended import ExtendedDataset
+from openlm_pipeline.shards.samples import Samples
 
 
-class FirstSamples:
+class FirstSamples(Samples):
     """The first samples of a dataset, with what is used of a `ShardedDataset`; of two the smaller begins the larger."""
 
     def __init__(self, whole: ShardedDataset | ExtendedDataset, count: int) -> None:
@@ -28,21 +29,8 @@ class FirstSamples:
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        """Sample `index` as token ids [seq_len + 1]."""
-        return self.gather(np.array([index]))[0]
-
     def gather(self, indices: np.ndarray) -> np.ndarray:
-        """Samples in the order asked, as token ids [n, seq_len + 1]; `indices` is int[n].
-
-        Raises:
-            IndexError: an index is not that of a sample.
-            DataError: as of `ShardedDataset.gather`.
-        """
-        indices = np.asarray(indices, np.int64)
-        if indices.size and indices.max() >= self._count:
-            raise IndexError(f"an index is not in range({self._count})")
-        return self.whole.gather(indices)
+        return self.whole.gather(self.checked(indices))
 
     def prefetch(self, indices: np.ndarray) -> None:
         """As of `ShardedDataset`."""

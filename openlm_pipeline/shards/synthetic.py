@@ -12,11 +12,12 @@ import numpy as np
 from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.ordering.mixture import key_of
 from openlm_pipeline.ordering.permutation import mix_array
+from openlm_pipeline.shards.samples import Samples
 
 SCHEME = "synthetic://"
 
 
-class SyntheticDataset:
+class SyntheticDataset(Samples):
     """Samples of uniformly drawn ids, with what a trainer uses of a `ShardedDataset`."""
 
     def __init__(self, url: str, seq_len: int, vocab_size: int) -> None:
@@ -39,19 +40,8 @@ class SyntheticDataset:
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        """Sample `index` as token ids [seq_len + 1]."""
-        return self.gather(np.array([index]))[0]
-
     def gather(self, indices: np.ndarray) -> np.ndarray:
-        """Samples in the order asked, as token ids [n, seq_len + 1]; `indices` is int[n].
-
-        Raises:
-            IndexError: an index is not that of a sample.
-        """
-        indices = np.asarray(indices, np.int64)
-        if indices.size and not (indices.min() >= 0 and indices.max() < len(self)):
-            raise IndexError(f"an index is not in range({len(self)})")
+        indices = self.checked(indices)
         numbers = indices[:, None].astype(np.uint64) * np.uint64(self._width) + np.arange(self._width, dtype=np.uint64)
         return (mix_array(numbers ^ self._key) % np.uint64(self._vocab_size)).astype(np.uint32)
 
