@@ -14,7 +14,7 @@ never less than some 250 MiB for the engines.
 import hashlib
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -454,6 +454,26 @@ def part_stem(raw: RawFile, number: int) -> str:
     return f"{raw.name}.part-{number:05d}"
 
 
+def finished_part(
+    dataset: Dataset,
+    raw: RawFile,
+    part: Part,
+    number: int,
+    tokenizer: TokenizerInfo,
+    folder: Path,
+    elsewhere: Mapping[Path, int] = {},
+) -> PartTokens | None:
+    """The result of a part that is done for this file, tokenizer and settings, whose `.json` is there, else None.
+
+    Args:
+        elsewhere: as for `finished`.
+    """
+    paths = _Paths.of(folder, part_stem(raw, number))
+    done = PartTokens(**read_sealed(paths.done))
+    fits = done.identity == _part_identity(dataset, tokenizer, raw, part)
+    return done if fits and paths.sizes_fit(done, _token_bytes(tokenizer), elsewhere) else None
+
+
 def tokenize_part(
     dataset: Dataset,
     raw: RawFile,
@@ -474,8 +494,7 @@ def tokenize_part(
     paths = _Paths.of(folder, part_stem(raw, number))
     identity = _part_identity(dataset, tokenizer, raw, part)
     if paths.done.exists():
-        done = PartTokens(**read_sealed(paths.done))
-        if done.identity == identity and paths.sizes_fit(done, _token_bytes(tokenizer)):
+        if done := finished_part(dataset, raw, part, number, tokenizer, folder):
             return done
         paths.done.unlink()
     path = tokenizer_file(tokenizer_folder)
@@ -583,13 +602,14 @@ def _mapped(batch: list[Record], change: Mapped, dataset: Dataset, counts: Count
 
 
 class _Hashed:
-    """A file under way, and the hash of what is in it."""
+    """A file under way, if one is written, and the hash of what is in it."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO | None) -> None:
         self.file, self.sha256 = file, hashlib.sha256()
 
     def write(self, data: bytes) -> None:
-        self.file.write(data)
+        if self.file is not None:
+            self.file.write(data)
         self.sha256.update(data)
 
 
@@ -605,6 +625,7 @@ def _append(
     recorded: str | None,
     out: _Hashed,
     change: Callable[[bytes], bytes] = bytes,
+    opened: Callable[[Path], BinaryIO] = lambda path: path.open("rb"),
 ) -> None:
     """Add a file of a part to that of the whole, each block as `change` makes it.
 
@@ -612,12 +633,12 @@ def _append(
         DataError: it is not what was written; the part counts as not done.
     """
     own = hashlib.sha256()
-    with path.open("rb") as f:
+    with opened(path) as f:
         while block := f.read(_COPY_BYTES):
             own.update(block)
             out.write(change(block))
     if recorded not in (None, own.hexdigest()):
-        paths.done.unlink()
+        paths.done.unlink(missing_ok=True)
         raise DataError(
             f"{path} is damaged: its sha256 is not the recorded one; run the command again, and it is remade"
         )
@@ -648,9 +669,19 @@ def read_quarantine(path: Path, recorded: str | None) -> bytes:
 
 
 def join_parts(
-    dataset: Dataset, raw: RawFile, count: int, tokenizer: TokenizerInfo, folder: Path, *, progress: TaskProgress
+    dataset: Dataset,
+    raw: RawFile,
+    count: int,
+    tokenizer: TokenizerInfo,
+    folder: Path,
+    *,
+    progress: TaskProgress,
+    streams: Callable[[Path], BinaryIO] | None = None,
 ) -> FileTokens:
     """Make a raw file's result from its finished parts, which are then gone; runs in a worker.
+
+    Args:
+        streams: opens the token streams of the parts where they are elsewhere; they stay there, and are not joined.
 
     Raises:
         DataError: more of the records are bad than the source allows, or the raw file changed meanwhile.
@@ -674,20 +705,21 @@ def join_parts(
         raise DataError(f"raw file {raw.url} changed while it was read; run the command again")
     before = read_sealed(final.done)["identity"] if final.done.exists() else {}
     final.done.unlink(missing_ok=True)  # what it describes is about to be replaced
-    if count == 1:
+    if count == 1 and streams is None:
         hashes = parts[0].tokens_sha256, parts[0].index_sha256, parts[0].offsets_sha256
         for name in ("tokens", "documents", "offsets", "quarantine"):
             rename(getattr(sources[0], name), getattr(final, name))
     else:
         with (
-            _hashed_writer(final.tokens) as tokens,
+            nullcontext(_Hashed(None)) if streams else _hashed_writer(final.tokens) as tokens,
             _hashed_writer(final.documents) as index,
             _hashed_writer(final.offsets) as offsets,
             atomic_writer(final.quarantine, shared=True) as quarantine,
         ):
+            how = {"opened": streams} if streams else {}
             first_record = first_line = 0
             for paths, p in zip(sources, parts):
-                _append(paths, paths.tokens, p.tokens_sha256, tokens)
+                _append(paths, paths.tokens, p.tokens_sha256, tokens, **how)
                 _append(paths, paths.offsets, p.offsets_sha256, offsets)
                 _append(paths, paths.documents, p.index_sha256, index, partial(_renumbered, first_record))
                 _append_quarantine(paths.quarantine, p.quarantine_sha256, quarantine, first_line)
@@ -703,7 +735,7 @@ def join_parts(
         seconds=round(sum(p.seconds for p in parts), 3),
         index_sha256=hashes[1],
         offsets_sha256=hashes[2],
-        quarantine_sha256=parts[0].quarantine_sha256 if count == 1 else sha256_file(final.quarantine),
+        quarantine_sha256=sha256_file(final.quarantine),
         special_strings=added_up(p.special_strings for p in parts),
     )
     write_sealed(final.done, result.content())

@@ -1,6 +1,7 @@
 """Both stages on workers that share no disk: what they hand on goes through a folder of an object store, the exchange.
 
-Stage 1: a worker tokenizes a raw file in a scratch folder of its own, and sends the stream with what is beside it.
+Stage 1: a worker tokenizes a raw file, or a part of a large one, in a scratch folder of its own, and sends the stream
+with what is beside it. The streams of parts are not joined.
 
 Stage 2 is a shuffle in two passes. *Scatter*: for some raw files, read their streams one after the other, and deal out
 each document to the group of shards where the global order has it. *Gather*: fetch what was dealt to a group, put it in
@@ -8,22 +9,25 @@ its place, write the group's shards and send them to where the dataset is publis
 document counts and seed as on one machine, so the bytes are the same. Its tables, and the sizes of all documents, are
 on the disk of the client: 56 bytes for each document.
 
-A worker's disk holds one raw file's stream, or one group of shards: about a thirty-second of the dataset. What is done
-is noted in the exchange; whoever starts again goes on from there. There is an object for each pair of a group and a
-unit of raw files, at most 64 x 32.
+A worker's disk holds the stream of a raw file or part, or one group of shards: about a thirty-second of the dataset.
+What is done is noted in the exchange; whoever starts again goes on from there. There is an object for each pair of a
+group and a unit of raw files, at most 64 x 32.
 """
 
 import hashlib
+import re
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import orjson
 
 from openlm_pipeline.corpus.discovery import RawFile
+from openlm_pipeline.corpus.formats import Part
 from openlm_pipeline.errors import DataError
 from openlm_pipeline.experiments import Dataset
 from openlm_pipeline.pools import Call, TaskProgress
@@ -32,22 +36,35 @@ from openlm_pipeline.shards.manifest import ShardEntry
 from openlm_pipeline.storage.files import make_folder, write_json
 from openlm_pipeline.storage.remote import (
     download,
+    exists,
     file_system,
     holds,
     join,
+    names_in,
     open_remote,
     public,
     read_json_at,
+    remote_size,
     remove,
     storage_errors,
     upload,
 )
-from openlm_pipeline.tokenization.documents import INDEX_DTYPE, KINDS, FileTokens
+from openlm_pipeline.tokenization.documents import (
+    INDEX_DTYPE,
+    KINDS,
+    FileTokens,
+    PartTokens,
+    finished_part,
+    join_parts,
+    part_stem,
+    tokenize_part,
+)
 from openlm_pipeline.tokenization.packing import DocumentOrder, Spans, provenance, write_shard_files
 from openlm_pipeline.tokenizers.tokenizer import TokenizerInfo, tokenizer_file
 
-UNITS, GROUPS = 64, 32
-"""At most, of raw files and of shards."""
+PARTS, UNITS, GROUPS = 16, 64, 32
+"""At most, of one raw file, of all raw files and of all shards."""
+_PART = re.compile(r"(.+)\.part-\d{5}\.tokens")
 _BLOCK_TOKENS = 4 << 20
 _ROWS = 1 << 16
 _ORDER_COLUMNS, _PIECE_COLUMNS = 3, 5
@@ -70,7 +87,12 @@ class Exchange:
         with storage_errors(public(self.url), "can't be listed"):
             fs.invalidate_cache()
             found = fs.find(where, detail=True)
-        return {path[len(where.rstrip("/")) + 1 :]: int(about["size"]) for path, about in found.items()}
+        sizes = {path[len(where.rstrip("/")) + 1 :]: int(about["size"]) for path, about in found.items()}
+        cut: Counter[str] = Counter()
+        for name, size in sizes.items():
+            if part := _PART.fullmatch(name):
+                cut[f"{part[1]}.tokens"] += size
+        return {**cut, **sizes}
 
     def give_tokenizer(self, tokenizer: TokenizerInfo, folder: Path) -> None:
         """Put the tokenizer where workers find it."""
@@ -87,9 +109,30 @@ class Exchange:
             if kind not in ("tokens", "offsets") and f"{name}.{kind}" in there:
                 download(join(self.url, f"streams/{name}.{kind}"), folder / f"{name}.{kind}")
 
-    def call(self, dataset: Dataset, raw: RawFile, tokenizer: TokenizerInfo) -> Call:
-        """The task that tokenizes a raw file."""
-        return tokenize_away, dataset, raw, tokenizer, self._tokenizer(tokenizer), join(self.url, "streams")
+    def call(
+        self, dataset: Dataset, raw: RawFile, tokenizer: TokenizerInfo, part: Part | None = None, number: int = 0
+    ) -> Call:
+        """The task that tokenizes a raw file, or a part of one."""
+        where = self._tokenizer(tokenizer), join(self.url, "streams")
+        if part is None:
+            return tokenize_away, dataset, raw, tokenizer, *where
+        return tokenize_part_away, dataset, raw, part, number, tokenizer, *where
+
+    def sum_up(self, dataset: Dataset, raw: RawFile, tokenizer: TokenizerInfo, count: int) -> Call:
+        """The task that sums up the parts of a raw file."""
+        return join_away, dataset, raw, count, tokenizer, join(self.url, "streams")
+
+    def streams(self, files: list[FileTokens]) -> list[tuple[int, str, int, int, str]]:
+        """(number of the raw file, object, documents, tokens, sha256) of all token streams, in order."""
+        there, found = self.sizes(), []
+        for number, file in enumerate(files):
+            parts = sorted(name for name in there if (m := _PART.fullmatch(name)) and m[1] == file.name)
+            if not parts:
+                found.append((number, f"{file.name}.tokens", file.documents, file.tokens, file.tokens_sha256))
+            for name in parts:
+                made = read_json_at(join(self.url, f"streams/{name.removesuffix('tokens')}json"))
+                found.append((number, name, *(made[key] for key in ("documents", "tokens", "tokens_sha256"))))
+        return found
 
 
 def tokenize_away(
@@ -103,6 +146,75 @@ def tokenize_away(
         download(tokenizer_url, tokenizer_file(tokenizer_folder), sha256=tokenizer.sha256)
         made = tokenize_whole(dataset, raw, tokenizer, tokenizer_folder, folder, progress=progress)
         for kind in KINDS:  # `F.json` is the last
+            upload(folder / f"{raw.name}.{kind}", join(url, f"{raw.name}.{kind}"))
+        _remove_parts(url, raw.name, 0)
+    return made
+
+
+def _remove_parts(url: str, name: str, first: int, kind: str = "") -> None:
+    """Remove what an attempt that cut a raw file otherwise left, from part `first` on; or one kind of its files."""
+    folder, _, base = join(url, name).rpartition("/")
+    for found in names_in(folder):
+        part = re.fullmatch(rf"{re.escape(base)}\.part-(\d{{5}})\.(.+)", found)
+        if part and int(part[1]) >= first and part[2].startswith(kind):
+            remove(join(folder, found))
+
+
+def tokenize_part_away(
+    dataset: Dataset,
+    raw: RawFile,
+    part: Part,
+    number: int,
+    tokenizer: TokenizerInfo,
+    tokenizer_url: str,
+    url: str,
+    *,
+    progress: TaskProgress,
+) -> PartTokens:
+    """Stage 1 of a part of a raw file on a worker without a shared disk, unless it is done."""
+    stem = part_stem(raw, number)
+    with _scratch() as scratch:
+        tokenizer_folder, folder = Path(scratch, "tokenizer"), Path(scratch, "streams")
+        there = {
+            folder / f"{stem}.{k}": remote_size(join(url, f"{stem}.{k}"))
+            for k in KINDS
+            if exists(join(url, f"{stem}.{k}"))
+        }
+        if len(there) == len(KINDS):
+            for kind in ("quarantine.jsonl", "json"):
+                download(join(url, f"{stem}.{kind}"), folder / f"{stem}.{kind}")
+            if done := finished_part(dataset, raw, part, number, tokenizer, folder, there):
+                return done
+            (folder / f"{stem}.json").unlink()
+        download(tokenizer_url, tokenizer_file(tokenizer_folder), sha256=tokenizer.sha256)
+        made = tokenize_part(dataset, raw, part, number, tokenizer, tokenizer_folder, folder, progress=progress)
+        for kind in KINDS:
+            upload(folder / f"{stem}.{kind}", join(url, f"{stem}.{kind}"))
+    return made
+
+
+def join_away(
+    dataset: Dataset, raw: RawFile, count: int, tokenizer: TokenizerInfo, url: str, *, progress: TaskProgress
+) -> FileTokens:
+    """Sum up the parts of a raw file, whose streams stay as they are; runs in a worker without a shared disk."""
+    with _scratch() as scratch:
+        folder = Path(scratch)
+        for number in range(count):
+            stem = part_stem(raw, number)
+            for kind in KINDS[1:]:
+                download(join(url, f"{stem}.{kind}"), folder / f"{stem}.{kind}")
+
+        def stream(path: Path) -> BinaryIO:
+            return open_remote(join(url, path.relative_to(folder).as_posix()))
+
+        try:
+            made = join_parts(dataset, raw, count, tokenizer, folder, progress=progress, streams=stream)
+        except DataError:
+            _remove_parts(url, raw.name, 0, "json")  # so that they are made again
+            raise
+        _remove_parts(url, raw.name, count)
+        remove(join(url, f"{raw.name}.tokens"))
+        for kind in KINDS[1:]:
             upload(folder / f"{raw.name}.{kind}", join(url, f"{raw.name}.{kind}"))
     return made
 
@@ -144,17 +256,19 @@ class Shuffle:
 
     def prepare(self, order: DocumentOrder, files: list[FileTokens]) -> list[int]:
         """Put the order's tables into the exchange, those of each unit apart; the sizes of the units in bytes."""
-        most = max(1, -(-order.num_tokens // UNITS))
-        of_unit = order.first_tokens[:-1] // most
+        streams = self.exchange.streams(files)
+        first_ids = np.cumsum([0, *(documents for _, _, documents, _, _ in streams)])
+        first_tokens = np.cumsum([0, *(tokens for _, _, _, tokens, _ in streams)])
+        of_unit = first_tokens[:-1] // max(1, -(-order.num_tokens // UNITS))
         units = [np.flatnonzero(of_unit == unit) for unit in np.unique(of_unit)]
         with _scratch() as scratch:
             self._put(Path(scratch, "names.json"), order.names)
             for number, numbers in enumerate(units):
                 first, last = int(numbers[0]), int(numbers[-1]) + 1
-                facts = [[i, f.name, f.documents, f.tokens_sha256] for i, f in enumerate(files) if first <= i < last]
+                facts = [[i, name, documents, sha256] for i, name, documents, _, sha256 in streams[first:last]]
                 self._put(Path(scratch, f"{number}.json"), facts)
                 path = Path(scratch, f"{number}.order")
-                begin, end = order.first_ids[first], order.first_ids[last]
+                begin, end = int(first_ids[first]), int(first_ids[last])
                 with path.open("wb") as out:
                     for a in range(begin, end, _ROWS):
                         b = min(a + _ROWS, end)
@@ -165,7 +279,7 @@ class Shuffle:
                     upload(path, join(self.work, path.name))
                 path.unlink()
         width = self.sample_format.numpy_dtype.itemsize
-        return [int(sum(files[i].tokens for i in numbers)) * width for numbers in units]
+        return [int(first_tokens[numbers[-1] + 1] - first_tokens[numbers[0]]) * width for numbers in units]
 
     def _put(self, path: Path, value: Any) -> None:
         write_json(path, value)
@@ -208,7 +322,7 @@ def scatter(shuffle: Shuffle, unit: int, *, progress: TaskProgress) -> list[int]
         try:
             first = read = 0
             for number, name, documents, sha256 in files:
-                url, digest = join(shuffle.exchange.url, f"streams/{name}.tokens"), hashlib.sha256()
+                url, digest = join(shuffle.exchange.url, f"streams/{name}"), hashlib.sha256()
                 with open_remote(url) as stream, storage_errors(public(url), "can't be read"):
                     for block, ids in _blocks(stream, rows[first : first + documents], dtype, digest, url):
                         _deal(ids, block, number, shuffle, Path(scratch), outs)
@@ -217,7 +331,7 @@ def scatter(shuffle: Shuffle, unit: int, *, progress: TaskProgress) -> list[int]
                 first += documents
                 if digest.hexdigest() != sha256:
                     raise DataError(
-                        f"{public(url)} is damaged: its sha256 is not the recorded one; remove {name}.json "
+                        f"{public(url)} is damaged: its sha256 is not the recorded one; remove the .json "
                         "beside it to make it again"
                     )
         finally:

@@ -7,7 +7,7 @@ from openlm_pipeline.corpus.formats import format_of
 from openlm_pipeline.corpus.maps import map_identity
 from openlm_pipeline.errors import ConfigError, DataError
 from openlm_pipeline.experiments import Dataset
-from openlm_pipeline.pools import Call, PoolFactory, TaskProgress
+from openlm_pipeline.pools import Call, Pool, PoolFactory, TaskProgress
 from openlm_pipeline.result import Say
 from openlm_pipeline.storage.files import folder_lock, remove_leftovers
 from openlm_pipeline.tokenization.documents import (
@@ -22,7 +22,7 @@ from openlm_pipeline.tokenization.documents import (
     take_over,
     tokenize_part,
 )
-from openlm_pipeline.tokenization.exchange import Exchange
+from openlm_pipeline.tokenization.exchange import PARTS, Exchange
 from openlm_pipeline.tokenization.tasks import Meter, raise_all, run_all
 from openlm_pipeline.tokenizers.tokenizer import TokenizerInfo
 
@@ -84,7 +84,7 @@ def tokenize_files(
             with pools(report) as pool:
                 parts = {
                     raw.name: format_of(raw.url, raw.format).cut(raw.size_bytes, count)
-                    for raw, count in _part_counts(missing, 1 if exchange else pool.workers, min_part_bytes).items()
+                    for raw, count in _part_counts(missing, _workers(pool, exchange), min_part_bytes).items()
                 }
                 calls: dict[str, Call] = {}
                 sizes: dict[str, int] = {}
@@ -100,14 +100,20 @@ def tokenize_files(
                         sizes[raw.name] = raw.size_bytes
                     for number, part in enumerate(parts[raw.name] if len(parts[raw.name]) > 1 else []):
                         name = f"{raw.name}{_PART}{number}"
-                        calls[name] = (tokenize_part, dataset, raw, part, number, *args)
+                        calls[name] = (
+                            exchange.call(dataset, raw, tokenizer, part, number)
+                            if exchange
+                            else (tokenize_part, dataset, raw, part, number, *args)
+                        )
                         sizes[name] = (part.end or raw.size_bytes) - part.begin
                 meter = Meter(f"tokenizing {dataset.name}", sum(sizes.values()), report)
                 found, wrong = run_all(pool, meter, sizes, calls)
                 meter.say()
                 damaged |= {name.partition(_PART)[0]: error for name, error in wrong.items()}
                 joins = {
-                    raw.name: (join_parts, dataset, raw, len(parts[raw.name]), tokenizer, folder)
+                    raw.name: exchange.sum_up(dataset, raw, tokenizer, len(parts[raw.name]))
+                    if exchange
+                    else (join_parts, dataset, raw, len(parts[raw.name]), tokenizer, folder)
                     for raw in largest_first
                     if len(parts[raw.name]) > 1 and raw.name not in damaged
                 }
@@ -118,7 +124,7 @@ def tokenize_files(
                     found, damaged = found | more, damaged | wrong
             done |= {raw.name: found[raw.name] for raw in missing if raw.name not in damaged}
             there = exchange.sizes() if exchange else {}
-            for name in found if exchange else ():
+            for name in done.keys() & found.keys() if exchange else ():
                 exchange.fetch(name, folder, there)
             remove_parts(folder, {name for name, result in done.items() if result})  # of one that cut in another way
         if dataset.source.on_bad_file == "fail":
@@ -147,6 +153,11 @@ def _check_map(dataset: Dataset, made: list[FileTokens]) -> None:
                     f"{dataset.source.map.function} of {dataset.name} is another here than where {result.name} was "
                     "tokenized; give all workers the same file"
                 )
+
+
+def _workers(pool: Pool, exchange: Exchange | None) -> int:
+    """For how many workers to cut; without a shared disk for more, so that a part is little of one's disk."""
+    return pool.workers if exchange is None else max(PARTS, pool.workers)
 
 
 def _part_counts(files: list[RawFile], workers: int, min_part_bytes: int) -> dict[RawFile, int]:

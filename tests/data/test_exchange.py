@@ -10,6 +10,7 @@ from openlm_pipeline.errors import ConfigError, DataError
 from openlm_pipeline.pools import PoolFactory
 from openlm_pipeline.shards.opening import open_dataset, published_url
 from openlm_pipeline.tokenization import exchange
+from openlm_pipeline.tokenization.job import tokenize_files
 
 TEXTS = {f"{i:02d}.jsonl": documents(7 + i % 5, 100 * i) for i in range(20)}
 
@@ -94,6 +95,42 @@ def test_damage_in_the_store_is_named(apart: SmallDataset, inline: PoolFactory, 
     stream.write_bytes(data)
     with pytest.raises(DataError, match=r"07.jsonl.tokens is damaged"):
         apart.make_shards(files, inline)
+
+
+def test_a_large_file_is_cut_and_its_parts_are_not_joined(
+    small, inline: PoolFactory, no_client: PoolFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(tokenize_files.__kwdefaults__, "min_part_bytes", 1)
+    texts = {"a.jsonl": [f"{n} {text}" for n in range(60) for text in documents(60, n)], "b.jsonl": documents(9, 900)}
+    alone = small("alone", {"samples_per_shard": 64})
+    alone.write(texts)
+    alone.run(inline)
+    monkeypatch.setenv("OPENLM_EXCHANGE", f"file://{tmp_path}/exchange")
+    apart = small("apart", {**alone.settings, "execution": {"shards_url": f"file://{tmp_path}/bucket"}})
+    apart.write(texts)
+    apart.tokenizer()
+    assert run(apart, inline) == sorted(texts)
+    streams = tmp_path / "exchange" / "text" / "v1" / "streams"
+    assert len(list(streams.glob("a.jsonl.part-*.tokens"))) > 2 and not (streams / "a.jsonl.tokens").exists()
+    same = {path.name: path.read_bytes() for path in alone.shards.glob("0*")}
+    assert {name: bucket(apart)[name] for name in same} == same
+    assert run(apart, no_client) == []
+    shutil.rmtree(apart.home.root / "shards")
+    shutil.rmtree(apart.home.root / "tokenized")
+    (streams / "a.jsonl.json").unlink()
+    parts = {path: path.stat().st_mtime_ns for path in streams.glob("a.jsonl.part-*")}
+    assert run(apart, inline) == ["a.jsonl"]
+    assert {path: path.stat().st_mtime_ns for path in parts} == parts
+    damaged = next(streams.glob("a.jsonl.part-00001.tokens"))
+    data = bytearray(damaged.read_bytes())
+    data[3] ^= 1
+    damaged.write_bytes(data)
+    (streams / "a.jsonl.json").unlink()
+    (apart.tokenized / "a.jsonl.json").unlink()
+    with pytest.raises(DataError, match="part-00001.tokens is damaged.*run the command again, and it is remade"):
+        apart.tokenize(inline)
+    assert apart.tokenize(inline)[1] == ["a.jsonl"]
+    assert damaged.read_bytes() != data
 
 
 def test_without_a_place_for_the_shards_it_is_refused(alone: SmallDataset, inline: PoolFactory, monkeypatch, tmp_path):
