@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import orjson
@@ -59,8 +59,10 @@ from openlm_pipeline.tokenization.documents import (
     part_stem,
     tokenize_part,
 )
-from openlm_pipeline.tokenization.packing import DocumentOrder, Spans, provenance, write_shard_files
 from openlm_pipeline.tokenizers.tokenizer import TokenizerInfo, tokenizer_file
+
+if TYPE_CHECKING:
+    from openlm_pipeline.tokenization.packing import DocumentOrder
 
 PARTS, UNITS, GROUPS = 16, 64, 32
 """At most, of one raw file, of all raw files and of all shards."""
@@ -254,7 +256,7 @@ class Shuffle:
     def groups(self) -> int:
         return -(-self.shards // self.shards_per_group)
 
-    def prepare(self, order: DocumentOrder, files: list[FileTokens]) -> list[int]:
+    def prepare(self, order: "DocumentOrder", files: list[FileTokens]) -> list[int]:
         """Put the order's tables into the exchange, those of each unit apart; the sizes of the units in bytes."""
         streams = self.exchange.streams(files)
         first_ids = np.cumsum([0, *(documents for _, _, documents, _, _ in streams)])
@@ -406,6 +408,8 @@ def gather(
     Raises:
         DataError: pieces are missing.
     """
+    from openlm_pipeline.tokenization.packing import Spans, provenance, write_shard_files  # and with it Arrow
+
     sample_format = shuffle.sample_format
     width, dtype = sample_format.sample_tokens, sample_format.numpy_dtype
     begin = group * shuffle.group_tokens

@@ -14,7 +14,7 @@ from tiny_pipeline import environment
 from openlm_pipeline.shards.dataset import ShardedDataset
 
 PROGRAM = Path(__file__).with_name("memory_program.py")
-LIMIT_MIB = 96
+LIMIT_MIB = 112
 
 
 def test_an_input_larger_than_memory_is_tokenized(small: Callable[..., SmallDataset]) -> None:
