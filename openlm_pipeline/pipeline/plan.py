@@ -10,8 +10,9 @@ from typing import Literal
 
 from openlm_pipeline.checkpoints.folders import KEEP_DAMAGED, Checkpoint, verify
 from openlm_pipeline.corpus.discovery import discover
+from openlm_pipeline.corpus.maps import map_identity
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError, OpenLMError
-from openlm_pipeline.experiments import Dataset, Experiment
+from openlm_pipeline.experiments import Dataset, DocumentMap, Experiment
 from openlm_pipeline.fingerprint import differences, settings_tree
 from openlm_pipeline.pipeline.preflight import Need, Stage, look_ahead, stages
 from openlm_pipeline.result import Finding, refusal
@@ -299,6 +300,12 @@ def _dataset(
         yield Artefact(name, state, (f"{above.name} is {above.state}",), above.consent if there else None)
         return
     tokenized = home.tokenized(dataset.name, dataset.version)
+    if (spec := dataset.source.map) and (unknown := _unknown(spec)):
+        if there:  # whoever trains on the shards need not have the code that its documents went through
+            yield Artefact(name, "fresh", (f"as far as can be told here: {unknown}",))
+        else:
+            yield Artefact(name, "missing", (unknown,), REFUSED)
+        return
     try:
         before = open_extended(dataset, home)
     except OpenLMError as e:
@@ -351,6 +358,15 @@ def _dataset(
         yield Artefact(name, "stale", (why if lost else f"{DOCUMENTS} is missing, and alone is made again",))
         return
     yield Artefact(name, "stale", tuple(changed), "supersede") if changed else Artefact(name, "fresh")
+
+
+def _unknown(spec: DocumentMap) -> str | None:
+    """Why the code of a map can't be compared with that which made a dataset."""
+    try:
+        map_identity(spec)
+    except ConfigError as e:
+        return str(e)
+    return None
 
 
 def _checkpoints(experiment: Experiment, home: Home, upstream: list[Artefact]) -> tuple[list[Artefact], int]:

@@ -13,6 +13,7 @@ from openlm_pipeline.cli.main import app
 from openlm_pipeline.corpus.discovery import discover
 from openlm_pipeline.corpus.reader import RecordReader
 from openlm_pipeline.errors import ConfigError
+from openlm_pipeline.pipeline.plan import REFUSED, plan
 from openlm_pipeline.pools import DaskSettings, PoolFactory
 from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.round_trip import round_trip
@@ -176,3 +177,17 @@ def test_fields_are_found_by_their_own_name_or_by_dots_and_are_none_where_they_a
     pq.write_table(pa.Table.from_pylist([{"text": "a", "x": {"y": 2}}, {"text": "b"}]), tmp_path / "a.parquet")
     found = [r.fields for r in RecordReader(str(tmp_path / "a.parquet"), on_bad=print, fields=fields)]
     assert found == [{"x.y": 2, "x.z": None, "w": None}, dict.fromkeys(fields)]
+
+
+def test_whoever_trains_on_the_shards_needs_no_code_and_whoever_makes_them_is_told(
+    mapped: SmallDataset, inline: PoolFactory, monkeypatch: pytest.MonkeyPatch
+):
+    mapped.tokenizer()
+    monkeypatch.delenv("OPENLM_MAP_MODULES")
+    (shards,) = [a for a in plan(mapped.experiment, mapped.home).artefacts if a.name.startswith("shards/")]
+    assert (shards.state, shards.consent) == ("missing", REFUSED) and "OPENLM_MAP_MODULES" in shards.why[0]
+    monkeypatch.setenv("OPENLM_MAP_MODULES", str(mapped.root.parent / "my_maps.py"))
+    mapped.run(inline)
+    monkeypatch.delenv("OPENLM_MAP_MODULES")
+    (shards,) = [a for a in plan(mapped.experiment, mapped.home).artefacts if a.name.startswith("shards/")]
+    assert shards.state == "fresh" and "as far as can be told here" in shards.why[0]
