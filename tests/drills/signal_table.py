@@ -37,12 +37,13 @@ PATIENCE_SECONDS = 300
 Start = Callable[[DrillPipeline, Path], Any]
 
 
-def forked(module: str, *arguments: str) -> Start:
-    """`python -m MODULE ARGUMENTS`, without the seconds that its imports take."""
+def forked(module: str, *arguments: str, **more: str) -> Start:
+    """`python -m MODULE ARGUMENTS` with more variables, without the seconds that its imports take."""
 
     def start(pipeline: DrillPipeline, log: Path) -> Forked:
         words = [word.format(home=pipeline.home) for word in arguments]
-        return forked_program(module, *words, variables=environment(pipeline), log=log)
+        variables = {name: value.format(home=pipeline.home) for name, value in more.items()}
+        return forked_program(module, *words, variables=environment(pipeline) | variables, log=log)
 
     return start
 
@@ -162,7 +163,7 @@ class Case:
     """What it prints is ours: an error is one line."""
 
 
-_SAME = (".md", ".csv", ".safetensors", ".distcp")
+_SAME = (".md", ".csv", ".safetensors", ".distcp", ".tar", ".sums")
 """Files that are the same wherever and whenever they are made."""
 
 
@@ -175,7 +176,7 @@ def contents(pipeline: DrillPipeline, case: Case) -> dict[str, Any]:
         "scorecards": ("items", "scorecards"),
     }
     found = {part: made[part] for folder in case.makes for part in parts.get(folder, ())}
-    for folder in {"reports", "exported", "bucket"} & set(case.makes):
+    for folder in {"reports", "exported", "bucket", "published"} & set(case.makes):
         files = sorted(p for p in (pipeline.home / folder).rglob("*") if p.suffix in _SAME)
         if folder == "bucket":  # others are where it was stopped
             milestones = {checkpoint.path.name for checkpoint in pipeline.checkpoints() if checkpoint.milestone}
@@ -359,6 +360,21 @@ CASES = (
         forked("openlm_pipeline", "tokenize", "tiny", "--workers", "2"),
         _WORKERS,
         ("tokenized", "shards"),
+    ),
+    Case(
+        "tokenize through a store",
+        forked(
+            "openlm_pipeline",
+            "tokenize",
+            "tiny",
+            "execution.shards_url=file://{home}/published",
+            "--workers",
+            "1",
+            OPENLM_EXCHANGE="file://{home}/exchange",
+        ),
+        itself,
+        ("tokenized", "shards", "published", "exchange"),
+        3,
     ),
     Case("Dask scheduler", with_cluster("tokenize", "tiny"), scheduler, ("tokenized", "shards")),
     Case("torchrun", torchrun(), lambda command: itself(command) if ranks(command) else [], ("runs",), 3, named=False),
