@@ -141,7 +141,12 @@ MISTAKES = [
         },
     ),
     Mistake("tokenize tiny --workers 0", 2, "workers"),
-    Mistake(f"{SHARDS} --input-files HOME/raw/tiny_text/a.jsonl --dask-address tcp://127.0.0.1:9", 3, "127.0.0.1:9"),
+    Mistake(
+        f"{SHARDS} --input-files HOME/raw/tiny_text/a.jsonl --dask-address tcp://127.0.0.1:9",
+        3,
+        "127.0.0.1:9",
+        variables={"DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "1s"},
+    ),
     Mistake("tokenize tiny version=v2", 4, "tokenizer", flip("openlm_home/tokenizers/tiny_bpe/tokenizer.json")),
     Mistake("tokenize --input-files HOME/raw/tiny_text/a.jsonl --output-dir ROOT/out --tokenizer ROOT/none", 3, "none"),
     Mistake(f"{SHARDS} --input-files HOME/raw/none.jsonl", 3, "none.jsonl"),
