@@ -31,7 +31,7 @@ from assets.common import (
     user_errors,
 )
 from openlm_pipeline.corpus.discovery import discover
-from openlm_pipeline.corpus.maps import map_identity
+from openlm_pipeline.corpus.maps import largest_first, map_identity
 from openlm_pipeline.errors import ConfigError, DataError
 from openlm_pipeline.experiments import Dataset, Experiment
 from openlm_pipeline.fingerprint import settings_tree
@@ -39,7 +39,6 @@ from openlm_pipeline.pipeline import data as data_stages
 from openlm_pipeline.pools import DaskSettings
 from openlm_pipeline.result import ProgressLine, Say, StageResult
 from openlm_pipeline.shards.dataset import ShardedDataset
-from openlm_pipeline.shards.extended import ExtendedDataset
 from openlm_pipeline.shards.opening import Opened, open_dataset, published_url
 from openlm_pipeline.shards.synthetic import SyntheticDataset
 from openlm_pipeline.storage.home import Home
@@ -385,8 +384,8 @@ def _shards_metadata(dataset: Dataset, made: StageResult) -> dict[str, object]:
             facts["texts"] = dg.MetadataValue.table(rows)
     if breakdown := made.facts.get("breakdown"):
         columns = (dataset.source.breakdown, "documents", "text_bytes", "tokens")
-        largest_first = sorted(breakdown.items(), key=lambda row: -row[1][2])[:_MOST_ROWS]
-        rows = [dg.TableRecord(dict(zip(columns, (name, *counts)))) for name, counts in largest_first]
+        shown_rows = largest_first(breakdown)[:_MOST_ROWS]
+        rows = [dg.TableRecord(dict(zip(columns, (name, *counts)))) for name, counts in shown_rows]
         facts["breakdown"] = dg.MetadataValue.table(rows)
     facts["size_bytes"] = sum(entry.bytes for entry in shards.entries)
     if url := published_url(dataset):
@@ -456,9 +455,12 @@ def _check_shards(context: dg.AssetCheckExecutionContext, dataset: Dataset) -> I
             yield result("shard_checksums", True, **facts)
         try:
             offsets = partial(record_offsets, home.tokenized(dataset.name, dataset.version))
-            newest = made.segments[-1] if isinstance(made, ExtendedDataset) else made
             found = round_trip(
-                newest, discover(dataset, home), dataset.source.text_key, offsets=offsets, map=dataset.source.map
+                made.segments[-1],
+                discover(dataset, home),
+                dataset.source.text_key,
+                offsets=offsets,
+                map=dataset.source.map,
             )
         except DataError as e:
             yield result("round_trip", False, str(e))

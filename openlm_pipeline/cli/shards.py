@@ -183,6 +183,8 @@ def _print_foreign(folder: Path, found: "ForeignStats") -> None:
 
 
 def _print_stats(found: "DatasetStats") -> None:
+    from openlm_pipeline.corpus.maps import largest_first
+
     info, totals = found.dataset.info, found.dataset.info["totals"]
     tokenizer = info["tokenizer"]
     rows = {
@@ -216,8 +218,7 @@ def _print_stats(found: "DatasetStats") -> None:
         table = Table(field, box=None)
         for column in ("documents", "text bytes", "tokens"):
             table.add_column(column, justify="right")
-        largest_first = sorted(breakdown.items(), key=lambda row: -row[1][2])
-        _print_table(table, ([name, *(f"{n:,}" for n in counts)] for name, counts in largest_first))
+        _print_table(table, ([name, *(f"{n:,}" for n in counts)] for name, counts in largest_first(breakdown)))
     if found.files:
         table = Table("raw file", box=None)
         for column in ("tokens", "documents"):

@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -42,7 +42,8 @@ class Drop:
     reason: str
 
 
-Mapped = Callable[[Document], str | Drop]
+Mapped = Callable[[str, Mapping[str, Any]], str | Drop]
+"""From a record's text and fields, of which there may be more than the function gets."""
 
 
 def _allowed() -> dict[str, str]:
@@ -107,8 +108,8 @@ def load_map(spec: "DocumentMap") -> Mapped:
         known = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
         raise ConfigError(f"{path} has no function {attribute!r}; {nearest(attribute, known, 'it has')}")
 
-    def mapped(document: Document) -> str | Drop:
-        made = function(document, **spec.arguments)
+    def mapped(text: str, fields: Mapping[str, Any]) -> str | Drop:
+        made = function(Document(text, {name: fields[name] for name in spec.fields}), **spec.arguments)
         if made is None:
             return Drop("dropped")
         if isinstance(made, Document):
@@ -157,6 +158,11 @@ class Counts:
             row[i] += more
         if len(self.breakdown) > _MOST_VALUES:
             raise DataError(f"the field of the breakdown has over {_MOST_VALUES:,} values; the last is {name[:80]!r}")
+
+
+def largest_first(breakdown: Mapping[str, Sequence[int]]) -> list[tuple[str, Sequence[int]]]:
+    """The values of a breakdown with their counts, by their tokens."""
+    return sorted(breakdown.items(), key=lambda row: -row[1][2])
 
 
 def added(parts: list[dict[str, Any]]) -> dict[str, Any]:

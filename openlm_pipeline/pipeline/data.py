@@ -16,8 +16,7 @@ from openlm_pipeline.experiments import Dataset, Experiment, TokenizerSpec
 from openlm_pipeline.pools import PoolFactory
 from openlm_pipeline.result import Say, StageResult
 from openlm_pipeline.shards.dataset import ShardedDataset
-from openlm_pipeline.shards.extended import EXTENDS, ExtendedDataset
-from openlm_pipeline.shards.manifest import read_dataset
+from openlm_pipeline.shards.extended import ExtendedDataset
 from openlm_pipeline.shards.opening import Opened, open_dataset, open_extended, published_url
 from openlm_pipeline.shards.publish import publish
 from openlm_pipeline.storage.home import Home
@@ -47,7 +46,7 @@ def ensure_tokenizer(experiment: Experiment, home: Home, report: Say, allow: Col
     first = experiment.training_datasets()[0]
     files = discover(first, home) if first.source.files else []
     if before := open_extended(first, home):  # it is that of the first version
-        names = getattr(before, "segments", [before])[0].info["inputs"]
+        names = before.segments[0].info["inputs"]
         files = [raw for raw in files if raw.name in names]
     folder = home.tokenizer(spec.name)
     with home.artefact(folder):
@@ -114,15 +113,9 @@ def _exchange(dataset: Dataset) -> Exchange | None:
 
 def files_before(dataset: Dataset, home: Home) -> list[FileTokens]:
     """Stage 1 of the versions that a dataset extends, as far as it is still there."""
-    if dataset.source.extends is None:
-        return []
-    versions, found = [dataset.source.extends], []
-    while versions:
-        version = versions.pop()
-        found += results(home.tokenized(dataset.name, version))
-        info = read_dataset(home.shards(dataset.name, version))[1]
-        versions += [e["version"]] if (e := info.get("identity", {}).get(EXTENDS)) else []
-    return found
+    before = open_extended(dataset, home)
+    versions = [segment.info["version"] for segment in before.segments] if before else []
+    return [file for version in versions for file in results(home.tokenized(dataset.name, version))]
 
 
 def make_shards(

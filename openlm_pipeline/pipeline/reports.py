@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openlm_pipeline import __version__
+from openlm_pipeline.corpus.maps import largest_first
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError, OpenLMError
 from openlm_pipeline.experiments import Experiment, load_experiment, recipe_names
 from openlm_pipeline.fingerprint import differences
@@ -174,7 +175,7 @@ def _texts(experiment: Experiment, home: Home) -> dict[str, str]:
             records = info["totals"]["documents"] + info["totals"]["dropped"]
             found[f"left out of {dataset.name}"] = f"{info['totals']['dropped']:,} of {records:,} documents: {reasons}"
         if breakdown := info.get("breakdown"):
-            most = sorted(breakdown.items(), key=lambda row: -row[1][2])
+            most = largest_first(breakdown)
             shares = [f"{name} {row[2] / max(1, info['totals']['tokens']):.1%}" for name, row in most[:_MOST_VALUES]]
             more = [f"and {len(most) - _MOST_VALUES:,} more"] if len(most) > _MOST_VALUES else []
             found[f"tokens of {dataset.name} by {dataset.source.breakdown}"] = ", ".join([*shares, *more])

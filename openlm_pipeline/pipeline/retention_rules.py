@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
@@ -128,15 +129,10 @@ class Scan:
     """sha256 of a manifest -> a run that stays and was trained on it."""
     _tokenizers: dict[str, Path] = field(default_factory=dict)
     """sha256 of a tokenizer -> shards that stay and were made with it."""
-    _extended: dict[str, Path] = field(default_factory=dict)
-    """Content of shards -> other shards that extend them."""
 
     def everything(self) -> "Scan":
         for run in self._folders("runs", 2):
             self._run(run)
-        for shards in self._folders("shards", 2):
-            if extends := _read(shards / DATASET).get("identity", {}).get(EXTENDS):
-                self._extended[extends["content"]] = shards
         for shards in self._folders("shards", 2):
             self._shards(shards)
         for tokenizer in self._folders("tokenizers", 1):
@@ -151,6 +147,14 @@ class Scan:
         for room in _ROOMS:
             self._leftovers(room)
         return self
+
+    @cached_property
+    def _extended(self) -> dict[str, Path]:
+        """Content of shards -> other shards that extend them."""
+        found = {
+            shards: _read(shards / DATASET).get("identity", {}).get(EXTENDS) for shards in self._folders("shards", 2)
+        }
+        return {extends["content"]: shards for shards, extends in found.items() if extends}
 
     def _folders(self, room: str, depth: int) -> list[Path]:
         """Real folders so many levels below a room."""

@@ -72,6 +72,11 @@ class ShardedDataset(Samples):
         _datasets.add(self)
         self._open: OrderedDict[int, tuple[np.ndarray, memoryview | None]] = OrderedDict()
 
+    @property
+    def segments(self) -> "list[ShardedDataset]":
+        """What it was made of, one after the other: itself, as it extends nothing."""
+        return [self]
+
     def __len__(self) -> int:
         return int(self._first[-1])
 

@@ -47,7 +47,7 @@ class ExtendedDataset(Samples):
                     f"{segment.folder} has {name} {segment.info[name]}, and {before.folder}, which it extends, "
                     f"{before.info[name]}"
                 )
-        self.segments: list[ShardedDataset] = [*getattr(before, "segments", [before]), segment]
+        self.segments: list[ShardedDataset] = [*before.segments, segment]
         self.folder, self.remote, self.format = segment.folder, segment.remote, segment.format
         self.version = extended_version(before.version, segment.version)
         self.info = _added(before.info, segment.info)

@@ -9,7 +9,7 @@ from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.extended import EXTENDS, ExtendedDataset
 from openlm_pipeline.shards.foreign import EOT_ID, is_list, manifest_counts, open_foreign, open_list
 from openlm_pipeline.shards.manifest import DATASET
-from openlm_pipeline.shards.subset import FirstSamples
+from openlm_pipeline.shards.subset import FirstSamples, info_of_part
 from openlm_pipeline.shards.synthetic import SCHEME, SyntheticDataset
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.storage.remote import is_remote, join, remote_size
@@ -108,10 +108,7 @@ def _listed(manifest: Path, folder: Path) -> ShardedDataset:
     if not entries:
         raise DataError(f"{manifest} lists no shard")
     content = [entry.sha256 for entry in entries]
-    samples = sum(counts.values())
-    totals = {"samples": samples, "tokens": samples * whole.format.sample_tokens, "shards": len(entries)}
-    totals |= {"tail_tokens": 0, "padding_tokens": 0}
-    info = {**whole.info, "totals": {**whole.info["totals"], **totals}}
+    info = info_of_part(whole.info, sum(counts.values()), len(entries))
     version = hashlib.sha256("\n".join(content).encode()).hexdigest()
     return ShardedDataset(folder, made=(entries, info, version, None))
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from openlm_pipeline.corpus.discovery import RawFile
-from openlm_pipeline.corpus.maps import Document, Drop, load_map
+from openlm_pipeline.corpus.maps import Drop, load_map
 from openlm_pipeline.corpus.reader import records_of
 from openlm_pipeline.errors import IdentityError, MissingInputError
 from openlm_pipeline.experiments import DocumentMap
@@ -77,7 +77,7 @@ def round_trip(
                 wrong.append(f"record {record} of {name} is not in the raw file")
                 continue
             text = found[record].text
-            if change and isinstance(text := change(Document(text, found[record].fields)), Drop):
+            if change and isinstance(text := change(text, found[record].fields), Drop):
                 wrong.append(f"record {record} of {name} is one that {map.function} drops: {text.reason}")
                 continue
             own = tokenizer.encode(text, add_special_tokens=False).ids

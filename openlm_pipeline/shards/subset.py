@@ -11,6 +11,12 @@ from openlm_pipeline.shards.extended import ExtendedDataset
 from openlm_pipeline.shards.samples import Samples
 
 
+def info_of_part(info: dict[str, Any], samples: int, shards: int) -> dict[str, Any]:
+    """What `dataset.json` would say of some of its samples; what it says of documents stays that of all."""
+    totals = {"samples": samples, "tokens": samples * (info["seq_len"] + 1), "shards": shards}
+    return {**info, "totals": {**info["totals"], **totals, "tail_tokens": 0, "padding_tokens": 0}}
+
+
 class FirstSamples(Samples):
     """The first samples of a dataset, with what is used of a `ShardedDataset`; of two the smaller begins the larger."""
 
@@ -22,9 +28,7 @@ class FirstSamples(Samples):
         used = int(np.searchsorted(ends, count)) + 1
         self.entries = whole.entries[:used]
         self.shard_sizes = np.diff(np.minimum(ends[:used], count), prepend=0)
-        totals = {"samples": count, "tokens": count * self.format.sample_tokens, "shards": used}
-        totals |= {"tail_tokens": 0, "padding_tokens": 0}
-        self.info: dict[str, Any] = {**whole.info, "totals": {**whole.info["totals"], **totals}}
+        self.info = info_of_part(whole.info, count, used)
 
     def __len__(self) -> int:
         return self._count

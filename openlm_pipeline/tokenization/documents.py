@@ -24,7 +24,7 @@ import numpy as np
 import orjson
 
 from openlm_pipeline.corpus.discovery import RawFile, restat
-from openlm_pipeline.corpus.maps import Counts, Document, Drop, Mapped, added, load_map, map_identity
+from openlm_pipeline.corpus.maps import Counts, Drop, Mapped, added, load_map, map_identity
 from openlm_pipeline.corpus.reader import (
     BadRecord,
     Part,
@@ -585,9 +585,8 @@ def _mapped(batch: list[Record], change: Mapped, dataset: Dataset, counts: Count
     """
     kept = []
     for record in batch:
-        names = dataset.source.map.fields
         try:
-            made = change(Document(record.text, {name: record.fields[name] for name in names}))
+            made = change(record.text, record.fields)
         except Exception as e:  # noqa: BLE001 - whatever the user's code raises
             raise ConfigError(
                 f"{dataset.source.map.function} failed on the record at byte or row {record.offset} of {raw.url}: "

@@ -19,6 +19,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -28,17 +29,16 @@ import orjson
 
 from openlm_pipeline.corpus.discovery import RawFile
 from openlm_pipeline.corpus.formats import Part
-from openlm_pipeline.errors import DataError
+from openlm_pipeline.errors import DataError, MissingInputError
 from openlm_pipeline.experiments import Dataset
 from openlm_pipeline.pools import Call, TaskProgress
 from openlm_pipeline.shards.format import SampleFormat
 from openlm_pipeline.shards.manifest import ShardEntry
+from openlm_pipeline.storage import copies
 from openlm_pipeline.storage.files import make_folder, write_json
 from openlm_pipeline.storage.remote import (
     download,
-    exists,
     file_system,
-    holds,
     join,
     names_in,
     open_remote,
@@ -77,6 +77,12 @@ def _scratch() -> "tempfile.TemporaryDirectory[str]":
     return tempfile.TemporaryDirectory(prefix="openlm-")
 
 
+def _put(path: Path, url: str) -> None:
+    """Send a file, unless the store has it."""
+    if not copies.holds(url, copies.describe_file(path)):
+        upload(path, url)
+
+
 @dataclass(frozen=True)
 class Exchange:
     """A folder of a store, for one dataset."""
@@ -98,9 +104,7 @@ class Exchange:
 
     def give_tokenizer(self, tokenizer: TokenizerInfo, folder: Path) -> None:
         """Put the tokenizer where workers find it."""
-        path = tokenizer_file(folder)
-        if not holds(self._tokenizer(tokenizer), size=path.stat().st_size, sha256=tokenizer.sha256):
-            upload(path, self._tokenizer(tokenizer))
+        _put(tokenizer_file(folder), self._tokenizer(tokenizer))
 
     def _tokenizer(self, tokenizer: TokenizerInfo) -> str:
         return join(self.url, f"tokenizer-{tokenizer.sha256}.json")
@@ -177,17 +181,13 @@ def tokenize_part_away(
     stem = part_stem(raw, number)
     with _scratch() as scratch:
         tokenizer_folder, folder = Path(scratch, "tokenizer"), Path(scratch, "streams")
-        there = {
-            folder / f"{stem}.{k}": remote_size(join(url, f"{stem}.{k}"))
-            for k in KINDS
-            if exists(join(url, f"{stem}.{k}"))
-        }
-        if len(there) == len(KINDS):
+        with suppress(MissingInputError):  # one of its files: then it is not done
             for kind in ("quarantine.jsonl", "json"):
                 download(join(url, f"{stem}.{kind}"), folder / f"{stem}.{kind}")
+            there = {folder / f"{stem}.{kind}": remote_size(join(url, f"{stem}.{kind}")) for kind in KINDS[:3]}
             if done := finished_part(dataset, raw, part, number, tokenizer, folder, there):
                 return done
-            (folder / f"{stem}.json").unlink()
+        (folder / f"{stem}.json").unlink(missing_ok=True)
         download(tokenizer_url, tokenizer_file(tokenizer_folder), sha256=tokenizer.sha256)
         made = tokenize_part(dataset, raw, part, number, tokenizer, tokenizer_folder, folder, progress=progress)
         for kind in KINDS:
@@ -264,11 +264,11 @@ class Shuffle:
         of_unit = first_tokens[:-1] // max(1, -(-order.num_tokens // UNITS))
         units = [np.flatnonzero(of_unit == unit) for unit in np.unique(of_unit)]
         with _scratch() as scratch:
-            self._put(Path(scratch, "names.json"), order.names)
+            self._put_json(Path(scratch, "names.json"), order.names)
             for number, numbers in enumerate(units):
                 first, last = int(numbers[0]), int(numbers[-1]) + 1
                 facts = [[i, name, documents, sha256] for i, name, documents, _, sha256 in streams[first:last]]
-                self._put(Path(scratch, f"{number}.json"), facts)
+                self._put_json(Path(scratch, f"{number}.json"), facts)
                 path = Path(scratch, f"{number}.order")
                 begin, end = int(first_ids[first]), int(first_ids[last])
                 with path.open("wb") as out:
@@ -277,16 +277,14 @@ class Shuffle:
                         lengths = np.diff(order.begins[a : b + 1])
                         rows = np.stack([order.starts[a:b], lengths, order.records[a:b]], axis=1)
                         out.write(rows.astype(INDEX_DTYPE).tobytes())
-                if not holds(join(self.work, path.name), size=path.stat().st_size, sha256=_sha256(path)):
-                    upload(path, join(self.work, path.name))
+                _put(path, join(self.work, path.name))
                 path.unlink()
         width = self.sample_format.numpy_dtype.itemsize
         return [int(first_tokens[numbers[-1] + 1] - first_tokens[numbers[0]]) * width for numbers in units]
 
-    def _put(self, path: Path, value: Any) -> None:
+    def _put_json(self, path: Path, value: Any) -> None:
         write_json(path, value)
-        if not holds(join(self.work, path.name), size=path.stat().st_size, sha256=_sha256(path)):
-            upload(path, join(self.work, path.name))
+        _put(path, join(self.work, path.name))
 
     def scattered(self, unit: int) -> list[int] | None:
         """The groups that a unit has pieces for, once it is dealt out."""
@@ -301,11 +299,6 @@ class Shuffle:
     def clear(self) -> None:
         """Remove the pieces."""
         remove(self.work)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def scatter(shuffle: Shuffle, unit: int, *, progress: TaskProgress) -> list[int]:
@@ -358,9 +351,7 @@ def _blocks(stream: Any, rows: np.ndarray, dtype: np.dtype, digest: Any, url: st
         ends = np.cumsum(rows[at : at + _ROWS, 1])
         count = max(1, int(np.searchsorted(ends, _BLOCK_TOKENS, side="right")))
         size = int(ends[count - 1]) * dtype.itemsize
-        data = b""
-        while len(data) < size and (more := stream.read(size - len(data))):
-            data = data + more if data else more
+        data = stream.read(size)
         if len(data) < size:
             raise DataError(f"{public(url)} ends before its document {at + count}: it is damaged")
         digest.update(data)

@@ -1,6 +1,8 @@
 """Stage 1 over the raw files of a dataset: what is done stays, what is missing is made on a pool."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from openlm_pipeline.corpus.discovery import RawFile
 from openlm_pipeline.corpus.formats import format_of
@@ -55,6 +57,13 @@ def tokenize_files(
             they are left out of the results instead, see `left_out`.
         BusyError: another process is tokenizing this dataset.
     """
+
+    def call(function: Callable[..., Any], raw: RawFile, *part: Any) -> Call:
+        """What a worker does with a raw file, or a part of it."""
+        if exchange:
+            return exchange.call(dataset, raw, tokenizer, *part)
+        return function, dataset, raw, *part, tokenizer, tokenizer_folder, folder
+
     with folder_lock(folder, "tokenizing"):
         skipped = left_out(dataset, raw_files, tokenizer, folder)
         there = exchange.sizes() if exchange else {}
@@ -90,21 +99,13 @@ def tokenize_files(
                 sizes: dict[str, int] = {}
                 largest_first = sorted(missing, key=lambda raw: -raw.size_bytes)  # so that no large one is left over
                 for raw in largest_first:
-                    args = (tokenizer, tokenizer_folder, folder)
-                    if len(parts[raw.name]) == 1:
-                        calls[raw.name] = (
-                            exchange.call(dataset, raw, tokenizer)
-                            if exchange
-                            else (tokenize_whole, dataset, raw, *args)
-                        )
+                    cut = parts[raw.name] if len(parts[raw.name]) > 1 else []
+                    if not cut:
+                        calls[raw.name] = call(tokenize_whole, raw)
                         sizes[raw.name] = raw.size_bytes
-                    for number, part in enumerate(parts[raw.name] if len(parts[raw.name]) > 1 else []):
+                    for number, part in enumerate(cut):
                         name = f"{raw.name}{_PART}{number}"
-                        calls[name] = (
-                            exchange.call(dataset, raw, tokenizer, part, number)
-                            if exchange
-                            else (tokenize_part, dataset, raw, part, number, *args)
-                        )
+                        calls[name] = call(tokenize_part, raw, part, number)
                         sizes[name] = (part.end or raw.size_bytes) - part.begin
                 meter = Meter(f"tokenizing {dataset.name}", sum(sizes.values()), report)
                 found, wrong = run_all(pool, meter, sizes, calls)

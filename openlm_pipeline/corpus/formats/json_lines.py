@@ -69,6 +69,12 @@ def _inner(value: Any, key: str) -> Any:
     return value
 
 
+def _fields(record: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    """Fields of a record, None where it has none."""
+    found = {key: _inner(record, key) for key in keys}
+    return {key: None if value is _ABSENT else value for key, value in found.items()}
+
+
 def _without_constants(data: bytes, error: orjson.JSONDecodeError) -> Any:
     """A record that is JSON but for NaN and Infinity, which Python's own `json` writes and reads; they become null.
 
@@ -110,9 +116,9 @@ class JsonLines(RawFormat):
                     ) from None
                 yield Found(raw.line, raw.offset, None, str(e), raw.size)
             else:
-                values = ((key, _inner(record, key)) for key in reading.fields)
-                fields = {key: None if value is _ABSENT else value for key, value in values}
-                yield Found(raw.line, raw.offset, text, fields=fields)
+                yield Found(
+                    raw.line, raw.offset, text, fields=_fields(record, reading.fields) if reading.fields else {}
+                )
 
     def _pieces(self, content: LineContent, reading: Reading) -> Iterator[Raw]:
         """What should be JSON records."""
