@@ -31,6 +31,17 @@ class ContinuedOrder(MixedOrder):
         order, number, taken = left
         return order.samples(number, positions + taken)
 
+    def find(self, source: int, samples: np.ndarray, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        if (left := self.left[source]) is None:
+            return self.own.find(source, samples, first, last)
+        order, number, taken = left
+        index, positions = order.find(number, samples, first + taken, last + taken)
+        return index, positions - taken
+
+    def occurrences(self, source: int, samples: np.ndarray, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        index, places = super().occurrences(source, samples, begin, end)
+        return index, places + self.start
+
     def of_source(self, source: int) -> tuple[MixedOrder, int, int]:
         if (left := self.left[source]) is None:
             return self.own, source, 0
@@ -79,6 +90,35 @@ def recorded_order(record: Mapping[str, Any], sizes: Sizes) -> MixedOrder:
     if is_same_mixture(record, before):
         return recorded_order(before, sizes)
     return ContinuedOrder(own, record["start"], [_left(d["manifest_sha256"], before, sizes) for d in record["data"]])
+
+
+def seen(
+    record: Mapping[str, Any], sizes: Sizes, dataset: str, samples: np.ndarray, until: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where samples of a dataset come in a run, what it has of its parents included.
+
+    Args:
+        record: `order_record` of the run, whose `samples` are all that it trains on.
+        samples: numbers in the dataset, each once.
+        until: only the first so many samples of the run.
+
+    Returns:
+        Indices in `samples`, and the samples of the run, both int64[n] and sorted by the latter.
+    """
+    end = record["samples"] if until is None else min(until, record["samples"])
+    found = []
+    part: Mapping[str, Any] | None = record
+    while part is not None:
+        begin, order = part.get("start", 0), recorded_order(part, sizes)
+        for source, data in enumerate(part["data"]):
+            if data["manifest_sha256"] == dataset and begin < end:
+                found.insert(0, order.occurrences(source, samples, begin, end))
+        part, end = part.get("before"), min(begin, end)
+    if not found:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    index, places = map(np.concatenate, zip(*found))
+    by_place = np.argsort(places, kind="stable")
+    return index[by_place], places[by_place]
 
 
 def _left(dataset: str, record: Mapping[str, Any] | None, sizes: Sizes) -> tuple[MixedOrder, int, int] | None:

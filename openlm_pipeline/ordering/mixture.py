@@ -45,6 +45,9 @@ class Mixture(Protocol):
     def before(self, number: int) -> np.ndarray:
         """How many samples of each source came before chunk `number`: int64[sources]."""
 
+    def places(self, source: int, positions: np.ndarray) -> np.ndarray:
+        """Which samples of the run the positions of a source are: int64, as long as `positions`."""
+
 
 class StratifiedMixture:
     """Blocks of 4,096 samples with the same counts and the same interleaving of sources in each.
@@ -83,6 +86,10 @@ class StratifiedMixture:
     def before(self, number: int) -> np.ndarray:
         return number * self._quotas
 
+    def places(self, source: int, positions: np.ndarray) -> np.ndarray:
+        chunk, rank = np.divmod(positions, self._quotas[source])
+        return chunk * self.chunk + np.flatnonzero(self._source == source)[rank]
+
 
 class RandomMixture:
     """One source a batch, drawn with the weights, as webdataset's RandomMix does."""
@@ -120,6 +127,18 @@ class RandomMixture:
             self._before = np.concatenate([self._before, self._before[-1] + np.cumsum(counts, axis=0)])
         return self._before[number] * self._batch
 
+    def places(self, source: int, positions: np.ndarray) -> np.ndarray:
+        wanted, within = np.divmod(positions, self._batch)
+        while len(wanted) and self.before(len(self._before) - 1)[source] <= positions.max():
+            self.before(len(self._before))
+        chunk = np.searchsorted(self._before[:, source], wanted, side="right") - 1
+        batch = np.empty_like(wanted)
+        for number in np.unique(chunk):
+            here = chunk == number
+            own = np.flatnonzero(self._draws(number * self._batches, self._batches) == source)
+            batch[here] = number * self._batches + own[wanted[here] - self._before[number, source]]
+        return batch * self._batch + within
+
 
 class MixedOrder(ABC):
     """A mixture of sources, each with an endless order of its own samples."""
@@ -134,6 +153,25 @@ class MixedOrder(ABC):
     @abstractmethod
     def samples(self, source: int, positions: np.ndarray) -> np.ndarray:
         """The samples of a source at increasing `positions` of its order, counted through all epochs: int64."""
+
+    @abstractmethod
+    def find(self, source: int, samples: np.ndarray, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where samples stand at the positions first..last of their source's order, the inverse of `samples`.
+
+        Returns:
+            Indices in `samples`, and the positions, both int64[n] and sorted by position: a sample comes as often as
+            it stands there.
+        """
+
+    def occurrences(self, source: int, samples: np.ndarray, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where samples of a source come among the samples begin..end of the run, the inverse of `picks`.
+
+        Returns:
+            Indices in `samples`, and the samples of the run, both int64[n] and sorted by the latter.
+        """
+        first, last = (int(self.taken(at)[source]) for at in (begin, end))
+        index, positions = self.find(source, samples, first, last)
+        return index, self.mixture.places(source, positions)
 
     def taken(self, samples: int) -> np.ndarray:
         """How many positions of each source's order the first `samples` of the run take: int64[sources]."""

@@ -3,6 +3,8 @@
 Source: Black and Rogaway, "Ciphers with Arbitrary Finite Domains" (2002). The round function is SplitMix64's mixer.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 _MASK = (1 << 64) - 1
@@ -38,6 +40,21 @@ def permute_array(indices: np.ndarray, size: int | np.ndarray, seed: int | np.nd
     Raises:
         IndexError: an index is not in range(size).
     """
+    return _walk(indices, size, seed, _forward)
+
+
+def unpermute_array(places: np.ndarray, size: int | np.ndarray, seed: int | np.ndarray) -> np.ndarray:
+    """The inverse of `permute_array`: the index that has each place."""
+    return _walk(places, size, seed, _backward)
+
+
+def _walk(
+    indices: np.ndarray,
+    size: int | np.ndarray,
+    seed: int | np.ndarray,
+    rounds: Callable[..., tuple[np.ndarray, np.ndarray]],
+) -> np.ndarray:
+    """Apply the network, in one direction, until each value is in its range."""
     if ((indices < 0) | (indices >= size)).any():
         raise IndexError("an index is not in range(size)")
     sizes, seeds = _each(size), _each(seed & _MASK if isinstance(seed, int) else seed)
@@ -48,16 +65,24 @@ def permute_array(indices: np.ndarray, size: int | np.ndarray, seed: int | np.nd
     walking = np.arange(out.size)
     while walking.size:
         value, shift, mask = out[walking], _of(walking, half), _of(walking, low)
-        left, right = value >> shift, value & mask
-        for key in keys:
-            mixed = mix_array(right ^ _of(walking, key))
-            mixed &= mask
-            mixed ^= left
-            left, right = right, mixed
+        left, right = rounds(value >> shift, value & mask, mask, [_of(walking, key) for key in keys])
         value = (left << shift) | right
         out[walking] = value
         walking = walking[value >= _of(walking, sizes)]
     return out.astype(np.int64).reshape(indices.shape)
+
+
+def _forward(left: np.ndarray, right: np.ndarray, mask: np.ndarray, keys: list) -> tuple[np.ndarray, np.ndarray]:
+    for key in keys:
+        mixed = mix_array(right ^ key)
+        mixed &= mask
+        mixed ^= left
+        left, right = right, mixed
+    return left, right
+
+
+def _backward(left: np.ndarray, right: np.ndarray, mask: np.ndarray, keys: list) -> tuple[np.ndarray, np.ndarray]:
+    return _forward(right, left, mask, keys[::-1])[::-1]
 
 
 def _each(values: int | np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from openlm_pipeline.ordering.continued import recorded_order
+from openlm_pipeline.ordering.continued import seen as seen_at
 
 SIZES = {"a": np.array([500, 501]), "b": np.array([300, 300]), "c": np.array([400])}
 SETTINGS = {"permutation": {}, "windowed": {"window_shards": 2}, "resampled": {"source_batch": 4}}
@@ -69,3 +70,20 @@ def test_an_order_is_a_function_of_the_sample_alone():
     pieces = itertools.chain(*(seen(second, at, at + 50) for at in reversed(range(600, 1000, 50))))
     assert sorted(pieces) == sorted(whole)
     assert seen(second, 777, 800) == whole[177:200]
+
+
+@pytest.mark.parametrize("sampling", ["permutation", "windowed", "resampled"])
+def test_places_of_samples_are_found_in_a_fork_and_its_parents(sampling: str):
+    first = record({"a": 3, "b": 1}, 2600, sampling)
+    second = record({"b": 3, "a": 1}, 3900, sampling, start=2600, before=first)
+    third = record({"b": 3, "a": 1}, 5000, sampling, start=3900, before=second)
+    fourth = record({"c": 2, "b": 1, "a": 1}, 9000, seed=5, start=5000, before=third)
+    read = seen(first, 0, 2600) + seen(second, 2600, 3900) + seen(third, 3900, 5000) + seen(fourth, 5000, 9000)
+    samples = np.array([0, 7, 399])
+    for name in "abcd":
+        index, places = seen_at(fourth, SIZES, name, samples)
+        expected = [i for i, (source, sample) in enumerate(read) if source == name and sample in samples]
+        assert places.tolist() == expected
+        assert [(name, samples[i]) for i in index] == [read[place] for place in places]
+        until = seen_at(fourth, SIZES, name, samples, until=3000)[1]
+        assert until.tolist() == [place for place in expected if place < 3000]

@@ -159,3 +159,20 @@ def test_manifest_reads_each_shard_from_first_to_last_in_every_pass(sizes: np.nd
         for run, shard in zip(np.split(sample[part], changes[1:]), shards[part][changes]):
             assert run.tolist() == list(range(first[shard], first[shard] + sizes[shard]))
         assert Counter(shards[part][changes].tolist()) == dict.fromkeys(np.flatnonzero(sizes).tolist(), 1)
+
+
+@quick
+@given(shard_sizes=sources, seed=seeds, data=st.data())
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_each_place_of_a_sample_is_found(
+    sampling: str, shard_sizes: list[np.ndarray], seed: int, data: st.DataObject
+) -> None:
+    order = any_order(data, sampling, shard_sizes, seed)
+    begin, end = sorted(data.draw(st.lists(st.integers(0, 40_000), min_size=2, max_size=2, unique=True)))
+    source, sample = order.picks(begin, end - begin)
+    for s, sizes in enumerate(shard_sizes):
+        wanted = np.array(data.draw(st.lists(st.integers(0, int(sizes.sum()) - 1), max_size=5, unique=True)), np.int64)
+        index, places = order.occurrences(s, wanted, begin, end)
+        read = [begin + np.flatnonzero((source == s) & (sample == one)) for one in wanted]
+        assert places.tolist() == sorted(np.concatenate([*read, []]).tolist())
+        assert sample[places - begin].tolist() == wanted[index].tolist()

@@ -5,7 +5,7 @@ from typing import ClassVar
 import numpy as np
 
 from openlm_pipeline.ordering.mixture import MixedOrder
-from openlm_pipeline.ordering.permutation import permute_array
+from openlm_pipeline.ordering.permutation import permute_array, unpermute_array
 
 
 class Sampling(MixedOrder):
@@ -32,7 +32,8 @@ class ShardSequence:
         self.shards = shards
         self.starts = np.concatenate([[0], np.cumsum(sizes[shards])])
         """Position at which each shard begins, and at last where all end: int64[n + 1]."""
-        self._shift = (np.cumsum(sizes) - sizes)[shards] - self.starts[:-1]
+        self._first = np.cumsum(sizes) - sizes
+        self._shift = self._first[shards] - self.starts[:-1]
 
     def __len__(self) -> int:
         """Samples in all its shards."""
@@ -53,3 +54,35 @@ class ShardSequence:
         window = np.searchsorted(bounds, positions, side="right") - 1
         start, end = bounds[window], bounds[window + 1]
         return self.in_order(start + permute_array(positions - start, end - start, keys[window]))
+
+    def find_in_order(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The inverse of `in_order`: indices in `samples`, and positions, sorted by position."""
+        own = np.searchsorted(self._first, samples, side="right") - 1
+        by_shard = np.argsort(self.shards, kind="stable")
+        begins, ends = (np.searchsorted(self.shards[by_shard], own, side=side) for side in ("left", "right"))
+        times = ends - begins
+        index = np.repeat(np.arange(len(samples)), times)
+        turn = np.arange(len(index)) - np.repeat(np.cumsum(times) - times, times)
+        return by_position(index, samples[index] - self._shift[by_shard[begins[index] + turn]])
+
+    def find_shuffled(
+        self, samples: np.ndarray, windows: np.ndarray, keys: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The inverse of `shuffled`, with the same `windows` and `keys`: as `find_in_order`."""
+        index, read = self.find_in_order(samples)
+        bounds = self.starts[np.append(windows, len(self.shards))]
+        window = np.searchsorted(bounds, read, side="right") - 1
+        start, end = bounds[window], bounds[window + 1]
+        return by_position(index, start + unpermute_array(read - start, end - start, keys[window]))
+
+
+def by_position(index: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both sorted by position."""
+    order = np.argsort(positions, kind="stable")
+    return index[order], positions[order]
+
+
+def between(index: np.ndarray, positions: np.ndarray, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of what is sorted by position, that at first..last."""
+    some = slice(*np.searchsorted(positions, [first, last]))
+    return index[some], positions[some]

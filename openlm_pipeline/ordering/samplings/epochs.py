@@ -12,8 +12,8 @@ from functools import lru_cache
 import numpy as np
 
 from openlm_pipeline.ordering.mixture import StratifiedMixture, checked_totals, key_of
-from openlm_pipeline.ordering.permutation import mix, mix_array, permute_array
-from openlm_pipeline.ordering.samplings import Sampling, ShardSequence
+from openlm_pipeline.ordering.permutation import mix, mix_array, permute_array, unpermute_array
+from openlm_pipeline.ordering.samplings import Sampling, ShardSequence, between, by_position
 from openlm_pipeline.registry import SAMPLINGS
 
 
@@ -37,8 +37,17 @@ class DataOrder(Sampling):
 
     def samples(self, source: int, positions: np.ndarray) -> np.ndarray:
         epochs, within = np.divmod(positions, self.sizes[source])
-        key = mix(mix(self.seed) ^ mix(source))
-        return permute_array(within, self.sizes[source], epochs.astype(np.uint64) ^ np.uint64(key))
+        return permute_array(within, self.sizes[source], epochs.astype(np.uint64) ^ self._key(source))
+
+    def _key(self, source: int) -> np.uint64:
+        return np.uint64(mix(mix(self.seed) ^ mix(source)))
+
+    def find(self, source: int, samples: np.ndarray, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        size = self.sizes[source]
+        epochs = np.repeat(np.arange(first // size, -(-last // size)), len(samples))
+        index = np.tile(np.arange(len(samples)), len(epochs) // max(1, len(samples)))
+        places = unpermute_array(samples[index], size, epochs.astype(np.uint64) ^ self._key(source))
+        return between(*by_position(index, epochs * size + places), first, last)
 
 
 @SAMPLINGS.register("windowed")
@@ -80,3 +89,10 @@ class WindowedOrder(Sampling):
         first, last = int(positions[0] // total), int(positions[-1] // total)
         sequence, windows, keys = self._epochs(source, first, last - first + 1)
         return sequence.shuffled(positions - first * total, windows, keys)
+
+    def find(self, source: int, samples: np.ndarray, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        total = self._totals[source]
+        epoch = first // total
+        sequence, windows, keys = self._epochs(source, epoch, max(1, -(-last // total) - epoch))
+        index, positions = sequence.find_shuffled(samples, windows, keys)
+        return between(index, positions + epoch * total, first, last)

@@ -11,7 +11,7 @@ import numpy as np
 
 from openlm_pipeline.ordering.mixture import RandomMixture, checked_totals, key_of, uniform
 from openlm_pipeline.ordering.permutation import mix_array
-from openlm_pipeline.ordering.samplings import Sampling, ShardSequence
+from openlm_pipeline.ordering.samplings import Sampling, ShardSequence, between
 from openlm_pipeline.registry import SAMPLINGS
 
 _MASK = (1 << 64) - 1
@@ -65,6 +65,13 @@ class ManifestOrder(_OneSourcePerBatch):
         first, last = int(positions[0] // total), int(positions[-1] // total)
         return self._passes(source, first, last - first + 1).in_order(positions - first * total)
 
+    def find(self, source: int, samples: np.ndarray, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        total = self.totals[source]
+        number = first // total
+        sequence = self._passes(source, number, max(1, -(-last // total) - number))
+        index, positions = sequence.find_in_order(samples)
+        return between(index, positions + number * total, first, last)
+
 
 @SAMPLINGS.register("resampled")
 class ResampledOrder(_OneSourcePerBatch):
@@ -89,17 +96,25 @@ class ResampledOrder(_OneSourcePerBatch):
         shards = (uniform(key_of(self.seed, source, 0), 0, count) * len(sizes)).astype(np.int64)
         return ShardSequence(shards, sizes)
 
-    def samples(self, source: int, positions: np.ndarray) -> np.ndarray:
-        while len(self._drawn[source]) <= positions[-1]:  # twice as many draws, the first half the same as before
+    def _far_as(self, source: int, position: int) -> tuple[ShardSequence, np.ndarray, np.ndarray]:
+        """Draws that reach `position`; first shard and key of each window."""
+        while len(self._drawn[source]) <= position:  # twice as many draws, the first half the same as before
             self._drawn[source] = self._draw(source, 2 * len(self._drawn[source].shards))
         drawn = self._drawn[source]
         windows = np.arange(0, len(drawn.shards), self._buffer_shards[source])
         keys = mix_array(np.arange(len(windows), dtype=np.uint64)) ^ np.uint64(key_of(self.seed, source, 1))
+        return drawn, windows, keys
+
+    def samples(self, source: int, positions: np.ndarray) -> np.ndarray:
+        drawn, windows, keys = self._far_as(source, int(positions[-1]))
         return drawn.shuffled(positions, windows, keys)
+
+    def find(self, source: int, samples: np.ndarray, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        drawn, windows, keys = self._far_as(source, last - 1)
+        return between(*drawn.find_shuffled(samples, windows, keys), first, last)
 
     def coverage(self, source: int, positions: int) -> tuple[float, float]:
         """About what share of a source its first `positions` read twice or more, and what share they never read."""
-        self.samples(source, np.array([positions - 1]))  # draws as far as that
-        drawn, sizes = self._drawn[source], self.sizes[source]
+        drawn, sizes = self._far_as(source, positions - 1)[0], self.sizes[source]
         times = np.bincount(drawn.shards[: np.searchsorted(drawn.starts, positions)], minlength=len(sizes))
         return sizes[times > 1].sum() / sizes.sum(), sizes[times == 0].sum() / sizes.sum()
