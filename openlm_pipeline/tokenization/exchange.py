@@ -3,39 +3,40 @@
 Stage 1: a worker tokenizes a raw file, or a part of a large one, in a scratch folder of its own, and sends the stream
 with what is beside it. The streams of parts are not joined.
 
-Stage 2 is a shuffle in two passes. *Scatter*: for some raw files, read their streams one after the other, and deal out
-each document to the group of shards where the global order has it. *Gather*: fetch what was dealt to a group, put it in
-its place, write the group's shards and send them to where the dataset is published. The order is the same function of
-document counts and seed as on one machine, so the bytes are the same. Its tables, and the sizes of all documents, are
-on the disk of the client: 56 bytes for each document.
+Stage 2 is two shuffles, each in two passes: first of the documents' lengths, which gives each its token of the global
+order, then of the documents. *Place*: for a unit, which is some streams, find the places of its documents in the order,
+and deal out their lengths to blocks of places. *Sum*: add up the lengths of a block, in the order of places. *Scatter*:
+read the streams of a unit one after the other, and deal out each document to the group of shards where the order has
+it. *Gather*: fetch what was dealt to a group, put it in its place, write the group's shards and send them to where the
+dataset is published. The order is the same function of document counts and seed as on one machine, so the bytes are the
+same. The client has none of its tables: it writes the index of documents as it reads them from the exchange.
 
 A worker's disk holds the stream of a raw file or part, or one group of shards: about a thirty-second of the dataset.
 What is done is noted in the exchange; whoever starts again goes on from there. There is an object for each pair of a
-group and a unit of raw files, at most 64 x 32.
+unit and a group; for fewer than 300 million documents at most 64 x 32, and two for each pair of a unit and a block.
 """
 
 import hashlib
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
-import orjson
 
 from openlm_pipeline.corpus.discovery import RawFile
 from openlm_pipeline.corpus.formats import Part
 from openlm_pipeline.errors import DataError, MissingInputError
 from openlm_pipeline.experiments import Dataset
+from openlm_pipeline.ordering.permutation import unpermute_array
 from openlm_pipeline.pools import Call, TaskProgress
 from openlm_pipeline.shards.format import SampleFormat
-from openlm_pipeline.shards.manifest import ShardEntry
 from openlm_pipeline.storage import copies
-from openlm_pipeline.storage.files import make_folder, write_json
+from openlm_pipeline.storage.files import make_folder, read_sealed, sha256_file, write_json
 from openlm_pipeline.storage.remote import (
     download,
     file_system,
@@ -61,16 +62,18 @@ from openlm_pipeline.tokenization.documents import (
 )
 from openlm_pipeline.tokenizers.tokenizer import TokenizerInfo, tokenizer_file
 
-if TYPE_CHECKING:
-    from openlm_pipeline.tokenization.packing import DocumentOrder
-
-PARTS, UNITS, GROUPS = 16, 64, 32
-"""At most, of one raw file, of all raw files and of all shards."""
+PARTS, UNITS, GROUPS, BLOCKS = 16, 64, 32, 32
+"""Of one raw file, of all raw files, of all shards and of all documents; at most, but for `MOST_DOCUMENTS`."""
+MOST_DOCUMENTS = 1 << 22
+"""Of a block, and about those of a unit, which bounds a worker's memory to some 400 MiB."""
+BLOCK_DOCUMENTS = 1 << 20
+"""Fewer are not cut into blocks."""
 _PART = re.compile(r"(.+)\.part-\d{5}\.tokens")
 _BLOCK_TOKENS = 4 << 20
 _ROWS = 1 << 16
-_ORDER_COLUMNS, _PIECE_COLUMNS = 3, 5
-"""Of a document: place in the order, tokens, record. Of a piece: place, tokens skipped, tokens, file, record."""
+_PLACE_COLUMNS, _ORDER_COLUMNS, _PIECE_COLUMNS = 2, 3, 5
+"""Of a document: place in the order, tokens; first token in the order, tokens, record. Of a piece: first token in the
+order, tokens skipped, tokens, file, record."""
 
 
 def _scratch() -> "tempfile.TemporaryDirectory[str]":
@@ -110,9 +113,9 @@ class Exchange:
         return join(self.url, f"tokenizer-{tokenizer.sha256}.json")
 
     def fetch(self, name: str, folder: Path, there: Mapping[str, int]) -> None:
-        """Bring what the client needs of a finished raw file, all but its stream and the offsets of its records."""
+        """Bring what the client needs of a finished raw file: its bad records, and what is recorded of it."""
         for kind in KINDS:
-            if kind not in ("tokens", "offsets") and f"{name}.{kind}" in there:
+            if kind in ("quarantine.jsonl", "json") and f"{name}.{kind}" in there:
                 download(join(self.url, f"streams/{name}.{kind}"), folder / f"{name}.{kind}")
 
     def call(
@@ -128,17 +131,43 @@ class Exchange:
         """The task that sums up the parts of a raw file."""
         return join_away, dataset, raw, count, tokenizer, join(self.url, "streams")
 
-    def streams(self, files: list[FileTokens]) -> list[tuple[int, str, int, int, str]]:
-        """(number of the raw file, object, documents, tokens, sha256) of all token streams, in order."""
-        there, found = self.sizes(), []
+    def streams(self, files: list[FileTokens]) -> list["_Stream"]:
+        """All token streams, in the order of `files`."""
+        there = self.sizes()
+        parts: dict[str, list[str]] = {file.name: [] for file in files}
+        for name in sorted(there):
+            if (m := _PART.fullmatch(name)) and m[1] in parts:
+                parts[m[1]].append(name.removesuffix(".tokens"))
+        found: list[_Stream] = []
         for number, file in enumerate(files):
-            parts = sorted(name for name in there if (m := _PART.fullmatch(name)) and m[1] == file.name)
-            if not parts:
-                found.append((number, f"{file.name}.tokens", file.documents, file.tokens, file.tokens_sha256))
-            for name in parts:
-                made = read_json_at(join(self.url, f"streams/{name.removesuffix('tokens')}json"))
-                found.append((number, name, *(made[key] for key in ("documents", "tokens", "tokens_sha256"))))
+            record = 0
+            for stem in parts[file.name]:
+                with _scratch() as scratch:
+                    download(join(self.url, f"streams/{stem}.json"), Path(scratch, "part"))
+                    made = PartTokens(**read_sealed(Path(scratch, "part")))
+                found.append(_Stream.of(number, stem, record, made))
+                record += made.records
+            if not parts[file.name]:
+                found.append(_Stream.of(number, file.name, 0, file))
         return found
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """A token stream of a raw file or part in the exchange."""
+
+    file: int
+    """Number of the raw file."""
+    stem: str
+    first_record: int
+    documents: int
+    tokens: int
+    tokens_sha256: str
+    index_sha256: str | None
+
+    @classmethod
+    def of(cls, file: int, stem: str, record: int, made: FileTokens | PartTokens) -> "_Stream":
+        return cls(file, stem, record, made.documents, made.tokens, made.tokens_sha256, made.index_sha256)
 
 
 def tokenize_away(
@@ -231,6 +260,9 @@ class Shuffle:
     sample_format: SampleFormat
     samples_per_shard: int
     samples: int
+    seed: int
+    documents: int
+    documents_per_block: int
     source: str
     pad_id: int | None
     target: str
@@ -256,79 +288,212 @@ class Shuffle:
     def groups(self) -> int:
         return -(-self.shards // self.shards_per_group)
 
-    def prepare(self, order: "DocumentOrder", files: list[FileTokens]) -> list[int]:
-        """Put the order's tables into the exchange, those of each unit apart; the sizes of the units in bytes."""
+    @property
+    def blocks(self) -> int:
+        return -(-self.documents // self.documents_per_block)
+
+    def prepare(self, files: list[FileTokens]) -> dict[str, "_Unit"]:
+        """Put what the units are into the exchange; the units by their numbers."""
         streams = self.exchange.streams(files)
-        first_ids = np.cumsum([0, *(documents for _, _, documents, _, _ in streams)])
-        first_tokens = np.cumsum([0, *(tokens for _, _, _, tokens, _ in streams)])
-        of_unit = first_tokens[:-1] // max(1, -(-order.num_tokens // UNITS))
-        units = [np.flatnonzero(of_unit == unit) for unit in np.unique(of_unit)]
+        first_ids = np.cumsum([0, *(stream.documents for stream in streams)])
+        first_tokens = np.cumsum([0, *(stream.tokens for stream in streams)])
+        units_wanted = max(UNITS, self.documents // MOST_DOCUMENTS)
+        of_unit = first_tokens[:-1] // max(1, -(-int(first_tokens[-1]) // units_wanted))
+        units = {}
         with _scratch() as scratch:
-            self._put_json(Path(scratch, "names.json"), order.names)
-            for number, numbers in enumerate(units):
-                first, last = int(numbers[0]), int(numbers[-1]) + 1
-                facts = [[i, name, documents, sha256] for i, name, documents, _, sha256 in streams[first:last]]
-                self._put_json(Path(scratch, f"{number}.json"), facts)
-                path = Path(scratch, f"{number}.order")
-                begin, end = int(first_ids[first]), int(first_ids[last])
-                with path.open("wb") as out:
-                    for a in range(begin, end, _ROWS):
-                        b = min(a + _ROWS, end)
-                        lengths = np.diff(order.begins[a : b + 1])
-                        rows = np.stack([order.starts[a:b], lengths, order.records[a:b]], axis=1)
-                        out.write(rows.astype(INDEX_DTYPE).tobytes())
-                _put(path, join(self.work, path.name))
-                path.unlink()
-        width = self.sample_format.numpy_dtype.itemsize
-        return [int(first_tokens[numbers[-1] + 1] - first_tokens[numbers[0]]) * width for numbers in units]
+            self._put_json(Path(scratch, "names.json"), [file.name for file in files])
+            for number, found in enumerate(np.unique(of_unit)):
+                first, last = np.searchsorted(of_unit, found), np.searchsorted(of_unit, found, side="right")
+                unit = _Unit(int(first_ids[first]), streams[first:last])
+                self._put_json(Path(scratch, f"unit-{number}.json"), asdict(unit))
+                units[str(number)] = unit
+        return units
+
+    def unit(self, number: int) -> "_Unit":
+        made = read_json_at(join(self.work, f"unit-{number}.json"))
+        return _Unit(made["first_id"], [_Stream(**stream) for stream in made["streams"]])
 
     def _put_json(self, path: Path, value: Any) -> None:
         write_json(path, value)
         _put(path, join(self.work, path.name))
 
-    def scattered(self, unit: int) -> list[int] | None:
-        """The groups that a unit has pieces for, once it is dealt out."""
-        done = read_json_at(join(self.work, f"{unit}.done.json"))
-        return None if done is None else done["groups"]
+    def done(self, task: str) -> Any:
+        """What a task gave, None while it is not done."""
+        note = read_json_at(join(self.work, f"{task}.done.json"))
+        return None if note is None else note["result"]
 
-    def gathered(self, group: int) -> list[ShardEntry] | None:
-        """The shards of a group, once they are made."""
-        done = read_json_at(join(self.work, f"group-{group}.json"))
-        return None if done is None else [ShardEntry(**entry) for entry in done["shards"]]
+    def note(self, task: str, result: Any, scratch: Path) -> Any:
+        """Note that a task is done, and give its result."""
+        write_json(scratch / "done.json", {"result": result})
+        upload(scratch / "done.json", join(self.work, f"{task}.done.json"))
+        return result
+
+    def write_index(self, units: Mapping[str, "_Unit"], files: list[FileTokens], path: Path) -> None:
+        """Write the index of documents from what `scatter` left of each unit."""
+        from openlm_pipeline.tokenization.packing import write_index
+
+        def tables() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for number, unit in units.items():
+                with open_remote(join(self.work, f"order-{number}")) as table:
+                    for stream in unit.streams:
+                        for at in range(0, stream.documents, _ROWS):
+                            count = min(_ROWS, stream.documents - at)
+                            rows = np.frombuffer(table.read(count * _ORDER_COLUMNS * INDEX_DTYPE.itemsize), INDEX_DTYPE)
+                            yield np.full(count, stream.file), rows.reshape(count, _ORDER_COLUMNS)
+
+        write_index(path, [file.name for file in files], tables())
 
     def clear(self) -> None:
         """Remove the pieces."""
         remove(self.work)
 
 
-def scatter(shuffle: Shuffle, unit: int, *, progress: TaskProgress) -> list[int]:
-    """Deal out the documents of a unit's raw files to groups of shards; runs in a worker.
+@dataclass(frozen=True)
+class _Unit:
+    """Some streams one after the other."""
+
+    first_id: int
+    """Of its first document, counted through all streams."""
+    streams: list[_Stream]
+
+    @property
+    def documents(self) -> int:
+        return sum(stream.documents for stream in self.streams)
+
+    @property
+    def tokens(self) -> int:
+        return sum(stream.tokens for stream in self.streams)
+
+
+def _damaged(url: str, problem: str = "its sha256 is not the recorded one") -> DataError:
+    return DataError(f"{public(url)} is damaged: {problem}; remove the .json beside it to make it again")
+
+
+def _documents(shuffle: Shuffle, unit: _Unit, scratch: Path) -> np.ndarray:
+    """(record, tokens) of the documents of a unit: int64[n, 2].
+
+    Raises:
+        DataError: an index of stage 1 is damaged.
+    """
+    found, path = [np.zeros((0, 2), INDEX_DTYPE)], scratch / "documents"
+    for stream in unit.streams:
+        url = join(shuffle.exchange.url, f"streams/{stream.stem}.documents")
+        download(url, path)
+        if stream.index_sha256 not in (None, sha256_file(path)):
+            raise _damaged(url)
+        rows = np.fromfile(path, INDEX_DTYPE).reshape(-1, 2)
+        if len(rows) != stream.documents or rows[:, 1].sum() != stream.tokens:
+            raise _damaged(url, f"it has {len(rows)} documents of {rows[:, 1].sum()} tokens in all")
+        found.append(rows + [stream.first_record, 0])
+        path.unlink()
+    return np.concatenate(found)
+
+
+def _places(shuffle: Shuffle, unit: _Unit) -> np.ndarray:
+    """Of a unit's documents in the order."""
+    ids = np.arange(unit.first_id, unit.first_id + unit.documents)
+    return unpermute_array(ids, shuffle.documents, shuffle.seed)
+
+
+def place(shuffle: Shuffle, number: int, *, progress: TaskProgress) -> list[int]:
+    """Deal out the lengths of a unit's documents to blocks of places; the blocks that got some; runs in a worker.
+
+    Raises:
+        DataError: an index of stage 1 is damaged.
+    """
+    unit = shuffle.unit(number)
+    with _scratch() as folder:
+        scratch = Path(folder)
+        places = _places(shuffle, unit)
+        rows = np.stack([places, _documents(shuffle, unit, scratch)[:, 1]], axis=1)
+        of_block = places // shuffle.documents_per_block
+        blocks = np.unique(of_block).tolist()
+        for block in blocks:
+            rows[of_block == block].tofile(scratch / "places")
+            upload(scratch / "places", join(shuffle.work, f"{number}.{block}.places"))
+        return shuffle.note(f"place-{number}", blocks, scratch)
+
+
+def add_up(shuffle: Shuffle, block: int, units: list[int], *, progress: TaskProgress) -> int:
+    """Find where in a block of places each of its documents begins, for each unit; runs in a worker.
+
+    Args:
+        units: those that have documents in it.
+
+    Returns:
+        Tokens of the block.
+
+    Raises:
+        DataError: documents are missing.
+    """
+    first = block * shuffle.documents_per_block
+    count = min(shuffle.documents_per_block, shuffle.documents - first)
+    with _scratch() as folder:
+        scratch = Path(folder)
+        lengths = np.memmap(scratch / "lengths", INDEX_DTYPE, "w+", shape=(count,))
+        lengths[:] = -1
+        for unit in units:
+            path = scratch / f"{unit}.places"
+            download(join(shuffle.work, f"{unit}.{block}.places"), path)
+            places, tokens = np.fromfile(path, INDEX_DTYPE).reshape(-1, _PLACE_COLUMNS).T
+            lengths[places - first] = tokens
+        if (lengths < 0).any():
+            raise DataError(
+                f"documents of block {block} are missing in {public(shuffle.work)}: remove that folder, and run the "
+                "command again"
+            )
+        ends = np.cumsum(lengths, out=lengths)
+        for unit in units:
+            places, tokens = np.fromfile(scratch / f"{unit}.places", INDEX_DTYPE).reshape(-1, _PLACE_COLUMNS).T
+            (ends[places - first] - tokens).tofile(scratch / "starts")
+            upload(scratch / "starts", join(shuffle.work, f"{unit}.{block}.starts"))
+        return shuffle.note(f"block-{block}", int(ends[-1]), scratch)
+
+
+def _order(shuffle: Shuffle, number: int, unit: _Unit, blocks: list[int], scratch: Path) -> np.ndarray:
+    """(first token in the order, tokens, record) of a unit's documents: int64[n, 3].
+
+    Args:
+        blocks: first token of each block.
+    """
+    records, lengths = _documents(shuffle, unit, scratch).T
+    of_block = _places(shuffle, unit) // shuffle.documents_per_block
+    starts = np.zeros(len(lengths), INDEX_DTYPE)
+    for block in np.unique(of_block).tolist():
+        download(join(shuffle.work, f"{number}.{block}.starts"), scratch / "starts")
+        starts[of_block == block] = blocks[block] + np.fromfile(scratch / "starts", INDEX_DTYPE)
+    return np.stack([starts, lengths, records], axis=1)
+
+
+def scatter(shuffle: Shuffle, number: int, blocks: list[int], *, progress: TaskProgress) -> list[int]:
+    """Deal out the documents of a unit to groups of shards; the groups that got some; runs in a worker.
+
+    Args:
+        blocks: first token of each block of places.
 
     Raises:
         DataError: a stream is not what stage 1 wrote.
     """
-    dtype, files = shuffle.sample_format.numpy_dtype, read_json_at(join(shuffle.work, f"{unit}.json"))
+    dtype, unit = shuffle.sample_format.numpy_dtype, shuffle.unit(number)
     with _scratch() as scratch:
+        rows = _order(shuffle, number, unit, blocks, Path(scratch))
         table = Path(scratch, "order")
-        download(join(shuffle.work, f"{unit}.order"), table)
-        rows = np.fromfile(table, INDEX_DTYPE).reshape(-1, _ORDER_COLUMNS)
+        rows.astype(INDEX_DTYPE).tofile(table)
+        upload(table, join(shuffle.work, f"order-{number}"))
         table.unlink()
         outs: dict[int, tuple[Any, Any]] = {}
         try:
             first = read = 0
-            for number, name, documents, sha256 in files:
-                url, digest = join(shuffle.exchange.url, f"streams/{name}"), hashlib.sha256()
-                with open_remote(url) as stream, storage_errors(public(url), "can't be read"):
-                    for block, ids in _blocks(stream, rows[first : first + documents], dtype, digest, url):
-                        _deal(ids, block, number, shuffle, Path(scratch), outs)
+            for stream in unit.streams:
+                url, digest = join(shuffle.exchange.url, f"streams/{stream.stem}.tokens"), hashlib.sha256()
+                with open_remote(url) as data, storage_errors(public(url), "can't be read"):
+                    for block, ids in _blocks(data, rows[first : first + stream.documents], dtype, digest, url):
+                        _deal(ids, block, stream.file, shuffle, Path(scratch), outs)
                         read += ids.nbytes
                         progress({"raw_bytes": read})
-                first += documents
-                if digest.hexdigest() != sha256:
-                    raise DataError(
-                        f"{public(url)} is damaged: its sha256 is not the recorded one; remove the .json "
-                        "beside it to make it again"
-                    )
+                first += stream.documents
+                if digest.hexdigest() != stream.tokens_sha256:
+                    raise _damaged(url)
         finally:
             for pair in outs.values():
                 for out in pair:
@@ -337,11 +502,9 @@ def scatter(shuffle: Shuffle, unit: int, *, progress: TaskProgress) -> list[int]
         for group in groups:
             for kind in ("tokens", "pieces"):
                 path = Path(scratch, f"{group}.{kind}")
-                upload(path, join(shuffle.work, f"{unit}.{group}.{kind}"))
+                upload(path, join(shuffle.work, f"{number}.{group}.{kind}"))
                 path.unlink()
-        write_json(Path(scratch, "done.json"), {"groups": groups})
-        upload(Path(scratch, "done.json"), join(shuffle.work, f"{unit}.done.json"))
-    return groups
+        return shuffle.note(f"unit-{number}", groups, Path(scratch))
 
 
 def _blocks(stream: Any, rows: np.ndarray, dtype: np.dtype, digest: Any, url: str) -> Any:
@@ -389,8 +552,8 @@ def _deal(
 
 def gather(
     shuffle: Shuffle, group: int, units: list[int], num_tokens: int, *, progress: TaskProgress
-) -> list[ShardEntry]:
-    """Make the shards of a group from what was dealt to it, and send them; runs in a worker.
+) -> list[dict[str, Any]]:
+    """Make the shards of a group from what was dealt to it, and send them; their entries; runs in a worker.
 
     Args:
         units: those that have pieces for it.
@@ -453,8 +616,5 @@ def gather(
             for name in (entry.sums, entry.provenance, entry.tar):
                 upload(out / name, join(shuffle.target, name))
                 (out / name).unlink()
-            made.append(entry)
-        path = Path(scratch, "done.json")
-        path.write_bytes(orjson.dumps({"shards": [asdict(entry) for entry in made]}))
-        upload(path, join(shuffle.work, f"group-{group}.json"))
-    return made
+            made.append(asdict(entry))
+        return shuffle.note(f"group-{group}", made, Path(scratch))

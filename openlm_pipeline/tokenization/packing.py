@@ -12,7 +12,7 @@ size; making the tables takes some 100 MiB.
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -227,27 +227,53 @@ def provenance(names: list[str], spans: Spans, begin: int, end: int, width: int)
 
 
 def write_document_index(order_folder: Path, path: Path, *, progress: TaskProgress) -> None:
-    """Write where each document of a dataset is, sorted by raw file and record; runs in a worker.
+    """`write_index` of a `DocumentOrder`; runs in a worker."""
+    order = DocumentOrder(order_folder)
+
+    def tables() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for begin in range(0, len(order.starts), _INDEX_ROWS):
+            end = min(begin + _INDEX_ROWS, len(order.starts))
+            file = np.searchsorted(order.first_ids, np.arange(begin, end), side="right") - 1
+            lengths = np.diff(order.begins[begin : end + 1])
+            yield file, np.stack([order.starts[begin:end], lengths, order.records[begin:end]], axis=1)
+
+    write_index(path, order.names, tables())
+
+
+def write_index(path: Path, names: list[str], tables: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Write where each document of a dataset is, sorted by raw file and record.
 
     Columns: `file`, `record` (number in the raw file), `start` (token of the dataset where it begins: of its samples
     one after the other, and then of its tail), `tokens` (end-of-text included).
+
+    Args:
+        names: of the raw files.
+        tables: number of the raw file and (start, tokens, record) of documents, int64[n] and int64[n, 3], in that
+            order.
     """
-    order = DocumentOrder(order_folder)
     numbers = {"record": pa.int64(), "start": pa.int64(), "tokens": pa.int64()}
     schema = pa.schema({"file": pa.dictionary(pa.int32(), pa.string()), **numbers})
     with (
         atomic_writer(path, shared=True) as f,
         pq.ParquetWriter(f, schema, compression="zstd", use_dictionary=["file"]) as out,
     ):
-        for begin in range(0, len(order.starts), _INDEX_ROWS):
-            end = min(begin + _INDEX_ROWS, len(order.starts))
-            columns = {
-                "file": _files(order.names, np.searchsorted(order.first_ids, np.arange(begin, end), side="right") - 1),
-                "record": _column(order.records[begin:end], "i8"),
-                "start": _column(order.starts[begin:end], "i8"),
-                "tokens": _column(np.diff(order.begins[begin : end + 1]), "i8"),
-            }
+        for file, rows in _rows_of(tables, _INDEX_ROWS):
+            start, tokens, record = (_column(column, "i8") for column in rows.T)
+            columns = {"file": _files(names, file), "record": record, "start": start, "tokens": tokens}
             out.write_table(pa.table(columns, schema=schema))
+
+
+def _rows_of(tables: Iterable[tuple[np.ndarray, np.ndarray]], count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The same rows, `count` at a time."""
+    kept: list[tuple[np.ndarray, np.ndarray]] = []
+    for table in tables:
+        kept.append(table)
+        while sum(len(file) for file, _ in kept) >= count:
+            file, rows = map(np.concatenate, zip(*kept))
+            yield file[:count], rows[:count]
+            kept = [(file[count:], rows[count:])]
+    if kept and sum(len(file) for file, _ in kept):
+        yield tuple(map(np.concatenate, zip(*kept)))
 
 
 def _files(names: list[str], file: np.ndarray) -> pa.Array:

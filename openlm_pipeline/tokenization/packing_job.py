@@ -1,9 +1,10 @@
 """Stage 2 over the streams of a dataset: what is done stays, what is missing is made on a pool."""
 
 import shutil
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,20 @@ from openlm_pipeline.storage.files import (
     write_json,
     write_text,
 )
-from openlm_pipeline.tokenization.documents import FileTokens, added_up, notes_of_left_out, read_quarantine
-from openlm_pipeline.tokenization.exchange import Exchange, Shuffle, gather, scatter
+from openlm_pipeline.tokenization.documents import INDEX_DTYPE, FileTokens, added_up, notes_of_left_out, read_quarantine
+from openlm_pipeline.tokenization.exchange import (
+    BLOCK_DOCUMENTS,
+    BLOCKS,
+    MOST_DOCUMENTS,
+    Exchange,
+    Shuffle,
+    add_up,
+    gather,
+    place,
+    scatter,
+)
 from openlm_pipeline.tokenization.packing import (
     PACKING_VERSION,
-    DocumentOrder,
     check_stream,
     make_shard,
     packing_tree,
@@ -185,58 +195,71 @@ class _Packing:
                 f"dataset {dataset.name} has {totals['tokens']} tokens, fewer than one sample of "
                 f"{self.sample_format.sample_tokens}; give it more text"
             )
-        self._write_order()
         numbers = range(totals["shards"])
+        if not self.exchange:
+            self._write_order()
         with self.pools(self.report) as pool:
-            entries = self._shuffled(totals["samples"], pool) if self.exchange else self._still_whole(numbers, pool)
-            shard_bytes, all_bytes = dataset.samples_per_shard * record_bytes, totals["samples"] * record_bytes
-            missing = {n: min(shard_bytes, all_bytes - n * shard_bytes) for n in numbers if n not in entries}
-            entries |= self._make_shards(missing, pool, index=True)
+            if self.exchange:
+                entries = self._shuffled(self.exchange, totals, pool)
+            else:
+                entries = self._still_whole(numbers, pool)
+                shard_bytes, all_bytes = dataset.samples_per_shard * record_bytes, totals["samples"] * record_bytes
+                missing = {n: min(shard_bytes, all_bytes - n * shard_bytes) for n in numbers if n not in entries}
+                entries |= self._make_shards(missing, pool, index=True)
         self._write_quarantine()
         in_shards = sum(e.tokens for e in entries.values()) - totals["padding_tokens"]
         if in_shards + totals["tail_tokens"] != totals["tokens"]:
             raise DataError(f"dataset {dataset.name}: {in_shards} tokens are in shards, which differs from {totals}")
         finish_dataset(self.folder, [entries[n] for n in numbers], info)
         if self.exchange:
-            self._shuffle(totals["samples"]).clear()
+            self._shuffle(self.exchange, totals).clear()
 
-    def _shuffle(self, samples: int) -> Shuffle:
+    def _shuffle(self, exchange: Exchange, totals: dict[str, Any]) -> Shuffle:
         return Shuffle(
-            exchange=self.exchange,
+            exchange=exchange,
             key=fingerprint(self.identity)[:16],
             sample_format=self.sample_format,
             samples_per_shard=self.dataset.samples_per_shard,
-            samples=samples,
+            samples=totals["samples"],
+            seed=self.dataset.shuffle_seed,
+            documents=totals["documents"],
+            documents_per_block=min(max(BLOCK_DOCUMENTS, -(-totals["documents"] // BLOCKS)), MOST_DOCUMENTS),
             source=self.dataset.name,
             pad_id=self.dataset.pad_id,
             target=self.target,
         )
 
-    def _shuffled(self, samples: int, pool: Pool) -> dict[int, ShardEntry]:
-        """All shards, made by workers that share no disk.
+    def _shuffled(self, exchange: Exchange, totals: dict[str, Any], pool: Pool) -> dict[int, ShardEntry]:
+        """All shards, made by workers that share no disk, and the index of documents.
 
         Raises:
             DataError: a stream is damaged.
         """
-        order = DocumentOrder(self.building)
-        shuffle = self._shuffle(samples)
-        sizes = {str(unit): size for unit, size in enumerate(shuffle.prepare(order, self.files))}
-        dealt = {unit: groups for unit in sizes if (groups := shuffle.scattered(int(unit))) is not None}
-        calls: dict[str, Call] = {unit: (scatter, shuffle, int(unit)) for unit in sizes if unit not in dealt}
-        found, damaged = self._run("dealing out", calls, {unit: sizes[unit] for unit in calls}, pool)
-        raise_all(damaged)
-        dealt |= found
-        made = {str(group): entries for group in range(shuffle.groups) if (entries := shuffle.gathered(group))}
-        units = {
-            group: [int(u) for u, groups in dealt.items() if int(group) in groups]
-            for group in map(str, range(shuffle.groups))
-        }
-        calls = {g: (gather, shuffle, int(g), units[g], order.num_tokens) for g in units if g not in made}
-        bytes_each = shuffle.group_tokens * self.sample_format.numpy_dtype.itemsize
-        found, damaged = self._run("packing", calls, dict.fromkeys(calls, bytes_each), pool)
-        raise_all(damaged)
-        made |= found
-        return dict(enumerate(entry for g in range(shuffle.groups) for entry in made[str(g)]))
+        shuffle, width = self._shuffle(exchange, totals), self.sample_format.numpy_dtype.itemsize
+        units = shuffle.prepare(self.files)
+
+        def each(doing: str, task: str, function: Callable[..., Any], calls: dict[str, Any], size: Any) -> dict:
+            """What all calls of a pass give, by the number of the unit, block or group."""
+            made = {number: shuffle.done(f"{task}-{number}") for number in calls}
+            missing = {n: (function, shuffle, int(n), *calls[n]) for n in calls if made[n] is None}
+            found, damaged = self._run(doing, missing, {n: size(n) for n in missing}, pool)
+            raise_all(damaged)
+            return made | found
+
+        def of_each(dealt: dict[str, list[int]], count: int) -> dict[str, list[int]]:
+            """For each block or group the units that have dealt to it."""
+            return {str(n): [int(unit) for unit in units if n in dealt[unit]] for n in range(count)}
+
+        row = 2 * INDEX_DTYPE.itemsize
+        lengths = each("placing", "place", place, dict.fromkeys(units, ()), lambda u: units[u].documents * row)
+        blocks = {n: (of,) for n, of in of_each(lengths, shuffle.blocks).items()}
+        tokens = each("ordering", "block", add_up, blocks, lambda _: shuffle.documents_per_block * row)
+        first = [0, *accumulate(tokens[n] for n in blocks)]
+        dealt = each("dealing out", "unit", scatter, dict.fromkeys(units, (first,)), lambda u: units[u].tokens * width)
+        shuffle.write_index(units, self.files, self.folder / DOCUMENTS)
+        groups = {n: (of, totals["tokens"]) for n, of in of_each(dealt, shuffle.groups).items()}
+        made = each("packing", "group", gather, groups, lambda _: shuffle.group_tokens * width)
+        return dict(enumerate(ShardEntry(**entry) for n in groups for entry in made[n]))
 
     def _write_quarantine(self) -> None:
         with atomic_writer(self.folder / QUARANTINE) as out:

@@ -16,7 +16,9 @@ TEXTS = {f"{i:02d}.jsonl": documents(7 + i % 5, 100 * i) for i in range(20)}
 
 
 @pytest.fixture(params=[{}, {"pad_id": 1}], ids=["tail", "padded"])
-def alone(request, small, inline: PoolFactory) -> SmallDataset:
+def alone(request, small, inline: PoolFactory, monkeypatch: pytest.MonkeyPatch) -> SmallDataset:
+    monkeypatch.setattr("openlm_pipeline.tokenization.packing._INDEX_ROWS", 23)
+    monkeypatch.setattr(exchange, "_ROWS", 5)
     made = small("alone", {"samples_per_shard": 4, **request.param})
     made.write(TEXTS)
     made.run(inline)
@@ -28,6 +30,7 @@ def apart(alone: SmallDataset, tmp_path: Path, small, monkeypatch: pytest.Monkey
     monkeypatch.setenv("OPENLM_EXCHANGE", f"file://{tmp_path}/exchange")
     monkeypatch.setattr(exchange, "UNITS", 6)
     monkeypatch.setattr(exchange, "GROUPS", 5)
+    monkeypatch.setattr("openlm_pipeline.tokenization.packing_job.BLOCK_DOCUMENTS", 50)
     made = small("apart", {**alone.settings, "execution": {"shards_url": f"file://{tmp_path}/bucket"}})
     made.write(TEXTS)
     made.tokenizer()
@@ -60,7 +63,8 @@ def test_the_bytes_are_those_of_one_machine(
     assert there["manifest.jsonl"].splitlines()[1:] == same["manifest.jsonl"].splitlines()[1:]
     opened = open_dataset(apart.dataset, apart.home)
     assert opened.version == open_dataset(alone.dataset, alone.home).version
-    assert not list(apart.tokenized.glob("*.tokens")) and not list((tmp_path / "exchange").rglob("packing-*/*"))
+    assert not list(apart.tokenized.glob("*.tokens")) and not list(apart.tokenized.glob("*.documents"))
+    assert not list((tmp_path / "exchange").rglob("packing-*/*"))
     assert run(apart, no_client) == []
 
 
@@ -87,13 +91,14 @@ def test_what_was_done_stays_and_a_client_that_lost_its_disk_goes_on(
     assert open_dataset(apart.dataset, apart.home).version == open_dataset(alone.dataset, alone.home).version
 
 
-def test_damage_in_the_store_is_named(apart: SmallDataset, inline: PoolFactory, tmp_path: Path):
+@pytest.mark.parametrize("kind", ["tokens", "documents"])
+def test_damage_in_the_store_is_named(apart: SmallDataset, inline: PoolFactory, tmp_path: Path, kind: str):
     files, _ = apart.tokenize(inline)
-    stream = next((tmp_path / "exchange").rglob("streams/07.jsonl.tokens"))
+    stream = next((tmp_path / "exchange").rglob(f"streams/07.jsonl.{kind}"))
     data = bytearray(stream.read_bytes())
     data[5] ^= 1
     stream.write_bytes(data)
-    with pytest.raises(DataError, match=r"07.jsonl.tokens is damaged"):
+    with pytest.raises(DataError, match=f"07.jsonl.{kind} is damaged"):
         apart.make_shards(files, inline)
 
 
