@@ -217,6 +217,7 @@ class Trainer:
         self.target = target
         every = self.experiment.execution.checkpoint_every
         save_every = self.experiment.steps(every) if every else None
+        kept = self._kept_before()
         with closing(self.batches.from_step(self.step)) as batches:
             while self.step < target:
                 for hook in self.hooks:
@@ -231,9 +232,16 @@ class Trainer:
                 if self.world.any(self.stop.requested or self.saver.failed):
                     self.saver.wait()  # raises what went wrong in a save
                     return False
-                if save_every and self.step % save_every == 0 and self.step < target:
+                due = save_every and self.step % save_every == 0 or self.step in kept
+                if due and self.step < target:
                     self._save(milestone=None)
         return True
+
+    def _kept_before(self) -> dict[int, str]:
+        """Steps at which a checkpoint is kept for a milestone after it, and that milestone's label."""
+        if not (steps := self.experiment.execution.keep_before_milestone):
+            return {}
+        return {self.experiment.steps(tokens) - steps: label for label, tokens in self.experiment.labelled_milestones()}
 
     def _optimizer_step(self, batch: torch.Tensor, waited: float) -> None:
         """One step on this rank's samples [local_sequences, seq_len + 1], for which it waited some seconds."""
@@ -325,6 +333,7 @@ class Trainer:
             step=self.step,
             tokens=self.tokens,
             milestone=milestone,
+            before_milestone=None if milestone else self._kept_before().get(self.step),
             metrics=metrics or {},
         )
         self.hooks.paused_seconds += time.perf_counter() - began

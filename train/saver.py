@@ -167,6 +167,7 @@ class Saver:
         step: int,
         tokens: int,
         milestone: str | None,
+        before_milestone: str | None,
         metrics: dict[str, float],
     ) -> None:
         """Begin a checkpoint; with `asynchronous` it is complete when `wait` returns, without it when this returns.
@@ -189,7 +190,8 @@ class Saver:
             digest = digest_of_parts(described.weights for described in found)
             write_json(tmp / MODEL_CONFIG, config)
             self.on_written()
-            made = commit(tmp, self.run_fingerprint, step, tokens, milestone, metrics, files, digest)
+            of = self.run_fingerprint, step, tokens, milestone
+            made = commit(tmp, *of, metrics, files, digest, before_milestone)
             seconds = time.perf_counter() - began
             stall = seconds if self._pool is None else staged - began
             self.on_saved(Saved(made, stall, seconds - stall))

@@ -58,6 +58,13 @@ class Checkpoint:
     metrics: dict[str, float] = field(default_factory=dict)
     weights_digest: str | None = None
     """Digest of the weights (`checkpoints.weights_digest`); None where an earlier release wrote the checkpoint."""
+    before_milestone: str | None = None
+    """Label of the milestone that it is kept for, a few steps before (`execution.keep_before_milestone`)."""
+
+    @property
+    def rotates(self) -> bool:
+        """Whether newer ones take its place."""
+        return self.milestone is None and self.before_milestone is None
 
     @property
     def digest(self) -> str:
@@ -90,6 +97,7 @@ def commit(
     metrics: dict[str, float],
     hashed: dict[str, dict[str, Any]],
     weights_digest: str | None = None,
+    before_milestone: str | None = None,
 ) -> Checkpoint:
     """Turn the written folder `tmp` into a checkpoint beside it.
 
@@ -99,7 +107,8 @@ def commit(
     names = sorted(p.relative_to(tmp).as_posix() for p in tmp.rglob("*") if p.is_file())
     files = {name: hashed.get(name) or describe_file(tmp / name) for name in names}
     path = tmp.parent / folder_name(step)
-    checkpoint = Checkpoint(path, run_fingerprint, step, tokens, milestone, files, metrics, weights_digest)
+    of = path, run_fingerprint, step, tokens, milestone
+    checkpoint = Checkpoint(*of, files, metrics, weights_digest, before_milestone)
     _write_info(tmp, checkpoint)
     publish(tmp, path)
     return checkpoint
@@ -122,8 +131,9 @@ def _delete(path: Path) -> None:
 def _write_info(folder: Path, checkpoint: Checkpoint) -> None:
     info = asdict(checkpoint)
     del info["path"]
-    if checkpoint.weights_digest is None:
-        del info["weights_digest"]
+    for name in ("weights_digest", "before_milestone"):
+        if info[name] is None:
+            del info[name]
     write_json(folder / INFO, {**info, "sha256": fingerprint(info)})
 
 
@@ -261,7 +271,7 @@ def put_away_damaged(
 
 
 def rotate(checkpoints: list[Checkpoint], keep: int, in_use: Collection[int] = ()) -> None:
-    """Delete all but the newest `keep` checkpoints that are not milestones; the mark goes first.
+    """Delete all but the newest `keep` checkpoints that rotate; the mark goes first.
 
     Args:
         in_use: steps whose checkpoints stay for now, because they are being copied.
@@ -272,5 +282,5 @@ def rotate(checkpoints: list[Checkpoint], keep: int, in_use: Collection[int] = (
 
 
 def outdated(checkpoints: list[Checkpoint], keep: int) -> list[Checkpoint]:
-    """Those of the checkpoints, by step, that are no milestones, without the newest `keep` of them."""
-    return [c for c in checkpoints if c.milestone is None][:-keep]
+    """Those of the checkpoints, by step, that rotate, without the newest `keep` of them."""
+    return [c for c in checkpoints if c.rotates][:-keep]

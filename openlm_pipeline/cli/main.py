@@ -29,11 +29,13 @@ from openlm_pipeline.cli.items import items
 from openlm_pipeline.cli.launch import launch
 from openlm_pipeline.cli.options import Allow, Overrides, Recipe
 from openlm_pipeline.cli.plan import plan
+from openlm_pipeline.cli.release import release
 from openlm_pipeline.cli.report import baselines, report
 from openlm_pipeline.cli.runs import cost, logs, runs, stop
 from openlm_pipeline.cli.shards import shards_app
 from openlm_pipeline.cli.show import show
 from openlm_pipeline.cli.ui import ui
+from openlm_pipeline.cli.verify import verify
 from openlm_pipeline.errors import ConfigError, OpenLMError, disk_trouble, printable
 from openlm_pipeline.experiments import Experiment, load_experiment
 from openlm_pipeline.result import parse_allow
@@ -55,7 +57,24 @@ _INTERRUPTED, _ENDED = 130, 143
 """Exit codes after SIGINT, which Typer gives, and SIGTERM."""
 _STOPPED = "stopped; what is done stays done, and the same command goes on from there"
 app.add_typer(shards_app, name="shards")
-_COMMANDS = (plan, launch, fork, download, evaluate, report, compare, items, generate, baselines, export, fsck, gc, ui)
+_COMMANDS = (
+    plan,
+    launch,
+    fork,
+    download,
+    evaluate,
+    report,
+    compare,
+    items,
+    generate,
+    baselines,
+    export,
+    release,
+    verify,
+    fsck,
+    gc,
+    ui,
+)
 for command in (*_COMMANDS, runs, show, logs, stop, cost, env):
     app.command()(command)
 

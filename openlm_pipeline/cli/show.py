@@ -99,7 +99,7 @@ def _run(experiment: "Experiment", home: "Home", folder: "RunFolder", price: flo
         scored = scored or bool(score)
         size = format_bytes(sum(f["bytes"] for f in checkpoint.files.values()))
         yield checkpoint.milestone, f"step {checkpoint.step:,}, {size}, {score or 'not scored'}"
-    if rotating := [c for c in saved if not c.milestone]:
+    if rotating := [c for c in saved if c.rotates]:
         size = format_bytes(sum(f["bytes"] for c in rotating for f in c.files.values()))
         yield "rotating", f"{len(rotating)} checkpoints, {size}, the last at step {rotating[-1].step:,}"
     yield "cost", _cost(time.facts(), price)

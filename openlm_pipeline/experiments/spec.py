@@ -278,6 +278,9 @@ class Execution(Strict):
     """Tokens between rotating checkpoints; by default only milestones are saved."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Rotating checkpoints kept; milestones are always kept."""
+    keep_before_milestone: int = Field(default=0, ge=0)
+    """Steps before each milestone at which a checkpoint is made and kept, so that `openlm verify --replay` can train
+    the steps between again; 0 keeps none."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """`full`: keep each block's input only; `selective`: keep matrix products and attention, make the rest again."""
     compile: bool = False

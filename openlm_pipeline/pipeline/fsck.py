@@ -138,7 +138,12 @@ def _runs(home: Home, quick: bool) -> Found:
             continue
         yield own, None
         metrics = run.last_records if quick else run.read_metrics
-        for path, read in ((run.metrics_file, metrics), (run.ledger_file, run.read_ledger)):
+        records = (
+            (run.metrics_file, metrics),
+            (run.ledger_file, run.read_ledger),
+            (run.environments_file, run.environments),
+        )
+        for path, read in records:
             wrong = _refused(read)
             harms = "the report and the run's figures leave out what is lost; weights and scores are as they were"
             yield path, wrong and Damage(path, wrong, harms, "bring it back from a copy", False)

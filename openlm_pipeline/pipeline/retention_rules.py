@@ -190,7 +190,7 @@ class Scan:
     def _run(self, folder: Path) -> None:
         checkpoints = _checkpoints(folder)
         milestones = [c for c in checkpoints if c.milestone]
-        rotating = [c for c in checkpoints if not c.milestone]
+        rotating = [c for c in checkpoints if c.rotates]
         lock = folder.parent / f".{folder.name}"
         if base := _base(folder):
             lock = None

@@ -1,5 +1,6 @@
 """The software and the machine that a command runs on: what a bug report needs. Nothing that is told is imported."""
 
+import hashlib
 import os
 import platform
 import re
@@ -7,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, distributions, requires, version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from openlm_pipeline.storage.home import Home
 from openlm_pipeline.strict import SECRET_NAME
 from openlm_pipeline.units import format_bytes
 
+_MOST_DIFF = 1 << 20
+"""Characters of what differs from a commit; of more only the hash is kept."""
+
 
 def code_version() -> str:
     """The version, in a checkout with its commit: `0.1.0 (df959f5a1b2c)`, with `-dirty` where files differ from it."""
@@ -28,6 +32,23 @@ def code_version() -> str:
     place = ("git", "-C", str(programs_folder()))
     commit = _output(*place, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
     return f"{__version__} ({commit})" if commit else __version__
+
+
+def software() -> dict[str, Any]:
+    """What a process runs on: Python, platform, packages and, in a checkout, the commit and what differs from it."""
+    commit, changed = "", ""
+    if (programs_folder() / ".git").exists():
+        place = ("git", "-C", str(programs_folder()))
+        commit, changed = _output(*place, "rev-parse", "HEAD"), _output(*place, "diff", "HEAD")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": dict(sorted((d.name, d.version) for d in distributions() if d.name)),
+        "code": code_version(),
+        "commit": commit or None,
+        "diff_sha256": hashlib.sha256(changed.encode()).hexdigest() if changed else None,
+        "diff": changed if 0 < len(changed) <= _MOST_DIFF else None,
+    }
 
 
 def _output(*command: str) -> str:

@@ -72,6 +72,35 @@ class RunFolder:
         return self.path / "ledger.jsonl"
 
     @property
+    def environments_file(self) -> Path:
+        return self.path / "environments.jsonl"
+
+    def add_environment(self, environment: dict[str, Any]) -> str:
+        """Note what a process trains with, unless it is there; the digest by which the ledger names it."""
+        digest = fingerprint(environment)
+        if digest not in (found := self.environments()):
+            lines = [orjson.dumps({"sha256": of, **each}) for of, each in (found | {digest: environment}).items()]
+            write_text(self.environments_file, "".join(f"{line.decode()}\n" for line in lines))
+        return digest
+
+    def environments(self) -> dict[str, dict[str, Any]]:
+        """What processes of the run trained with, by digest.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        if self.environments_file.exists():
+            for line in self.environments_file.read_bytes().splitlines():
+                record = _parsed(line)
+                digest = record.pop("sha256", None) if isinstance(record, dict) else None
+                if digest is None or fingerprint(record) != digest:
+                    what = f"{self.environments_file} is damaged: {line[:40]!r}... is not a line as written"
+                    raise DataError(f"{what}. Bring it back from a copy, or delete this line")
+                found[digest] = record
+        return found
+
+    @property
     def stop_file(self) -> Path:
         """There once somebody asked the trainer to stop, until it is submitted again."""
         return self.path / "launch" / "stop"

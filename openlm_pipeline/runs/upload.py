@@ -40,6 +40,7 @@ _RECORDS = (
     "ledger.jsonl",  # each says how long the next one is at least, so it is read before
     "metrics.jsonl",
     "attention.json",
+    "environments.jsonl",
     "wandb_id.txt",
 )
 

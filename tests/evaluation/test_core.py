@@ -13,7 +13,9 @@ from openlm_pipeline.evaluation.scorecard import Provenance, make_scorecard
 from openlm_pipeline.evaluation.scores import Measured, TaskScore, score_average
 from openlm_pipeline.evaluation.suite import Suite, load_suite
 from openlm_pipeline.evaluation.suite_files import suite_path
+from openlm_pipeline.lineage.verify_release import recomputed
 from openlm_pipeline.models.transformer import Transformer
+from openlm_pipeline.pipeline.release import about_averages
 from openlm_pipeline.storage.home import Home
 
 import numpy as np  # isort: skip
@@ -122,3 +124,15 @@ def test_fewer_than_all_tasks_are_no_core(core_files: list[dict], home: Home):
     named = Provenance(run="r", checkpoint_digest="x", tokenizer="t")
     card = make_scorecard(SCHEMA.empty_table(), None, suite=suite, provenance=named, task_files={})
     assert card.average is None and "coqa/0-shot" in card.headline.missing
+
+
+def test_a_release_recomputes_each_number_from_the_items(core_files: list[dict], scored, model: Transformer):
+    """With categories, generation, and centred and weighted averages; one item judged otherwise is found."""
+    card, result = scored(core(), model, 128)
+    rows, dumped = json.loads(json.dumps(result.items.to_pylist())), card.model_dump(mode="json")
+    averages = about_averages(core(), card)
+    numbers, wrong = recomputed(dumped, rows, averages)
+    assert (numbers, wrong) == (2 * len(card.tasks) + len(card.averages), [])
+    row = next(row for row in rows if row["task"] == "jeopardy")
+    row["correct"] = not row["correct"]
+    assert recomputed(dumped, rows, averages)[1][0].startswith("jeopardy/")

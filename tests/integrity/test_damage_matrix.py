@@ -171,6 +171,7 @@ ROWS: dict[str, tuple[Stage, ...]] = {
     "runs/*/*/experiment.yaml": (resume, evaluate_path, export, generate),
     "runs/*/*/metrics.jsonl": (resume, report, look),
     "runs/*/*/ledger.jsonl": (report, look),
+    "runs/*/*/environments.jsonl": (resume,),
     "runs/*/*/outcome.json": (resume, look),
     "scorecards/*/*/*/items.parquet": (rescore, report),
     "scorecards/*/*/*/scorecard.json": (rescore, report),

@@ -5,12 +5,12 @@ import platform
 import socket
 import time
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 
-from openlm_pipeline.runs.environment import code_version
+from openlm_pipeline.runs.environment import code_version, software
 from train.hooks import HOOKS, Hook
 
 if TYPE_CHECKING:
@@ -39,7 +39,16 @@ class Ledger(Hook):
             "job": os.environ.get("SLURM_JOB_ID"),
             "process": [socket.gethostname(), os.getpid(), created],
         }
-        world.from_rank0(lambda: trainer.run.append_ledger("start", **what))
+        world.from_rank0(lambda: self._begin(what))
+
+    def _begin(self, what: dict[str, Any]) -> None:
+        backends = {
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        }
+        made_with = self.trainer.run.add_environment({**software(), **backends})
+        self.trainer.run.append_ledger("start", **what, environment=made_with)
 
     def at_resume(self) -> None:
         if self._open:

@@ -1,0 +1,1 @@
+"""Where a number came from: releases that prove it."""
