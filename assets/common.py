@@ -221,6 +221,8 @@ def made_from(experiment: Experiment, label: str) -> dict[str, Any]:
     ]
     facts = {"data": dg.MetadataValue.md("\n\n".join(data)), **ledger.trained_on(folder, label)}
     facts |= {"parameters": count_parameters(experiment.model_config_resolved())}
+    run = f"{experiment.name}/{experiment.version}"
+    facts |= {"trace": dg.MetadataValue.md(f"`openlm trace {run}@{label}`, `openlm trace {run} --spike`")}
     return {**run_links(experiment), **shown(facts)}
 
 

@@ -46,7 +46,7 @@ def examples() -> list[str]:
 
 
 RUN = ("plan", "runs", "show", "logs", "stop", "cost", "env", "report", "items", "compare", "gc", "baselines")
-RUN = (*RUN, "shards", "export", "generate", "fork", "release", "verify")
+RUN = (*RUN, "shards", "export", "generate", "fork", "release", "trace", "verify")
 """Commands whose examples end at once where nothing was made yet; the others' are parsed."""
 ANSWERS = (0, 3)
 """Exit codes of a command that did it, or named the input that is missing."""
@@ -83,11 +83,8 @@ def test_openlm_commands_work_or_name_the_missing_input(line, tmp_path, monkeypa
     arguments = shlex.split(line)[1:]
     monkeypatch.chdir(ROOT)
     result = openlm(*arguments, variables={**variables(tmp_path), "COLUMNS": "200"})
-    missing = (
-        "pretrain_",
-        "/data/",
-        *(["demo"] if arguments[0] in ("show", "cost", "generate", "release") else []),
-    )
+    of_runs = ("show", "cost", "generate", "release", "trace", "verify")
+    missing = ("pretrain_", "/data/", *(["demo"] if arguments[0] in of_runs else []))
     needs_input = any(a.startswith(missing) for a in arguments) and "--dry-run" not in arguments
     assert result.returncode == (3 if needs_input else 0), result.stderr + result.stdout
     if needs_input:

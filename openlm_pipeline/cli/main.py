@@ -34,6 +34,7 @@ from openlm_pipeline.cli.report import baselines, report
 from openlm_pipeline.cli.runs import cost, logs, runs, stop
 from openlm_pipeline.cli.shards import shards_app
 from openlm_pipeline.cli.show import show
+from openlm_pipeline.cli.trace import trace
 from openlm_pipeline.cli.ui import ui
 from openlm_pipeline.cli.verify import verify
 from openlm_pipeline.errors import ConfigError, OpenLMError, disk_trouble, printable
@@ -57,25 +58,8 @@ _INTERRUPTED, _ENDED = 130, 143
 """Exit codes after SIGINT, which Typer gives, and SIGTERM."""
 _STOPPED = "stopped; what is done stays done, and the same command goes on from there"
 app.add_typer(shards_app, name="shards")
-_COMMANDS = (
-    plan,
-    launch,
-    fork,
-    download,
-    evaluate,
-    report,
-    compare,
-    items,
-    generate,
-    baselines,
-    export,
-    release,
-    verify,
-    fsck,
-    gc,
-    ui,
-)
-for command in (*_COMMANDS, runs, show, logs, stop, cost, env):
+_STAGES = (plan, launch, fork, download, evaluate, report, compare, items, generate, baselines, export, release)
+for command in (*_STAGES, verify, trace, fsck, gc, ui, runs, show, logs, stop, cost, env):
     app.command()(command)
 
 

@@ -1,1 +1,1 @@
-"""Where a number came from: releases that prove it."""
+"""Where things came from and what became of them: between raw records, samples, steps, checkpoints and scores."""

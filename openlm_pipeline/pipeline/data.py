@@ -17,7 +17,7 @@ from openlm_pipeline.pools import PoolFactory
 from openlm_pipeline.result import Say, StageResult
 from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.extended import ExtendedDataset
-from openlm_pipeline.shards.opening import Opened, open_dataset, open_extended, published_url
+from openlm_pipeline.shards.opening import Opened, bring_and_open, open_dataset, open_extended, published_url
 from openlm_pipeline.shards.publish import publish
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.tokenization.documents import FileTokens, files_to_add, results
@@ -172,7 +172,4 @@ def dataset_versions(experiment: Experiment, home: Home) -> dict[str, str]:
     Raises:
         MissingInputError: a dataset is not there.
     """
-    for dataset in experiment.training_datasets():
-        if not dataset.source.shards and not published_url(dataset):
-            home.pull(home.shards(dataset.name, dataset.version))
-    return {d.name: open_dataset(d, home).version for d in experiment.training_datasets()}
+    return {d.name: bring_and_open(d, home).version for d in experiment.training_datasets()}

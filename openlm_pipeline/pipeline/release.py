@@ -293,7 +293,9 @@ def examine(
         MissingInputError: there is no release in the folder.
     """
     if not (folder / MANIFEST).exists():
-        raise MissingInputError(f"{folder.absolute()} is no release: it has no {MANIFEST}")
+        raise MissingInputError(
+            f"{folder.absolute()} is no release: it has no {MANIFEST}; the tokens of a run are counted with --tokens"
+        )
     yield from links(folder)
     checks = {"verify.py": _same_program, "scorecard, made again": _same_card, "recipe -> run": _recipe}
     asked = {name: partial(check, folder) for name, check in checks.items()}

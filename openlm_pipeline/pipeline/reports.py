@@ -43,6 +43,11 @@ if TYPE_CHECKING:
     from openlm_pipeline.evaluation.scorecard import Scorecard
     from openlm_pipeline.reports import Table
 
+_WORST_STEPS, _WORST_SAMPLES, _WORST_DOCUMENTS = 3, 64, 8
+"""Of each kind; of their samples those whose documents are looked up, which takes seconds in all; of these named."""
+_OUTSTANDING = 10
+"""Median deviations above the records before: of ten thousand records of normal noise one is so far."""
+
 
 @dataclass(frozen=True)
 class _Cards:
@@ -213,6 +218,7 @@ def make_report(experiment: Experiment, home: Home, report: Say) -> StageResult:
             without=found.without,
             seeds=of_other_seeds(home, run, found.milestones),
             items=items,
+            worst_steps=_worst_steps(run, home),
             ahead=[f"Before the next milestone: {need.line()}" for need in needs if need.level != "ok"],
         )
     page = paths["report.html"]
@@ -225,6 +231,20 @@ def make_report(experiment: Experiment, home: Home, report: Say) -> StageResult:
         "baselines": len(found.baselines),
     }
     return StageResult(page, sha256_file(paths["table.csv"]), False, facts)
+
+
+def _worst_steps(run: RunFolder, home: Home) -> list[tuple[str, str]]:
+    """What stood out in training, with the documents of those steps; why nobody can say which, where that is so."""
+    from openlm_pipeline.lineage.run_order import RunOrder
+    from openlm_pipeline.lineage.spikes import spikes
+    from openlm_pipeline.lineage.trace import Trace
+
+    try:
+        found = spikes(Trace(RunOrder(run, home)), _WORST_STEPS, _WORST_SAMPLES)
+    except OpenLMError as e:
+        return [("Which documents were read then can't be told", str(e))]
+    worst = [spike for spike in found if spike.spreads is None or spike.spreads >= _OUTSTANDING]
+    return [(spike.title, spike.sentence(_WORST_DOCUMENTS)) for spike in worst]
 
 
 def _scored(experiment: Experiment, home: Home) -> _Cards:

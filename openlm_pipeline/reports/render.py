@@ -55,6 +55,7 @@ def write_report(
     seeds: Mapping[str, Sequence[float]] = {},
     items: Sequence[ItemsOfTask] = (),
     ahead: Sequence[str] = (),
+    worst_steps: Sequence[tuple[str, str]] = (),
 ) -> dict[str, Path]:
     """Write `report.md`, `report.html`, `table.csv` and `table.parquet` into `out_dir`; return them by those names.
 
@@ -69,6 +70,7 @@ def write_report(
         seeds: milestone -> headline of this run and of those that differ from it in their seed alone.
         items: what `items.html` shows, which there is only with some.
         ahead: what stands in the way of the milestones that are still to be trained.
+        worst_steps: what stood out in training, and the documents that were read then.
 
     Raises:
         DataError: the scorecards are of another run or cannot be compared with each other.
@@ -98,6 +100,7 @@ def write_report(
         "sources": sources(table),
         "checkpoints": checkpoints(table, cards),
         "files": task_files(cards),
+        "worst_steps": worst_steps,
     }
     charts = [
         ("Accuracy by task", task_charts(table)),
@@ -181,6 +184,7 @@ def _markdown(
     sources: Facts,
     checkpoints: list[tuple[str, str, str]],
     files: Facts,
+    worst_steps: Sequence[tuple[str, str]],
 ) -> str:
     parts = [f"# {experiment.name} {escape_markdown(experiment.version)}"]
     if experiment.description:
@@ -195,6 +199,8 @@ def _markdown(
     if problems:
         parts.append("\n".join(f"- {escape_markdown(problem)}" for problem in problems))
     parts.append(f"<details>\n<summary>How to read the table</summary>\n\n{_facts(notes)}\n\n</details>")
+    if worst_steps:
+        parts += ["## Data of the worst steps", _facts(worst_steps)]
     parts += ["## How it was made", _facts(made_from), "## Provenance", _facts(facts)]
     if checkpoints:
         rows = [f"- {escape_markdown(name)} ({escape_markdown(at)}): `{digest}`" for name, at, digest in checkpoints]
@@ -207,5 +213,5 @@ def _markdown(
     return "\n\n".join(parts) + "\n"
 
 
-def _facts(facts: Facts) -> str:
+def _facts(facts: Sequence[tuple[str, str]]) -> str:
     return "\n".join(f"- {escape_markdown(name)}: {escape_markdown(value)}" for name, value in facts)

@@ -49,6 +49,7 @@ WANDB_URL = "wandb_url.txt"
 _CRC, _CRC_LENGTH = b', "crc32": "', 10
 """What begins the end of each line of metrics and ledger, and the length of the rest: the line's sum, `"` and `}`."""
 _LEDGER_BYTES = "ledger_bytes"
+_SKIPPED = b'"skipped":'
 _MOST_RECORDS = 10_000
 """Twice as many losses of a kind are in memory at the most, 2.7 kB each."""
 
@@ -320,13 +321,19 @@ class RunFolder:
         if ledger := self.read_ledger():
             _check_size(self.metrics_file, ledger[-1]["metrics_bytes"], self.ledger_file.name)
 
-    def _sound(self, path: Path, lines: Iterable[bytes], place: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Records, each with the bytes before its line, of a file whose writer may have been killed inside a line.
+    def _sound(
+        self, path: Path, lines: Iterable[bytes], place: int = 0, holding: bytes = b""
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Records, each with the bytes before its line, of a file whose writer may have been killed inside a line; of
+        lines that hold some bytes alone.
 
         Raises:
             DataError: a whole line is not what this run wrote; those of earlier releases have no sums.
         """
         for line in lines:
+            if holding not in line:
+                place += len(line)
+                continue
             text, found, crc = line.rstrip().rpartition(_CRC)
             if has_sum := bool(found) and len(crc) == _CRC_LENGTH:
                 text += b"}"
@@ -356,8 +363,11 @@ class RunFolder:
             losses.add(record)
         return losses.records()
 
-    def records(self, place: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+    def records(self, place: int = 0, holding: bytes = b"") -> Iterator[tuple[int, dict[str, Any]]]:
         """What `metrics.jsonl` has from the byte `place` on, one at a time, each with the byte where its line begins.
+
+        Args:
+            holding: of lines with these bytes alone, which is twenty times as fast where few have them.
 
         Raises:
             DataError: it is damaged, or shorter than the ledger says.
@@ -366,7 +376,7 @@ class RunFolder:
         if self.metrics_file.exists():
             with self.metrics_file.open("rb") as f:
                 f.seek(place)
-                yield from self._sound(self.metrics_file, f, place)
+                yield from self._sound(self.metrics_file, f, place, holding)
 
     def metrics_bytes(self) -> tuple[int, int]:
         """Of `metrics.jsonl`: up to the end of its last whole line, as a trainer may be at the next, and in all."""
@@ -378,7 +388,7 @@ class RunFolder:
 
     def skipped_steps(self) -> list[dict[str, Any]]:
         """A record of each time that a step was left out, in the order written."""
-        return [r for _, r in self.records() if "skipped" in r]
+        return [r for _, r in self.records(holding=_SKIPPED) if "skipped" in r]
 
     def write_outcome(
         self, status: Literal["completed", "preempted", "failed"], step: int, tokens: int, **why: str

@@ -53,6 +53,24 @@ def open_dataset(dataset: Dataset, home: Home, *, whole: bool = False) -> Opened
     return opened
 
 
+def bring_and_open(dataset: Dataset, home: Home) -> Opened:
+    """As `open_dataset`, where a home at a URL has the shards alone."""
+    if not dataset.source.shards and not published_url(dataset):
+        home.pull(home.shards(dataset.name, dataset.version))
+    return open_dataset(dataset, home)
+
+
+def segments_of(opened: Opened) -> list[tuple[ShardedDataset, int]]:
+    """The datasets of shards that an opened one is made of, with the number of the first sample of each in it; none of
+    synthetic samples."""
+    whole = opened.whole if isinstance(opened, FirstSamples) else opened
+    found, first = [], 0
+    for segment in [] if isinstance(whole, SyntheticDataset) else whole.segments:
+        found.append((segment, first))
+        first += len(segment)
+    return [(segment, first) for segment, first in found if first < len(opened)]
+
+
 def open_extended(dataset: Dataset, home: Home) -> ShardedDataset | ExtendedDataset | None:
     """What a dataset extends, finished; None where it extends nothing.
 

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from openlm_pipeline.errors import DataError, MissingInputError
 from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.manifest import check_hash
+from openlm_pipeline.storage.remote import download, join
 
 COLUMNS = {
     "sample": "Number of the sample in the dataset.",
@@ -100,6 +101,17 @@ def read_spans(dataset: ShardedDataset, k: int, sample: int | None = None) -> Sp
         gapless = gapless and spans.begin[0] == 0 and spans.end == entry.num_sequences * width - padding
     if not gapless or not same[continued].all():
         raise DataError(f"{path} is damaged, or of another shard: it does not cover the tokens of {entry.shard}.tar")
+    return spans
+
+
+def spans_of(dataset: ShardedDataset, k: int, sample: int | None = None) -> Spans:
+    """As `read_spans`; a provenance that is in the dataset's store alone is fetched for it, and not kept."""
+    path = provenance_path(dataset, k)
+    if path.exists() or dataset.remote is None:
+        return read_spans(dataset, k, sample)
+    download(join(dataset.remote, path.name), path)
+    spans = read_spans(dataset, k, sample)
+    path.unlink()  # as it was: a folder has the provenance of all its shards or of none
     return spans
 
 

@@ -12,13 +12,13 @@ import numpy as np
 
 from openlm_pipeline.corpus.discovery import RawFile
 from openlm_pipeline.corpus.maps import Drop, load_map
-from openlm_pipeline.corpus.reader import records_of
+from openlm_pipeline.corpus.reader import Record, records_of
 from openlm_pipeline.errors import IdentityError, MissingInputError
 from openlm_pipeline.experiments import DocumentMap
 from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.inspect import tokenizer_of
-from openlm_pipeline.shards.provenance import Spans, provenance_path, read_spans, shard_tokens
-from openlm_pipeline.storage.remote import download, join, sha256_url
+from openlm_pipeline.shards.provenance import Spans, shard_tokens, spans_of
+from openlm_pipeline.storage.remote import sha256_url
 from openlm_pipeline.tokenizers.engine import load_reference
 
 _SHARDS, _FILES = 8, 3  # at most: a raw file is read from its start to reach a record
@@ -34,6 +34,75 @@ class RoundTrip:
     """Have the ids of the raw text, but the tokenizer does not decode them to it: it normalises Unicode, say."""
     damaged: tuple[str, ...]
     """A line for each document whose ids are not those of its raw text."""
+
+
+class RawRecords:
+    """Raw records of a dataset, read again and tokenized as they were."""
+
+    def __init__(
+        self,
+        dataset: ShardedDataset,
+        raw_files: Sequence[RawFile],
+        text_key: str,
+        *,
+        map: DocumentMap | None = None,
+        offsets: Callable[[str, Collection[int]], dict[int, int | None]] = lambda _, records: dict.fromkeys(records),
+    ) -> None:
+        """
+        Args:
+            raw_files: those that the dataset was made from.
+            map: of the source.
+            offsets: where in a raw file, by its name, records begin, as far as that is known.
+
+        Raises:
+            MissingInputError: the tokenizer is not there.
+        """
+        self.dataset, self.map, self._text_key, self._offsets = dataset, map, text_key, offsets
+        as_text = any(identity.get("special_tokens") == "text" for identity in dataset.info["inputs"].values())
+        self.tokenizer = load_reference(tokenizer_of(dataset.folder), special_as_text=as_text)
+        self._change = load_map(map) if map else None
+        self._by_name = {raw.name: raw for raw in raw_files}
+        self.begin = [dataset.info["bos_id"]] if "bos_id" in dataset.info else []
+
+    def read(self, name: str, records: Collection[int]) -> dict[int, tuple[str, list[int]] | str]:
+        """Record -> its text and ids, with the end-of-text; or what is wrong with it.
+
+        Raises:
+            MissingInputError: the raw file is not there.
+            DataError: it can't be read.
+        """
+        if name not in self._by_name:
+            raise MissingInputError(
+                f"{self.dataset.folder} was made from a raw file {name}, which is not there any more"
+            )
+        raw, fields = self._by_name[name], self.map.fields if self.map else ()
+        places = dict.fromkeys(records) | self._offsets(name, records)
+        found = records_of(raw.url, places, text_key=self._text_key, format=raw.format, fields=fields)
+        return {record: self._made_of(name, record, found.get(record)) for record in records}
+
+    def _made_of(self, name: str, number: int, record: Record | None) -> tuple[str, list[int]] | str:
+        if record is None:
+            return f"record {number} of {name} is not in the raw file"
+        text = record.text
+        if self._change and isinstance(text := self._change(text, record.fields), Drop):
+            return f"record {number} of {name} is one that {self.map.function} drops: {text.reason}"
+        own = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return text, [*self.begin, *own, self.dataset.info["eot_id"]]
+
+    def is_another(self, name: str) -> bool:
+        """Whether a raw file is no longer the one that the dataset was made from."""
+        return sha256_url(self._by_name[name].url) != self.dataset.info["inputs"][name]["raw_sha256"]
+
+    def url(self, name: str) -> str:
+        return self._by_name[name].url
+
+
+def first_difference(name: str, record: int, ids: Sequence[int], expected: Sequence[int], start: int = 0) -> str | None:
+    """Where tokens of a document, from its token `start` on, differ from those expected; None where they don't."""
+    if list(ids) == list(expected):
+        return None
+    same = next((i for i, (a, b) in enumerate(zip(ids, expected)) if a != b), min(len(ids), len(expected)))
+    return f"record {record} of {name} differs in the shards from its raw text, from token {start + same} on"
 
 
 def round_trip(
@@ -59,38 +128,25 @@ def round_trip(
         IdentityError: a raw file is no longer the one that the dataset was made from.
         DataError: a shard, its provenance or a raw file is damaged.
     """
-    as_text = any(identity.get("special_tokens") == "text" for identity in dataset.info["inputs"].values())
-    tokenizer = load_reference(tokenizer_of(dataset.folder), special_as_text=as_text)
-    change = load_map(map) if map else None
-    by_name = {raw.name: raw for raw in raw_files}
-    begin = [dataset.info["bos_id"]] if "bos_id" in dataset.info else []
+    raw = RawRecords(dataset, raw_files, text_key, map=map, offsets=offsets)
+    begins = len(raw.begin)
     exact, lossy, damaged = 0, 0, []
     for name, drawn in _draw(dataset, documents, np.random.default_rng(seed)).items():
-        if name not in by_name:
-            raise MissingInputError(f"{dataset.folder} was made from a raw file {name}, which is not there any more")
-        raw, wrong = by_name[name], []
-        records = offsets(name, {record for record, _ in drawn})
-        fields = map.fields if map else ()
-        found = records_of(raw.url, records, text_key=text_key, format=raw.format, fields=fields)
+        wrong, found = [], raw.read(name, {record for record, _ in drawn})
         for record, ids in drawn:
-            if record not in found:
-                wrong.append(f"record {record} of {name} is not in the raw file")
+            if isinstance(made := found[record], str):
+                wrong.append(made)
                 continue
-            text = found[record].text
-            if change and isinstance(text := change(text, found[record].fields), Drop):
-                wrong.append(f"record {record} of {name} is one that {map.function} drops: {text.reason}")
-                continue
-            own = tokenizer.encode(text, add_special_tokens=False).ids
-            if ids != (expected := [*begin, *own, dataset.info["eot_id"]]):
-                same = next((i for i, (a, b) in enumerate(zip(ids, expected)) if a != b), min(len(ids), len(expected)))
-                wrong.append(f"record {record} of {name} differs in the shards from its raw text, from token {same} on")
-            elif tokenizer.decode(own, skip_special_tokens=False) == text:
+            text, expected = made
+            if differs := first_difference(name, record, ids, expected):
+                wrong.append(differs)
+            elif raw.tokenizer.decode(ids[begins:-1], skip_special_tokens=False) == text:
                 exact += 1
             else:
                 lossy += 1
-        if wrong and sha256_url(raw.url) != dataset.info["inputs"][name]["raw_sha256"]:
+        if wrong and raw.is_another(name):
             raise IdentityError(
-                f"raw file {raw.url} is not the one that {dataset.folder} was made from; tokenize again"
+                f"raw file {raw.url(name)} is not the one that {dataset.folder} was made from; tokenize again"
             )
         damaged += wrong
     return RoundTrip(exact, lossy, tuple(damaged))
@@ -101,7 +157,7 @@ def _draw(dataset: ShardedDataset, count: int, rng: np.random.Generator) -> dict
     drawn: dict[str, list[tuple[int, list[int]]]] = defaultdict(list)
     shards = rng.permutation(len(dataset.entries))[:_SHARDS].tolist()
     for place, k in enumerate(shards):
-        spans = _spans(dataset, k)
+        spans = spans_of(dataset, k)
         missing = count - sum(map(len, drawn.values()))
         wanted = -(-missing // (len(shards) - place))
         for head in rng.permutation(spans.heads).tolist():
@@ -110,16 +166,6 @@ def _draw(dataset: ShardedDataset, count: int, rng: np.random.Generator) -> dict
                 drawn[file].append((record, ids))
                 wanted -= 1
     return drawn
-
-
-def _spans(dataset: ShardedDataset, k: int) -> Spans:
-    path = provenance_path(dataset, k)
-    if path.exists() or dataset.remote is None:
-        return read_spans(dataset, k)
-    download(join(dataset.remote, path.name), path)
-    spans = read_spans(dataset, k)
-    path.unlink()  # as it was: a folder has the provenance of all its shards or of none
-    return spans
 
 
 def _document(dataset: ShardedDataset, k: int, spans: Spans, head: int) -> list[int]:
@@ -133,6 +179,6 @@ def _document(dataset: ShardedDataset, k: int, spans: Spans, head: int) -> list[
         if k + 1 == len(dataset.entries):
             return [] if dataset.info["totals"]["tail_tokens"] else ids
         begin, k = 0, k + 1
-        spans = _spans(dataset, k)
+        spans = spans_of(dataset, k)
         later = spans.heads
     return ids + shard_tokens(dataset, k)[begin : int(spans.begin[later[0]])].tolist()

@@ -34,23 +34,48 @@ def bytes_of_ids(spec: TokenizerSpec, folder: Path, sha256: str | None) -> np.nd
         raise MissingInputError(f"there is no tokenizer.json in {folder}; `openlm tokenize` fetches it")
     if sha256 and sha256_file(path) != sha256:
         raise DataError(f"{path} is not the tokenizer that the samples were made with")
+    sizes = np.array([len(text) for text in texts_of_ids(path)], np.int32)
+    sizes[[i for i, token in load_any(path).get_added_tokens_decoder().items() if token.special]] = 0
+    return sizes
+
+
+def texts_of_ids(path: Path) -> list[bytes]:
+    """What each id, up to the largest, adds to the UTF-8 bytes of a text; a special token its own name.
+
+    Args:
+        path: a `tokenizer.json`.
+
+    Raises:
+        DataError: it is of a kind whose tokens don't tell their bytes.
+    """
     config = orjson.loads(path.read_bytes())
     decoders = set(_types(config.get("decoder")))
     if not decoders & {"ByteLevel", "Metaspace", "ByteFallback"}:
         raise DataError(f"{path} is neither a byte-level tokenizer nor one of SentencePiece's")
-    added = {token["id"]: token for token in config.get("added_tokens", ())}
+    added = {token["id"] for token in config.get("added_tokens", ())}
     vocabulary = load_any(path).get_vocab(with_added_tokens=True)
-    sizes = np.zeros(max(vocabulary.values()) + 1, np.int32)
+    texts = [b""] * (max(vocabulary.values()) + 1)
     for token, i in vocabulary.items():
         if i in added:
-            sizes[i] = 0 if added[i]["special"] else len(token.encode())
+            texts[i] = token.encode()
         elif "ByteLevel" in decoders:
-            sizes[i] = len(token)  # each character stands for a byte
+            texts[i] = b"".join(_BYTE_OF.get(c) or c.encode() for c in token)
         elif len(token) == 6 and token.startswith("<0x"):
-            sizes[i] = 1
+            texts[i] = bytes.fromhex(token[3:5])
         else:
-            sizes[i] = len(token.replace(_SPACE, " ").encode())
-    return sizes
+            texts[i] = token.replace(_SPACE, " ").encode()
+    return texts
+
+
+def _bytes_of_characters() -> dict[str, bytes]:
+    """The byte that each character of a byte-level token stands for: printable ones for themselves, the others in their
+    order for the characters from 256 on. Source: `bytes_to_unicode` of GPT-2's encoder."""
+    themselves = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in themselves]
+    return {chr(b): bytes([b]) for b in themselves} | {chr(256 + n): bytes([b]) for n, b in enumerate(others)}
+
+
+_BYTE_OF = _bytes_of_characters()
 
 
 def _types(decoder: dict[str, Any] | None) -> Iterator[str]:

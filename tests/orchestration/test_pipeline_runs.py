@@ -98,8 +98,10 @@ def test_what_people_ask_first_comes_first_and_tables_last(finished):
     assert checkpoint[:3] == ["loss", "loss_curve", "tokens"] and checkpoint[-1] == "records"
     assert scorecard[:3] == ["score", "change", "average"] and scorecard[-1] == "wrong_items"
     for names in (checkpoint, scorecard):
-        asked = [name for name in names if name in ("tokens", "run_folder", "data", "machine", "parameters", "path")]
-        assert asked == ["tokens", "run_folder", "data", "machine", "parameters", "path"]
+        asked = [
+            name for name in names if name in ("tokens", "run_folder", "data", "machine", "parameters", "trace", "path")
+        ]
+        assert asked == ["tokens", "run_folder", "data", "machine", "parameters", "trace", "path"]
     assert report[0] == "averages" and report[-1] == "report"
 
 
