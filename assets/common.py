@@ -12,6 +12,7 @@ import dagster as dg
 from pydantic import PrivateAttr
 
 from openlm_pipeline.errors import ConfigError, OpenLMError, disk_trouble
+from openlm_pipeline.evaluation.suite import Suite
 from openlm_pipeline.experiments import Dataset, Experiment
 from openlm_pipeline.fingerprint import Tree, fingerprint, short
 from openlm_pipeline.pools import DaskSettings
@@ -120,6 +121,14 @@ def scorecard_key(run: str, label: str) -> dg.AssetKey:
 
 def baseline_key(name: str) -> dg.AssetKey:
     return dg.AssetKey(["scorecard", "baseline", name])
+
+
+def task_files_key(suite: Suite) -> dg.AssetKey:
+    return dg.AssetKey(["task_files", suite.name])
+
+
+def contamination_key(dataset: Dataset, suite: Suite) -> dg.AssetKey:
+    return dg.AssetKey(["contamination", dataset.name, suite.name])
 
 
 def scores_group(run: str) -> str:

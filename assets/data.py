@@ -31,8 +31,9 @@ from assets.common import (
     user_errors,
 )
 from openlm_pipeline.corpus.discovery import discover
+from openlm_pipeline.corpus.excluded import read_excluded
 from openlm_pipeline.corpus.maps import largest_first, map_identity
-from openlm_pipeline.errors import ConfigError, DataError
+from openlm_pipeline.errors import ConfigError, DataError, OpenLMError
 from openlm_pipeline.experiments import Dataset, Experiment
 from openlm_pipeline.fingerprint import settings_tree
 from openlm_pipeline.pipeline import data as data_stages
@@ -118,13 +119,21 @@ def tokenizer_asset(experiment: Experiment) -> dg.AssetsDefinition:
 
 
 def _map_version(dataset: Dataset) -> dict[str, str]:
-    """What the code of the source's map is by now; where it can't be looked at, the stage says why when it runs."""
-    if dataset.source.map is None:
-        return {}
-    try:
-        return map_identity(dataset.source.map)
-    except ConfigError:
-        return {"map_sha256": "not there"}
+    """What the code of the source's map, and its list of records to leave out, are by now; where they can't be looked
+    at, the stage says why when it runs."""
+    found: dict[str, str] = {}
+    if dataset.source.map is not None:
+        try:
+            found |= map_identity(dataset.source.map)
+        except ConfigError:
+            found["map_sha256"] = "not there"
+    if dataset.source.exclude is not None:
+        try:
+            place = data_stages.located(dataset, Home.from_env()).source.exclude
+            found["exclude_sha256"] = read_excluded(place).sha256
+        except OpenLMError:
+            found["exclude_sha256"] = "not there"
+    return found
 
 
 def _files_code_version(dataset: Dataset) -> str:
@@ -237,7 +246,11 @@ def _report_files(
             "tokens": file.tokens,
             "text_bytes": file.text_bytes,
             **({} if file.special_strings is None else {"special_strings": file.special_strings}),
-            **({"dropped": file.dropped, "changed": file.changed} if dataset.source.map else {}),
+            **(
+                {"dropped": file.dropped, "changed": file.changed}
+                if dataset.source.map or dataset.source.exclude
+                else {}
+            ),
             "engine": file.engine,
             **shown({"seconds": file.seconds, "tokens_per_second": file.tokens / max(file.seconds, 1e-3)}),
         }

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import dagster as dg
 
 from assets.common import OWNERS, DaskResource, RunEnd, owned_by, owners
+from assets.contamination import contamination_asset, task_files_asset
 from assets.data import corpus_asset, dataset_assets, tokenizer_asset
 from assets.evaluation import baseline_asset, scorecard_assets
 from assets.preflight import preflight_asset
@@ -16,6 +17,7 @@ from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.evaluation.suite import load_suite
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.pipeline.recipes import load_recipes
+from openlm_pipeline.shards.synthetic import SCHEME
 from orchestration.automation import alert_sensors, checkpoint_sensor, gap_schedule
 from orchestration.dead_runs import dead_run_sensor, executor
 from orchestration.jobs import dataset_job, derive_job, evaluation_job, failing_job, recipe_job, training_job
@@ -48,6 +50,15 @@ def build_definitions(experiments: list[Experiment], not_loaded: Mapping[str, st
         checks.append(check)
     suites = {suite: load_suite(suite) for suite in {e.evaluation.suite for e in experiments if e.evaluation}}
     assets += [baseline_asset(e, suites[e.evaluation.suite], baseline) for e, baseline in baselines.values()]
+    assets += [task_files_asset(suite) for suite in {suite.name: suite for suite in suites.values()}.values()]
+    looked_in = {
+        (d.name, suites[e.evaluation.suite].name): (d, e.evaluation.suite)
+        for e in reversed(experiments)
+        if e.evaluation
+        for d in e.training_datasets()
+        if not (d.source.shards or "").startswith(SCHEME)
+    }
+    assets += [contamination_asset(d, file, suites[file]) for d, file in looked_in.values()]
     for experiment in experiments:
         assets += [checkpoint_assets(experiment), report_asset(experiment)]
         if experiment.evaluation:

@@ -285,6 +285,7 @@ def _popen_trainer(command: list[str], *, env: Mapping[str, str], stdout: Any, *
 def forked_workers() -> Iterator[None]:
     """Workers of a Dask LocalCluster are forked, too."""
     import dask
+    import distributed  # noqa: F401 - its defaults, once the setting is there, would go with it
 
     _server()  # before Dask starts one that has not imported torch
     with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):

@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # what distributes the tests loads this file as well, and nee
 
 REPOSITORY = Path(__file__).parents[1]
 LABELS = ("t0010K", "t0040K")
+NOT_IN_JOBS = {"contamination/tiny_text/tiny"}
+"""Assets that no job of a recipe makes."""
 RECIPE = """
 name: tiny
 description: A pipeline that runs in seconds.

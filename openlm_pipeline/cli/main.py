@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from openlm_pipeline.cli.compare import compare
+from openlm_pipeline.cli.contamination import contamination
 from openlm_pipeline.cli.download import download
 from openlm_pipeline.cli.env import env
 from openlm_pipeline.cli.evaluate import evaluate
@@ -58,8 +59,8 @@ _INTERRUPTED, _ENDED = 130, 143
 """Exit codes after SIGINT, which Typer gives, and SIGTERM."""
 _STOPPED = "stopped; what is done stays done, and the same command goes on from there"
 app.add_typer(shards_app, name="shards")
-_STAGES = (plan, launch, fork, download, evaluate, report, compare, items, generate, baselines, export, release)
-for command in (*_STAGES, verify, trace, fsck, gc, ui, runs, show, logs, stop, cost, env):
+_STAGES = (plan, launch, fork, download, evaluate, report, compare, items, contamination, generate, baselines, export)
+for command in (*_STAGES, release, verify, trace, fsck, gc, ui, runs, show, logs, stop, cost, env):
     app.command()(command)
 
 

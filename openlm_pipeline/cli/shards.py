@@ -209,9 +209,9 @@ def _print_stats(found: "DatasetStats") -> None:
     if lengths := found.document_tokens:
         rows["tokens per document"] = ", ".join(f"{_quantile(q)} {tokens:,}" for q, tokens in lengths.items())
     if "dropped" in totals:
-        rows["dropped by the source's map"] = f"{totals['dropped']:,}"
+        rows["left out by the source's map or list"] = f"{totals['dropped']:,}"
         rows |= {f"  {reason}": f"{count:,}" for reason, count in info.get("dropped", {}).items()}
-        rows["changed by it"] = f"{totals['changed']:,}"
+        rows["changed by its map"] = f"{totals['changed']:,}"
     _print_table(Table(show_header=False, box=None), ([name, str(value)] for name, value in rows.items()))
     if breakdown := info.get("breakdown"):
         field = next(iter(info["inputs"].values()))["breakdown"]

@@ -83,6 +83,14 @@ def accuracy_difference(ours: Array, theirs: Array, codes: Array) -> Tested:
     return Tested(Estimate(value, low, high, error, distinct, sums / n, len(distinct)), p_value)
 
 
+def unpaired_difference(ours: Estimate, theirs: Estimate) -> tuple[float, float, float]:
+    """One estimate minus another over other items, with its 95% interval from both of theirs (Newcombe 1998, Statistics
+    in Medicine 17:873, method 10)."""
+    value = ours.value - theirs.value
+    low = value - math.hypot(ours.value - ours.low, theirs.high - theirs.value)
+    return value, low, value + math.hypot(ours.high - ours.value, theirs.value - theirs.low)
+
+
 def likelihood_difference(ours: Array, theirs: Array, text_bytes: Array, codes: Array) -> Tested:
     """Of `bits_per_byte` over the same items: negative where ours are the likelier texts."""
     total = text_bytes.sum() * NATS_PER_BIT

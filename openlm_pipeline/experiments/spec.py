@@ -128,6 +128,9 @@ class Source(Strict):
     id, or with `text` the ids of its letters."""
     map: Annotated[DocumentMap | None, Neutral(None)] = None
     """Keeps, changes or drops each document; what it drops is counted by reason."""
+    exclude: Annotated[str | None, Field(min_length=1), Neutral(None)] = None
+    """List of records that are left out, counted by reason: a file (a relative path starts at `OPENLM_HOME`) or URL of
+    JSON lines, as `openlm contamination RECIPE --remove FILE` writes it."""
     breakdown: Annotated[str | None, Neutral(None)] = None
     """Field or column, such as `meta.pile_set_name`, by whose values documents, bytes and tokens are counted."""
 
@@ -135,6 +138,8 @@ class Source(Strict):
     def _one_origin(self) -> "Source":
         if bool(self.files) == bool(self.shards):
             raise ValueError("give exactly one of 'files' (raw text) and 'shards' (ready-made ones)")
+        if self.exclude and self.shards:
+            raise ValueError("'exclude' leaves records of 'files' out; ready-made shards are what they are")
         if self.extends and (self.shards or self.extends == self.version):
             raise ValueError("'extends' names another version of a source with 'files'")
         return self

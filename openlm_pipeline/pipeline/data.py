@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from openlm_pipeline.corpus.discovery import RawFile, discover
+from openlm_pipeline.corpus.excluded import read_excluded
 from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.experiments import Dataset, Experiment, TokenizerSpec
 from openlm_pipeline.pools import PoolFactory
@@ -59,6 +60,14 @@ def ensure_tokenizer(experiment: Experiment, home: Home, report: Say, allow: Col
     return StageResult(tokenizer_file(folder), info.sha256, reused, facts)
 
 
+def located(dataset: Dataset, home: Home) -> Dataset:
+    """The dataset with the place of its source's `exclude`, which may begin at the home."""
+    if dataset.source.exclude is None:
+        return dataset
+    source = dataset.source.model_copy(update={"exclude": home.resolve(dataset.source.exclude)})
+    return dataset.model_copy(update={"source": source})
+
+
 def tokenize(
     dataset: Dataset, home: Home, pools: PoolFactory, report: Say, only: set[str] | None = None
 ) -> tuple[list[FileTokens], list[str]]:
@@ -69,6 +78,9 @@ def tokenize(
     """
     if dataset.source.shards:
         return [], []
+    dataset = located(dataset, home)
+    if dataset.source.exclude:
+        read_excluded(dataset.source.exclude)  # a list that can't be read is no damage to a raw file
     raw_files: list[RawFile] = [raw for raw in discover(dataset, home) if only is None or raw.name in only]
     tokenizer_folder = home.tokenizer(dataset.tokenizer.name)
     home.pull(tokenizer_folder)

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
 from openlm_pipeline.experiments import Experiment
+from openlm_pipeline.pipeline.contamination import joined_if_scanned
 from openlm_pipeline.pipeline.evaluation import CARD, evaluation_of, items_of
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.tokenizers.engine import load_reference
@@ -60,6 +61,8 @@ def look_at_items(
         MissingInputError: none of the milestones is scored, or only one where two are to be compared.
         DataError: they were scored on other items than each other, or the whole prompts are others now.
     """
+    import pyarrow as pa
+
     from openlm_pipeline.evaluation.scorecard import load_scorecard
     from openlm_pipeline.evaluation.suite import Part, load_suite, task_name
     from openlm_pipeline.reports.items import of_task, picked, side_by_side
@@ -79,6 +82,8 @@ def look_at_items(
         )
     cards = [load_scorecard(folders[title] / CARD) for title in tables if (folders[title] / CARD).exists()]
     hashes = {t.name: t.task_file_sha256 for card in cards for t in card.tasks}
+    scored = [label for label in labels if titles[label] in tables]
+    known = _contamination(experiment, home, scored[-1])
     found = []
     for one, k in runs:
         of_models = {title: t for title, table in tables.items() if (t := of_task(table, one.label, k)).num_rows}
@@ -92,8 +97,23 @@ def look_at_items(
             scored = dict(zip(first["item"].to_pylist(), first["prompt_hash"].to_pylist()))
             prompts = _whole_prompts(one, k, file, {n: scored[n] for n in items}, experiment, home)
             looked = replace(looked, items=tuple(replace(i, prompt=prompts[i.item]) for i in looked.items))
+        if known:
+            every = pa.concat_tables([t.select(["item", "item_hash"]) for t in of_models.values()])
+            hashes_of = dict(zip(every["item"].to_pylist(), every["item_hash"].to_pylist()))
+            with_it = (replace(i, contamination=known.get((one.label, hashes_of[i.item]))) for i in looked.items)
+            looked = replace(looked, items=tuple(with_it))
         found.append(looked)
     return found
+
+
+_COLUMNS = ("verdict", "first_seen_tokens", "overlap", "times_seen")
+
+
+def _contamination(experiment: Experiment, home: Home, label: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """(task, item_hash) -> what a milestone has read of the item; empty where its data was not scanned."""
+    found, _ = joined_if_scanned(experiment, home, [label])
+    rows = found[0].table.to_pylist() if found else []
+    return {(row["task"], row["item_hash"]): {name: row[name] for name in _COLUMNS} for row in rows}
 
 
 def wrong_items(experiment: Experiment, home: Home, label: str) -> list[dict[str, str]]:

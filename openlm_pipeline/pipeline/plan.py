@@ -10,10 +10,12 @@ from typing import Literal
 
 from openlm_pipeline.checkpoints.folders import KEEP_DAMAGED, Checkpoint, verify
 from openlm_pipeline.corpus.discovery import discover
+from openlm_pipeline.corpus.excluded import read_excluded
 from openlm_pipeline.corpus.maps import map_identity
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError, OpenLMError
 from openlm_pipeline.experiments import Dataset, DocumentMap, Experiment
 from openlm_pipeline.fingerprint import differences, settings_tree
+from openlm_pipeline.pipeline.data import located
 from openlm_pipeline.pipeline.preflight import Need, Stage, look_ahead, stages
 from openlm_pipeline.result import Finding, refusal
 from openlm_pipeline.runs.dry_run import describe
@@ -299,7 +301,10 @@ def _dataset(
         state: State = "stale" if there else "missing"
         yield Artefact(name, state, (f"{above.name} is {above.state}",), above.consent if there else None)
         return
-    tokenized = home.tokenized(dataset.name, dataset.version)
+    tokenized, dataset = home.tokenized(dataset.name, dataset.version), located(dataset, home)
+    if (place := dataset.source.exclude) and (problem := _unreadable(place)):
+        yield Artefact(name, "stale" if there else "missing", (problem,), REFUSED)
+        return
     if (spec := dataset.source.map) and (unknown := _unknown(spec)):
         if there:  # whoever trains on the shards need not have the code that its documents went through
             yield Artefact(name, "fresh", (f"as far as can be told here: {unknown}",))
@@ -358,6 +363,15 @@ def _dataset(
         yield Artefact(name, "stale", (why if lost else f"{DOCUMENTS} is missing, and alone is made again",))
         return
     yield Artefact(name, "stale", tuple(changed), "supersede") if changed else Artefact(name, "fresh")
+
+
+def _unreadable(place: str) -> str | None:
+    """Why a list of records to leave out can't be read."""
+    try:
+        read_excluded(place)
+    except OpenLMError as e:
+        return str(e)
+    return None
 
 
 def _unknown(spec: DocumentMap) -> str | None:

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from openlm_pipeline.corpus.discovery import discover
+from openlm_pipeline.corpus.excluded import read_excluded
 from openlm_pipeline.corpus.maps import load_map
 from openlm_pipeline.errors import ConfigError, MissingInputError, OpenLMError
 from openlm_pipeline.experiments import Dataset, Experiment
+from openlm_pipeline.pipeline.data import located
 from openlm_pipeline.registry import SAMPLINGS
 from openlm_pipeline.result import Finding, refusal
 from openlm_pipeline.runs import machine
@@ -193,7 +195,7 @@ def _data(need: Need) -> Iterator[Finding]:
 
 
 def _maps(need: Need) -> Iterator[Finding]:
-    """Whether the functions that documents go through may run, and are there."""
+    """Whether the functions that documents go through may run, and the lists of what is left out are there."""
     for dataset in need.experiment.datasets():
         size = need.sizes.get(dataset.name)
         if (spec := dataset.source.map) and not (size and size.is_made):
@@ -203,6 +205,13 @@ def _maps(need: Need) -> Iterator[Finding]:
                 yield Finding("refusal", str(e))
             else:
                 yield Finding("ok", f"documents of {dataset.name} go through {spec.function}")
+        if (place := located(dataset, need.home).source.exclude) and not (size and size.is_made):
+            try:
+                records = sum(map(len, read_excluded(place).records.values()))
+            except OpenLMError as e:
+                yield Finding("refusal", str(e))
+            else:
+                yield Finding("ok", f"{records:,} records that {place} names are left out of {dataset.name}")
 
 
 def _devices(need: Need) -> Iterator[Finding]:

@@ -15,6 +15,7 @@ from openlm_pipeline.corpus.maps import largest_first
 from openlm_pipeline.errors import ConfigError, DataError, MissingInputError, OpenLMError
 from openlm_pipeline.experiments import Experiment, load_experiment, recipe_names
 from openlm_pipeline.fingerprint import differences
+from openlm_pipeline.pipeline.contamination import for_report
 from openlm_pipeline.pipeline.evaluation import (
     CARD,
     baseline_staleness,
@@ -165,10 +166,10 @@ _MOST_VALUES = 8
 
 
 def _texts(experiment: Experiment, home: Home) -> dict[str, str]:
-    """What maps left out of the raw text, and what is left by the field of its breakdown, where the shards are here."""
+    """What maps and lists left out of the raw text, and what is left by a field, where shards are here."""
     found = {}
     for dataset in experiment.training_datasets():
-        if dataset.source.shards or not (dataset.source.map or dataset.source.breakdown):
+        if dataset.source.shards or not (dataset.source.map or dataset.source.breakdown or dataset.source.exclude):
             continue
         try:
             info = open_dataset(dataset, home).info
@@ -201,6 +202,9 @@ def make_report(experiment: Experiment, home: Home, report: Say) -> StageResult:
     folders = {c.label: home.scorecard(experiment.name, experiment.version, c.label) for c in found.milestones}
     shown = list(folders)[-MOST_MILESTONES:]
     items = look_at_items(experiment, home, shown) if shown else []
+    contamination, why = for_report(experiment, home, list(folders))
+    if why:
+        provenance |= {"items in the training data": why}
     reached = milestone_checkpoints(experiment, run)
     ahead = {f"checkpoint/{experiment.name}/{label}" for label, _ in experiment.labelled_milestones()}
     ahead -= {f"checkpoint/{experiment.name}/{label}" for label in reached}
@@ -219,6 +223,7 @@ def make_report(experiment: Experiment, home: Home, report: Say) -> StageResult:
             seeds=of_other_seeds(home, run, found.milestones),
             items=items,
             worst_steps=_worst_steps(run, home),
+            contamination=contamination,
             ahead=[f"Before the next milestone: {need.line()}" for need in needs if need.level != "ok"],
         )
     page = paths["report.html"]

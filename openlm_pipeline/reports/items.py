@@ -12,6 +12,7 @@ from openlm_pipeline.errors import DataError
 from openlm_pipeline.evaluation.suite import IclTask, task_name
 from openlm_pipeline.evaluation.task_files import TaskFile
 from openlm_pipeline.registry import RULES
+from openlm_pipeline.reports.contamination import seen_text
 
 LONGEST_TEXT = 1200
 """Characters of a question that are shown: its end, which the options follow."""
@@ -49,6 +50,8 @@ class LookedAt:
     answers: tuple[Answer, ...]
     prompt: str = ""
     """The whole prompt of the right option, solved rows included, as the model read it."""
+    contamination: Mapping[str, Any] | None = None
+    """`verdict`, `first_seen_tokens`, `overlap` and `times_seen` at the last model, where its data was scanned."""
 
     @property
     def flipped(self) -> bool:
@@ -159,6 +162,7 @@ def as_text(found: ItemsOfTask) -> str:
     for item in found.items:
         category = f" ({item.category})" if item.category else ""
         lines = [f"item {item.item}{category}: " + ", ".join(f"{words[a.right]} at {a.model}" for a in item.answers)]
+        lines += [f"  {seen_text(item.contamination)}"] if item.contamination else []
         solved = f"[{item.shots} solved rows] " if item.shots else ""
         lines += [item.prompt or clipped(solved + item.question)] if item.prompt or item.question else []
         if item.answers[0].measures:

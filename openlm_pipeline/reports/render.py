@@ -17,6 +17,7 @@ from openlm_pipeline.evaluation.baselines import QuotedBaseline
 from openlm_pipeline.evaluation.scorecard import Scorecard
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.reports.compare import Comparison, curves_of
+from openlm_pipeline.reports.contamination import Contamination, seen_text
 from openlm_pipeline.reports.curves import series
 from openlm_pipeline.reports.headline import Headline, headline
 from openlm_pipeline.reports.items import ItemsOfTask, clipped
@@ -56,6 +57,7 @@ def write_report(
     items: Sequence[ItemsOfTask] = (),
     ahead: Sequence[str] = (),
     worst_steps: Sequence[tuple[str, str]] = (),
+    contamination: Contamination | None = None,
 ) -> dict[str, Path]:
     """Write `report.md`, `report.html`, `table.csv` and `table.parquet` into `out_dir`; return them by those names.
 
@@ -71,6 +73,7 @@ def write_report(
         items: what `items.html` shows, which there is only with some.
         ahead: what stands in the way of the milestones that are still to be trained.
         worst_steps: what stood out in training, and the documents that were read then.
+        contamination: items of the suite that it has trained on, where its data was scanned for them.
 
     Raises:
         DataError: the scorecards are of another run or cannot be compared with each other.
@@ -97,6 +100,7 @@ def write_report(
         "notes": notes(table, cards),
         "made_from": made_from(experiment),
         "facts": facts,
+        "contamination": contamination,
         "sources": sources(table),
         "checkpoints": checkpoints(table, cards),
         "files": task_files(cards),
@@ -168,7 +172,7 @@ def _html(template: str, **page: Any) -> str:
     )
     environment.filters["zip"] = zip
     environment.filters["breakable"] = lambda text: Markup("_<wbr>").join(re.split(r"_(?=[^_]{4})", text))
-    environment.filters["clipped"] = clipped
+    environment.filters["clipped"], environment.filters["seen"] = clipped, seen_text
     return environment.get_template(template).render(page)
 
 
@@ -181,6 +185,7 @@ def _markdown(
     notes: Facts,
     made_from: Facts,
     facts: Facts,
+    contamination: Contamination | None,
     sources: Facts,
     checkpoints: list[tuple[str, str, str]],
     files: Facts,
@@ -198,6 +203,9 @@ def _markdown(
         parts += ["### Bits per byte of the right answers", table.likelihoods.to_markdown().rstrip()]
     if problems:
         parts.append("\n".join(f"- {escape_markdown(problem)}" for problem in problems))
+    if contamination:
+        parts += ["## Items seen in training", _rows(contamination.tasks), " ".join(contamination.notes)]
+        parts += [_rows(contamination.items)] if contamination.items else []
     parts.append(f"<details>\n<summary>How to read the table</summary>\n\n{_facts(notes)}\n\n</details>")
     if worst_steps:
         parts += ["## Data of the worst steps", _facts(worst_steps)]
@@ -213,5 +221,10 @@ def _markdown(
     return "\n\n".join(parts) + "\n"
 
 
-def _facts(facts: Sequence[tuple[str, str]]) -> str:
+def _rows(rows: Sequence[Sequence[str]]) -> str:
+    headings, *others = (f"| {' | '.join(map(escape_markdown, row))} |" for row in rows)
+    return "\n".join([headings, "| --- |" + " ---: |" * (len(rows[0]) - 1), *others])
+
+
+def _facts(facts: Facts) -> str:
     return "\n".join(f"- {escape_markdown(name)}: {escape_markdown(value)}" for name, value in facts)

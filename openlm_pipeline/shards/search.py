@@ -40,7 +40,8 @@ def find_text(
     Raises:
         DataError: a shard is damaged, or tokens of this kind of tokenizer don't tell their bytes.
     """
-    pieces, normalizer = texts_of_ids(tokenizer), load_any(tokenizer).normalizer
+    pieces = [text or b"" for text in texts_of_ids(tokenizer, named=True)]
+    normalizer = load_any(tokenizer).normalizer
     if normalizer is not None and "ByteLevel" in str(load_any(tokenizer).decoder):
         text = normalizer.normalize_str(text)
     needle = text.encode()

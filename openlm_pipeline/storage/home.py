@@ -113,5 +113,13 @@ class Home:
         """Scores of a model that no run here made."""
         return self.root / "scorecards" / "models" / name / suite
 
+    def windows(self, suite: str, rule: str) -> Path:
+        """The windows of a suite's items that datasets are scanned for."""
+        return self.root / "contamination" / "suites" / suite / rule
+
+    def scan(self, dataset: str, version: str, suite: str, rule: str) -> Path:
+        """Where windows of a suite's items stand in the shards of a dataset."""
+        return self.root / "contamination" / "datasets" / dataset / version / suite / rule
+
     def report(self, run: str, version: str) -> Path:
         return self.root / "reports" / run / version

@@ -13,6 +13,7 @@ never less than some 250 MiB for the engines.
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -24,6 +25,7 @@ import numpy as np
 import orjson
 
 from openlm_pipeline.corpus.discovery import RawFile, restat
+from openlm_pipeline.corpus.excluded import read_excluded
 from openlm_pipeline.corpus.maps import Counts, Drop, Mapped, added, load_map, map_identity
 from openlm_pipeline.corpus.reader import (
     BadRecord,
@@ -90,7 +92,7 @@ class _Tokens:
     """How often the string of a special token, such as `<|endoftext|>`, stands in a document; None in what a release
     before this field wrote."""
     dropped: dict[str, int] = field(default_factory=dict)
-    """Reason -> documents that the source's `map` left out."""
+    """Reason -> documents that the source's `map`, or its `exclude`, left out."""
     changed: int = 0
     """Documents whose text it changed."""
     breakdown: dict[str, list[int]] = field(default_factory=dict)
@@ -169,6 +171,7 @@ _NOT_TOKENS = {
     "weight",
     "max_bad_fraction",
     "on_bad_file",
+    "exclude",
 }
 """Fields of a source that change no token stream; what the files hold has its own hash."""
 
@@ -188,6 +191,8 @@ def _settings(dataset: Dataset, tokenizer: TokenizerInfo) -> dict[str, Any]:
     }
     if dataset.source.map:
         tree |= map_identity(dataset.source.map)
+    if dataset.source.exclude:
+        tree["exclude_sha256"] = read_excluded(dataset.source.exclude).sha256
     if tokenizer.switched_off:  # the first release cut or padded documents by them
         tree["switched_off"] = tokenizer.switched_off
     return tree
@@ -502,7 +507,7 @@ def tokenize_part(
     engine, engine_reason = make_engine(path, dataset.engine, dataset.verify_every, special_as_text=as_text)
     special = special_strings(load_reference(path))
     change = load_map(dataset.source.map) if dataset.source.map else None
-    counts, wanted = Counts(), _fields(dataset)
+    counts, wanted, excluded = Counts(), _fields(dataset), _excluded(dataset, raw)
     dtype = SampleFormat.for_vocabulary(1, tokenizer.num_rows).numpy_dtype
     text_bytes = tokens = found = 0
     with (
@@ -521,6 +526,8 @@ def tokenize_part(
             fields=wanted,
         )
         for batch in _batches(reader):
+            if excluded and not (batch := _not_excluded(batch, excluded, counts)):
+                continue
             if change and not (batch := _mapped(batch, change, dataset, counts, raw)):
                 continue
             texts = [record.text for record in batch]
@@ -575,6 +582,35 @@ def _fields(dataset: Dataset) -> tuple[str, ...]:
     """What is read of each record beside its text."""
     source = dataset.source
     return tuple(dict.fromkeys([*(source.map.fields if source.map else ()), *filter(None, [source.breakdown])]))
+
+
+def _excluded(dataset: Dataset, raw: RawFile) -> dict[int, str]:
+    """Offset -> reason of the records of a raw file that the source leaves out."""
+    place = dataset.source.exclude
+    return read_excluded(place).of(dataset.name, raw.name) if place else {}
+
+
+def _not_excluded(batch: list[Record], excluded: Mapping[int, str], counts: Counts) -> list[Record]:
+    kept = []
+    for record in batch:
+        if (reason := excluded.get(record.offset)) is None:
+            kept.append(record)
+        else:
+            counts.drop(reason)
+    return kept
+
+
+def _check_excluded(dataset: Dataset, raw: RawFile, dropped: Mapping[str, int]) -> None:
+    """
+    Raises:
+        ConfigError: some of the records to leave out are not in the file.
+    """
+    for reason, wanted in Counter(_excluded(dataset, raw).values()).items():
+        if dropped.get(reason, 0) < wanted:
+            raise ConfigError(
+                f"{dataset.source.exclude} leaves {wanted} records of {raw.url} out as {reason!r}, and "
+                f"{dropped.get(reason, 0)} of them are there: it is of another file; write it again"
+            )
 
 
 def _mapped(batch: list[Record], change: Mapped, dataset: Dataset, counts: Counts, raw: RawFile) -> list[Record]:
@@ -691,6 +727,7 @@ def join_parts(
     summed = ("documents", "quarantined", "tokens", "text_bytes", "content_bytes", "bad_bytes", "changed")
     totals = {name: sum(getattr(p, name) for p in parts) for name in summed}
     totals |= {name: added([getattr(p, name) for p in parts]) for name in ("dropped", "breakdown")}
+    _check_excluded(dataset, raw, totals["dropped"])
     first_line, first_bad = 0, None
     for p in parts:
         if p.first_bad and first_bad is None:

@@ -303,6 +303,7 @@ class _Packing:
     def info(self) -> dict[str, Any]:
         """What `dataset.json` says, but for the version."""
         skipped = notes_of_left_out(self.tokenized, self.files) if self.dataset.source.on_bad_file == "skip" else {}
+        leaves_out = self.dataset.source.map or self.dataset.source.exclude
         dropped, changed = added([f.dropped for f in self.files]), sum(f.changed for f in self.files)
         tokens = sum(f.tokens for f in self.files)
         num_samples, tail = divmod(tokens, self.sample_format.sample_tokens)
@@ -331,7 +332,7 @@ class _Packing:
                 "quarantined": sum(f.quarantined for f in self.files),
                 "text_bytes": sum(f.text_bytes for f in self.files),
                 "special_strings": added_up(f.special_strings for f in self.files),
-                **({"dropped": sum(dropped.values()), "changed": changed} if self.dataset.source.map else {}),
+                **({"dropped": sum(dropped.values()), "changed": changed} if leaves_out else {}),
                 "tokens": tokens,
                 "samples": num_samples,
                 "tail_tokens": tail,

@@ -27,6 +27,14 @@ def bytes_of_ids(spec: TokenizerSpec, folder: Path, sha256: str | None) -> np.nd
         MissingInputError: there is no `tokenizer.json` on this machine.
         DataError: it is another one, or of a kind whose tokens don't tell their bytes.
     """
+    return np.array([len(text or b"") for text in texts_of_ids(tokenizer_json(spec, folder, sha256))], np.int32)
+
+
+def tokenizer_json(spec: TokenizerSpec, folder: Path, sha256: str | None) -> Path:
+    """The `tokenizer.json` that samples were made with.
+
+    Args, Raises: as of `bytes_of_ids`.
+    """
     source = Path(spec.source or "")
     places = [tokenizer_file(folder), *([source, source / "tokenizer.json"] if spec.source else [])]
     path = next((p for p in places if p.is_file()), None)
@@ -34,16 +42,15 @@ def bytes_of_ids(spec: TokenizerSpec, folder: Path, sha256: str | None) -> np.nd
         raise MissingInputError(f"there is no tokenizer.json in {folder}; `openlm tokenize` fetches it")
     if sha256 and sha256_file(path) != sha256:
         raise DataError(f"{path} is not the tokenizer that the samples were made with")
-    sizes = np.array([len(text) for text in texts_of_ids(path)], np.int32)
-    sizes[[i for i, token in load_any(path).get_added_tokens_decoder().items() if token.special]] = 0
-    return sizes
+    return path
 
 
-def texts_of_ids(path: Path) -> list[bytes]:
-    """What each id, up to the largest, adds to the UTF-8 bytes of a text; a special token its own name.
+def texts_of_ids(path: Path, *, named: bool = False) -> list[bytes | None]:
+    """The bytes of text that each id of a `tokenizer.json` stands for, which may be part of a character; None for
+    special tokens, which are no text, and ids without a token.
 
     Args:
-        path: a `tokenizer.json`.
+        named: give special tokens as their names.
 
     Raises:
         DataError: it is of a kind whose tokens don't tell their bytes.
@@ -52,30 +59,27 @@ def texts_of_ids(path: Path) -> list[bytes]:
     decoders = set(_types(config.get("decoder")))
     if not decoders & {"ByteLevel", "Metaspace", "ByteFallback"}:
         raise DataError(f"{path} is neither a byte-level tokenizer nor one of SentencePiece's")
-    added = {token["id"] for token in config.get("added_tokens", ())}
+    added = {token["id"]: token for token in config.get("added_tokens", ())}
     vocabulary = load_any(path).get_vocab(with_added_tokens=True)
-    texts = [b""] * (max(vocabulary.values()) + 1)
+    bytes_of = _byte_level()
+    texts: list[bytes | None] = [None] * (max(vocabulary.values()) + 1)
     for token, i in vocabulary.items():
         if i in added:
-            texts[i] = token.encode()
+            texts[i] = None if added[i]["special"] and not named else token.encode()
         elif "ByteLevel" in decoders:
-            texts[i] = b"".join(_BYTE_OF.get(c) or c.encode() for c in token)
+            texts[i] = b"".join(bytes_of.get(c) or c.encode() for c in token)
         elif len(token) == 6 and token.startswith("<0x"):
-            texts[i] = bytes.fromhex(token[3:5])
+            texts[i] = bytes([int(token[3:5], 16)])
         else:
             texts[i] = token.replace(_SPACE, " ").encode()
     return texts
 
 
-def _bytes_of_characters() -> dict[str, bytes]:
-    """The byte that each character of a byte-level token stands for: printable ones for themselves, the others in their
-    order for the characters from 256 on. Source: `bytes_to_unicode` of GPT-2's encoder."""
-    themselves = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in themselves]
-    return {chr(b): bytes([b]) for b in themselves} | {chr(256 + n): bytes([b]) for n, b in enumerate(others)}
-
-
-_BYTE_OF = _bytes_of_characters()
+def _byte_level() -> dict[str, bytes]:
+    """The byte that each character of a byte-level vocabulary stands for (GPT-2's `bytes_to_unicode`)."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in shown]
+    return {chr(b): bytes([b]) for b in shown} | {chr(256 + n): bytes([b]) for n, b in enumerate(others)}
 
 
 def _types(decoder: dict[str, Any] | None) -> Iterator[str]:

@@ -142,6 +142,8 @@ def test_each_asset_is_made_from_what_the_design_says(tmp_path):
         f"checkpoint/tiny/{last}": {"shards/tiny_text", f"checkpoint/tiny/{first}"},
         f"scorecard/tiny/{first}": {f"checkpoint/tiny/{first}"},
         f"scorecard/tiny/{last}": {f"checkpoint/tiny/{last}"},
+        "task_files/tiny": set(),
+        "contamination/tiny_text/tiny": {"shards/tiny_text", "task_files/tiny"},
         "report/tiny": {f"scorecard/tiny/{first}", f"scorecard/tiny/{last}"},
     }
     parents = {

@@ -8,6 +8,7 @@ import matplotlib
 import pytest
 
 from openlm_pipeline.reports import milestones_table, write_report
+from openlm_pipeline.reports.contamination import contamination
 from openlm_pipeline.reports.curves import series, small_picture
 from openlm_pipeline.reports.headline import headline
 from openlm_pipeline.reports.plots import _apart, loss_chart
@@ -49,7 +50,17 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def others(baseline, published) -> dict:
-    return {"baselines": [baseline], "quoted": [published]}
+    counts = {"items": 400, "seen": 3, "clean": 390, "too_short": 7, "share_seen": 3 / 400}
+    scored = {"num_fewshot": 0, "accuracy_seen": 1.0, "accuracy_clean": 0.44, "difference": 0.56}
+    last = {"task": "choice", **counts, **scored, "difference_low": 0.12, "difference_high": 0.61}
+    first = {"task": "choice", "num_fewshot": 0, **counts, "seen": 0, "share_seen": 0.0}
+    items = [
+        {"task": "choice", "item": n, "overlap": o, "overlap_question": None, "overlap_answer": o, "times_seen": n}
+        | {"first_seen_tokens": 1000 * (n + 1)}
+        for n, o in enumerate((0.004, 1.0, 0.25))
+    ]
+    seen = contamination({"250K": [first], "1M": [last]}, items, ["What is seen."], listed=2)
+    return {"baselines": [baseline], "quoted": [published], "contamination": seen}
 
 
 @pytest.fixture(scope="module")
