@@ -334,6 +334,27 @@ def _card(root: Path) -> Found:
     yield from _compared(f"{len(pairs)} numbers of README.md are the scorecard's", pairs)
 
 
+def _contamination(root: Path) -> Found:
+    path = root / "openlm/contamination.json"
+    if not path.exists():
+        yield NOT_HERE, "which items were seen in training; the data was not scanned for them"
+        return
+    facts, tokens = json.loads(path.read_bytes()), _checkpoint(root)["tokens"]
+    with gzip.open(root / "openlm/contamination.jsonl.gz", "rt", encoding="utf-8") as f:
+        rows = [json.loads(line) for line in f]
+    first = [row["first_seen_tokens"] for row in rows if row["first_seen_tokens"] is not None]
+    text = (root / "README.md").read_text(encoding="utf-8")
+    told = f"{len(first):,} of {len(rows):,} items were seen in training"
+    pairs = [
+        ("tokens up to which it was looked", facts["tokens"], tokens),
+        ("items", len(rows), facts["items"]),
+        ("items that were seen", len(first), facts["seen"]),
+        ("items seen after the milestone", sum(at > tokens for at in first), 0),
+        ("README.md says", told if told in text else "otherwise", told),
+    ]
+    yield from _compared(told, pairs)
+
+
 def _environment(root: Path) -> Found:
     path = root / "openlm/environments.jsonl"
     if not path.exists():
@@ -363,6 +384,7 @@ _CHECKS: tuple[tuple[str, Callable[[Path], Found]], ...] = (
     ("run -> data -> raw files", _data),
     ("scores -> items -> checkpoint", _scores),
     ("card -> scores", _card),
+    ("contamination", _contamination),
     ("environment", _environment),
 )
 

@@ -23,6 +23,7 @@ from openlm_pipeline.experiments import Dataset, Experiment, load_experiment
 from openlm_pipeline.fingerprint import differences, settings_tree
 from openlm_pipeline.lineage import verify_release
 from openlm_pipeline.lineage.verify_release import DIFFERS, MANIFEST, NOT_HERE, OK, Link, links
+from openlm_pipeline.pipeline.contamination import joined_if_scanned
 from openlm_pipeline.pipeline.evaluation import CARD
 from openlm_pipeline.pipeline.items import milestone_named
 from openlm_pipeline.pipeline.overview import find_run
@@ -128,7 +129,8 @@ def release(name: str, milestone: str, out: Path, home: Home, report: Say, *, li
         report("copying records")
         _records(run, checkpoint, cards, building / RECORDS)
         _data(experiment, home, building / RECORDS, report)
-        write_text(building / "README.md", _readme(experiment, card, licence))
+        seen = _contamination(experiment, home, checkpoint.milestone, building / RECORDS, report)
+        write_text(building / "README.md", _readme(experiment, card, licence, seen))
         write_json(building / RECORDS / "suite.json", suite.model_dump(mode="json", exclude_unset=True))
         about = {"licence": licence, "averages": about_averages(suite, card)}
         write_json(building / RECORDS / "release.json", about)
@@ -245,6 +247,21 @@ def _source(url: str) -> str | None:
     return public(brought[path.name].source) if path.name in brought else None
 
 
+def _contamination(experiment: Experiment, home: Home, label: str, out: Path, report: Say) -> dict[str, Any] | None:
+    """Write which items the run had read by a milestone, where its data was scanned for them; what the card says."""
+    found, why = joined_if_scanned(experiment, home, [label])
+    if not found:
+        report(f"the release says nothing of contamination: {why}")
+        return None
+    (joined,) = found
+    rows = joined.table.to_pylist()
+    with _compressed(out / "contamination.jsonl.gz") as packed:
+        packed.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+    facts = {**joined.facts, "items": len(rows), "seen": len(joined.seen()), "notes": joined.notes()}
+    write_json(out / "contamination.json", facts)
+    return facts
+
+
 def about_averages(suite: "Suite", card: "Scorecard") -> dict[str, Any]:
     """The weights and chances that a card's averages are taken with, by `NAME/KIND`."""
     from openlm_pipeline.evaluation.averages import suite_averages
@@ -261,11 +278,17 @@ def about_averages(suite: "Suite", card: "Scorecard") -> dict[str, Any]:
     return found
 
 
-def _readme(experiment: Experiment, card: "Scorecard", licence: str | None) -> str:
+def _readme(
+    experiment: Experiment, card: "Scorecard", licence: str | None, contamination: dict[str, Any] | None
+) -> str:
     from openlm_pipeline.reports.model_card import model_card
 
     text = model_card(experiment, card, license=licence).replace("---\n", "---\nlibrary_name: transformers\n", 1)
-    return text + _HOW_TO_USE
+    seen = "Whether items of the suite were seen in training was not looked at."
+    if contamination is not None:
+        count = f"{contamination['seen']:,} of {contamination['items']:,} items were seen in training."
+        seen = " ".join([count, *contamination["notes"]])
+    return f"{text}\n## Contamination\n\n{seen}\n{_HOW_TO_USE}"
 
 
 def _seal(folder: Path) -> None:
@@ -343,7 +366,9 @@ def _same_card(folder: Path) -> tuple[str, str]:
     if lines := differences(settings_tree(card), settings_tree(made)):
         return DIFFERS, "; ".join(lines)
     licence = read_json(records / "release.json")["licence"]
-    if _readme(load_experiment(str(records / "experiment.yaml")), card, licence) != (folder / "README.md").read_text():
+    seen = read_json(path) if (path := records / "contamination.json").exists() else None
+    experiment = load_experiment(str(records / "experiment.yaml"))
+    if _readme(experiment, card, licence, seen) != (folder / "README.md").read_text():
         return DIFFERS, "README.md is not the card of this scorecard"
     return OK, f"{len(card.tasks)} tasks and {len(card.averages)} averages with intervals, and README.md"
 

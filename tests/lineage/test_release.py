@@ -1,5 +1,6 @@
 """A release proves its own numbers: each file and each printed number that is changed is named."""
 
+import gzip
 import json
 import shutil
 import subprocess
@@ -22,14 +23,18 @@ LINKS = [
     "run -> data -> raw files",
     "scores -> items -> checkpoint",
     "card -> scores",
+    "contamination",
     "environment",
 ]
 
 
 @pytest.fixture(scope="module")
 def released(finished: FinishedPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("release") / "tiny"
-    made = openlm("release", "tiny@40K", "-o", out, "--licence", "mit", variables=finished.pipeline.variables)
+    folder = tmp_path_factory.mktemp("release")
+    out, variables = folder / "tiny", finished.copy(folder).variables
+    scanned = openlm("contamination", "tiny", "--workers", "1", variables=variables)
+    assert scanned.returncode == 0, scanned.stderr
+    made = openlm("release", "tiny@40K", "-o", out, "--licence", "mit", variables=variables)
     assert made.returncode == 0, made.stderr
     return out
 
@@ -63,7 +68,7 @@ def test_without_the_library(released: Path):
     program = [sys.executable, "-I", "-S", str(released / "verify.py")]
     ended = subprocess.run(program, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert [line.split("  ")[0].strip() for line in ended.stdout.splitlines()[:-1]] == [OK] * 9
+    assert [line.split("  ")[0].strip() for line in ended.stdout.splitlines()[:-1]] == [OK] * 10
     (released / "README.md").touch()  # not its bytes
 
 
@@ -130,6 +135,18 @@ def test_what_is_forged_with_its_hashes_is_named(bundle: Path, name: str, change
     found = wrong(bundle)
     assert any(told in what for _, what in found), found
     assert "files" not in [link for link, _ in found]
+
+
+def test_an_item_that_was_seen_and_is_told_otherwise_is_named(bundle: Path):
+    path = bundle / "openlm" / "contamination.jsonl.gz"
+    with gzip.open(path, "rt") as f:
+        rows = [json.loads(line) for line in f]
+    rows[3]["first_seen_tokens"] = 64
+    with gzip.open(path, "wt") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+    (bundle / MANIFEST).unlink()
+    _seal(bundle)
+    assert {link for link, _ in wrong(bundle)} == {"contamination"}
 
 
 def test_a_printed_score_that_is_changed_is_named(bundle: Path):
@@ -238,7 +255,8 @@ def test_only_a_release_is_replaced(released: Path, finished: FinishedPipeline, 
     assert ended.returncode == 5 and "holds something else" in ended.stderr + ended.stdout
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
     before = (released / MANIFEST).read_bytes()
-    again = openlm("release", "tiny@40K", "-o", released, "--licence", "mit", variables=finished.pipeline.variables)
+    variables = TinyPipeline(released.parent / "pipeline").variables
+    again = openlm("release", "tiny@40K", "-o", released, "--licence", "mit", variables=variables)
     assert again.returncode == 0 and (released / MANIFEST).read_bytes() == before
     assert verify_release.sha256_of(released / "verify.py") == verify_release.sha256_of(Path(verify_release.__file__))
 
