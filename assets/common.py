@@ -136,6 +136,10 @@ def scores_group(run: str) -> str:
     return f"{run}_scores"
 
 
+def study_key(name: str) -> dg.AssetKey:
+    return dg.AssetKey(["study", name])
+
+
 def report_key(run: str) -> dg.AssetKey:
     return dg.AssetKey(["report", run])
 

@@ -103,7 +103,7 @@ def _scorecard_asset(experiment: Experiment, label: str, suite: Suite, version: 
     @dg.asset(
         key=key,
         deps=[checkpoint_key(experiment.name, label), *(baseline_key(b.name) for b in experiment.evaluation.baselines)],
-        group_name=scores_group(experiment.name),
+        group_name=scores_group(experiment.group),
         kinds={"pytorch", "scorecard"},
         owners=owned_by(),
         code_version=version,

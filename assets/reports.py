@@ -31,7 +31,7 @@ def report_asset(experiment: Experiment) -> dg.AssetsDefinition:
             *(key_of(experiment.name, label) for label, _ in experiment.labelled_milestones()),
             *(baseline_key(b.name) for b in baselines),
         ],
-        group_name=scores_group(experiment.name),
+        group_name=scores_group(experiment.group),
         kinds={"html", "report"},
         owners=owned_by(),
         code_version="1",

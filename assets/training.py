@@ -56,7 +56,7 @@ def checkpoint_assets(experiment: Experiment) -> dg.AssetsDefinition:
                 key,
                 deps=[*shards, *previous],
                 skippable=True,
-                group_name=run,
+                group_name=experiment.group,
                 kinds={"pytorch", "checkpoint"},
                 owners=owned_by(),
                 code_version=version,

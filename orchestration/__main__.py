@@ -5,12 +5,14 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 import dagster as dg
 from dagster._core.definitions.reconstruct import ReconstructableRepository
 from rich.console import Console
 
+from assets.common import TRAINING_POOL
 from openlm_pipeline.errors import OpenLMError
 from openlm_pipeline.experiments import load_experiment, recipe_names
 from openlm_pipeline.result import ALLOW_TAG, CONSENTS, parse_allow
@@ -34,7 +36,20 @@ def _database_error(error: BaseException | None) -> str | None:
     return None
 
 
-def run(job_name: str, allow: Collection[str] = ()) -> int:
+@contextmanager
+def _slots(instance: dg.DagsterInstance, count: int | None) -> Iterator[None]:
+    """So many runs may train at a time, until this one ends; without a number as `dagster.yaml` says."""
+    if count is None:
+        yield
+        return
+    instance.event_log_storage.set_concurrency_slots(TRAINING_POOL, count)
+    try:
+        yield
+    finally:
+        instance.event_log_storage.delete_concurrency_limit(TRAINING_POOL)
+
+
+def run(job_name: str, allow: Collection[str] = (), slots: int | None = None) -> int:
     """Run a job; 0 if it succeeded."""
     console = Console(highlight=False, soft_wrap=True)
     warnings.filterwarnings("ignore", category=dg.BetaWarning)  # for whoever changes the code, not for whoever runs it
@@ -48,7 +63,7 @@ def run(job_name: str, allow: Collection[str] = ()) -> int:
         return 2
     home = Home.from_env()
     console.print(f"{job_name}: state is under {home.root}")
-    with dg.DagsterInstance.get() as instance:
+    with dg.DagsterInstance.get() as instance, _slots(instance, slots):
         clear_dead_runs(instance)
         result = dg.execute_job(  # `execute_in_process` has an executor of its own, which waits for slots in silence
             ReconstructableRepository.for_module("orchestration.definitions", "defs").get_reconstructable_job(job_name),
@@ -87,13 +102,14 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m orchestration", description=__doc__)
     parser.add_argument("job", help="a recipe's name, or another job")
     parser.add_argument("--allow", action="append", metavar="NAME", help=f"what is otherwise refused: {list(CONSENTS)}")
+    parser.add_argument("--slots", type=int, metavar="N", help="runs that train at the same time")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
     arguments = _arguments()
     try:
-        sys.exit(run(arguments.job, parse_allow(arguments.allow)))
+        sys.exit(run(arguments.job, parse_allow(arguments.allow), arguments.slots))
     except OpenLMError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

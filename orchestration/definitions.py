@@ -12,15 +12,25 @@ from assets.data import corpus_asset, dataset_assets, tokenizer_asset
 from assets.evaluation import baseline_asset, scorecard_assets
 from assets.preflight import preflight_asset
 from assets.reports import report_asset
+from assets.studies import study_asset
 from assets.training import checkpoint_assets
 from openlm_pipeline.errors import ConfigError
 from openlm_pipeline.evaluation.suite import load_suite
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.pipeline.recipes import load_recipes
 from openlm_pipeline.shards.synthetic import SCHEME
+from openlm_pipeline.studies.study import StudyRun, expand, load_study
 from orchestration.automation import alert_sensors, checkpoint_sensor, gap_schedule
 from orchestration.dead_runs import dead_run_sensor, executor
-from orchestration.jobs import dataset_job, derive_job, evaluation_job, failing_job, recipe_job, training_job
+from orchestration.jobs import (
+    dataset_job,
+    derive_job,
+    evaluation_job,
+    failing_job,
+    recipe_job,
+    study_job,
+    training_job,
+)
 from orchestration.live import live_logger
 
 
@@ -63,7 +73,10 @@ def build_definitions(experiments: list[Experiment], not_loaded: Mapping[str, st
         assets += [checkpoint_assets(experiment), report_asset(experiment)]
         if experiment.evaluation:
             assets += scorecard_assets(experiment, suites[experiment.evaluation.suite])
+    studies = _studies(experiments, not_loaded)
+    assets += [study_asset(load_study(name), runs, experiments) for name, runs in studies.items()]
     jobs: list[dg.JobDefinition | dg.UnresolvedAssetJobDefinition] = [
+        *(study_job(name, runs) for name, runs in studies.items()),
         *(recipe_job(e) for e in experiments),
         *(training_job(e) for e in experiments),
         *(evaluation_job(e) for e in experiments if e.evaluation),
@@ -89,6 +102,20 @@ def build_definitions(experiments: list[Experiment], not_loaded: Mapping[str, st
         executor=executor,
         loggers={"live": live_logger, "console": dg.colored_console_logger},
     )
+
+
+def _studies(experiments: list[Experiment], not_loaded: dict[str, str]) -> dict[str, list[StudyRun]]:
+    """The runs of each study of which all recipes are there; why another is not goes to `not_loaded`."""
+    names, found = {e.name for e in experiments}, {}
+    for name in sorted({e.study for e in experiments if e.study}):
+        try:
+            runs = expand(load_study(name))
+        except ConfigError as e:
+            not_loaded[name] = str(e)
+            continue
+        if {run.name for run in runs} <= names:
+            found[name] = runs
+    return found
 
 
 gc.disable()  # what is made here stays: a collection meanwhile or at the end would look through all of it for nothing

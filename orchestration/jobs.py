@@ -4,7 +4,7 @@ Beside these `derive`, which saves a new recipe, and one that fails for each rec
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import dagster as dg
 from pydantic import Field
@@ -17,12 +17,14 @@ from assets.common import (
     report_key,
     scorecard_key,
     shards_key,
+    study_key,
     tokenizer_key,
     user_errors,
 )
 from openlm_pipeline.experiments import Dataset, Experiment
 from openlm_pipeline.pipeline.new_recipe import derive
 from openlm_pipeline.pipeline.recipes import DERIVE, RESERVED, SAVE
+from openlm_pipeline.studies.study import StudyRun
 
 
 def _data_keys(datasets: list[Dataset]) -> list[dg.AssetKey]:
@@ -69,6 +71,21 @@ def recipe_job(experiment: Experiment) -> dg.JobDefinition:
         selection=dg.AssetSelection.assets(*keys),
         description=f"Raw files to report: {experiment.description}".rstrip(": "),
         tags={"openlm/recipe": experiment.name, "openlm/stage": "all"},
+    )
+
+
+def study_job(name: str, runs: Sequence[StudyRun]) -> dg.JobDefinition:
+    """All runs of a study, each step in a process of its own, so that as many train as the training pool has slots."""
+    experiments = list({run.name: run.experiment for run in runs}.values())
+    keys = [key for e in experiments for key in _data_keys(e.datasets())]
+    keys += [checkpoint_key(e.name, label) for e in experiments for label, _ in e.labelled_milestones()]
+    keys += [study_key(name), *(key for e in experiments for key in _score_keys(e))]
+    return dg.define_asset_job(
+        name,
+        selection=dg.AssetSelection.assets(*dict.fromkeys(keys)),
+        description=f"All runs of the study {name}, and what they predict.",
+        executor_def=dg.multiprocess_executor,
+        tags={"openlm/study": name, "openlm/stage": "all"},
     )
 
 

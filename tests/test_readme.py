@@ -55,7 +55,7 @@ ANSWERS = (0, 3)
 @pytest.mark.parametrize("line", examples())
 def test_examples_of_docs_and_help_are_right(line, tmp_path, monkeypatch):
     arguments = shlex.split(line.partition(" > ")[0], comments=True)[1:]
-    words = tuple(arguments[: 1 + (arguments[0] == "shards")])
+    words = tuple(arguments[: 1 + (arguments[0] in ("shards", "study"))])
     COMMANDS[words].make_context(" ".join(words), with_repeated_options(arguments[len(words) :]))
     if words[0] in RUN:
         monkeypatch.chdir(tmp_path)

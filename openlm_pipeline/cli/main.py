@@ -35,6 +35,7 @@ from openlm_pipeline.cli.report import baselines, report
 from openlm_pipeline.cli.runs import cost, logs, runs, stop
 from openlm_pipeline.cli.shards import shards_app
 from openlm_pipeline.cli.show import show
+from openlm_pipeline.cli.study import study_app
 from openlm_pipeline.cli.trace import trace
 from openlm_pipeline.cli.ui import ui
 from openlm_pipeline.cli.verify import verify
@@ -59,6 +60,7 @@ _INTERRUPTED, _ENDED = 130, 143
 """Exit codes after SIGINT, which Typer gives, and SIGTERM."""
 _STOPPED = "stopped; what is done stays done, and the same command goes on from there"
 app.add_typer(shards_app, name="shards")
+app.add_typer(study_app, name="study")
 _STAGES = (plan, launch, fork, download, evaluate, report, compare, items, contamination, generate, baselines, export)
 for command in (*_STAGES, release, verify, trace, fsck, gc, ui, runs, show, logs, stop, cost, env):
     app.command()(command)

@@ -14,7 +14,10 @@ from openlm_pipeline.storage.home import Home
 from openlm_pipeline.strict import Origin, expand_variables, explain, place, read_mapping
 
 SHIPPED = Path(__file__).parent / "recipes"
+SHIPPED_STUDIES = Path(__file__).parent / "studies"
 SCHEMA = Path(__file__).parent / "recipe.schema.json"
+STUDY = ".study.yaml"
+"""How the name of a file ends that stands for a family of recipes, see `studies.study`."""
 
 
 def recipe_paths() -> dict[str, Path]:
@@ -25,6 +28,16 @@ def recipe_paths() -> dict[str, Path]:
     found = {path.stem: path for path in reversed(_user_files())}
     shipped = {path.stem: path for path in SHIPPED.glob("*.yaml") if path.stem not in found}
     return dict(sorted(shipped.items())) | dict(sorted(found.items()))
+
+
+def study_paths() -> dict[str, Path]:
+    """Study name -> file: the shipped ones, then those beside the recipes of the user, in place of a shipped one."""
+    folders = [SHIPPED_STUDIES, *(folder for folder in reversed(user_folders()) if _readable(folder))]
+    return {path.name.removesuffix(STUDY): path for folder in folders for path in sorted(folder.glob(f"*{STUDY}"))}
+
+
+def _recipes_in(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.glob("*.yaml")) if not path.name.endswith(STUDY)]
 
 
 def lost_files() -> dict[Path, str]:
@@ -50,7 +63,7 @@ def _readable(folder: Path) -> bool:
 
 def _user_files() -> list[Path]:
     folders = {os.path.realpath(folder): folder for folder in user_folders() if _readable(folder)}
-    return [path for folder in folders.values() for path in sorted(folder.glob("*.yaml"))]
+    return [path for folder in folders.values() for path in _recipes_in(folder)]
 
 
 def recipe_names() -> list[str]:

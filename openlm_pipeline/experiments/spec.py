@@ -470,6 +470,8 @@ class Experiment(Strict):
     name: Name
     version: Version = "v1"
     description: str = ""
+    study: str | None = None
+    """The study that it is a run of: its group in the graph."""
     tokenizer: TokenizerSpec
     seq_len: int = Field(ge=8)
     """Tokens that a sample predicts; a stored sample has one more."""
@@ -537,6 +539,11 @@ class Experiment(Strict):
                     f"warm-up and decay are longer than the schedule ({format_tokens(max(0, length))} tokens)"
                 )
         return self
+
+    @property
+    def group(self) -> str:
+        """Of its assets in the graph."""
+        return self.study or self.name
 
     def model_config_resolved(self) -> ModelConfig:
         """The model's full config; a new model takes `seq_len`, and the vocabulary of a tokenizer made here."""

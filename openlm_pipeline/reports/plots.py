@@ -48,7 +48,7 @@ def loss_chart(records: Records, milestones: Sequence[int]) -> str | None:
             ax.axvline(milestone, ymax=0.035, color=INK, linewidth=1.4, zorder=1)
         ax.set_ylabel("loss, nats per token")
         _token_axis(ax)
-        _name_ends(ax, ends)
+        name_ends(ax, ends)
         ax.set_xlabel("training tokens; strokes on the axis are milestones" if milestones else "training tokens")
         return inline_svg(figure, "loss", "Training and held-out loss against training tokens")
 
@@ -97,7 +97,7 @@ def comparison_chart(panels: Sequence[tuple[str, Curves]]) -> str | None:
                 ends.append((values[-1], f"{name} {values[-1]:.3f}", colour))
             ax.set_title(title)
             _token_axis(ax)
-            _name_ends(ax, ends)
+            name_ends(ax, ends)
         figure.supxlabel("training tokens", fontsize=8.5, color=MUTED)
         return inline_svg(figure, "comparison", ", ".join(title for title, _ in drawn) + " against training tokens")
 
@@ -124,7 +124,7 @@ def average_chart(table: Table) -> str | None:
         ends += [(value, f"{row.title} {row.cells[0].number} ({row.kind})", MUTED) for row, value in lines]
         ax.margins(y=0.1)
         ax.autoscale_view(scalex=False)
-        _name_ends(ax, ends)
+        name_ends(ax, ends)
         labelled = _spaced([tokens for tokens, _ in _points(table, column)], 0.05)
         for tokens, cell in _points(table, column):
             if tokens in labelled:
@@ -214,7 +214,7 @@ def _accuracy_panel(ax: Axes, table: Table, column: Column) -> None:
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: format_tokens(round(x))))
 
 
-def _name_ends(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+def name_ends(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
     """Names beside the right end of lines at these heights, moved apart where they would overlap."""
     bottom, top = ax.get_ylim()
     panels = ax.get_subplotspec().get_gridspec().nrows

@@ -117,7 +117,7 @@ def write_report(
     average = Markup(average_chart(table) or "")
     write_text(
         paths["report.html"],
-        _html(
+        html_page(
             "page.html",
             average=average,
             categories=categories(table, cards),
@@ -137,10 +137,10 @@ def write_report(
 
 def items_page(experiment: Experiment, items: Sequence[ItemsOfTask]) -> str:
     """A page of items to search, of at most `LARGEST_PAGE` bytes: beyond that each task has fewer."""
-    page = _html("items.html", experiment=experiment, tasks=items)
+    page = html_page("items.html", experiment=experiment, tasks=items)
     while len(page.encode()) > LARGEST_PAGE:
         items = [replace(of, items=of.items[: len(of.items) // 2]) for of in items]
-        page = _html("items.html", experiment=experiment, tasks=items)
+        page = html_page("items.html", experiment=experiment, tasks=items)
     return page
 
 
@@ -158,10 +158,10 @@ def compare_page(
         ("bits per byte of the right answers", curves_of(cards, "bits_per_byte")),
         ("training loss, nats per token", {name: points for name, points in losses.items() if len(points[0])}),
     ]
-    return _html("compare.html", found=found, charts=Markup(comparison_chart(panels) or ""))
+    return html_page("compare.html", found=found, charts=Markup(comparison_chart(panels) or ""))
 
 
-def _html(template: str, **page: Any) -> str:
+def html_page(template: str, **page: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -52,6 +52,10 @@ class Home:
         parts = [part for part in place.split("/") if part not in ("", ".", "..")]
         return cls(cache.joinpath(*parts), value.rstrip("/"), cache)
 
+    def study(self, name: str) -> Path:
+        """The fit of a study and its page."""
+        return self.root / "studies" / name
+
     @property
     def variables(self) -> dict[str, str]:
         """The environment in which another process of this machine has the same home."""
