@@ -19,7 +19,7 @@ from openlm_pipeline.result import ALLOW_TAG, CONSENTS, parse_allow
 from openlm_pipeline.runs.programs import dagster_home
 from openlm_pipeline.storage.home import Home
 from orchestration.dead_runs import PROCESS_TAG, clear_dead_runs, this_process
-from orchestration.live import is_interrupt
+from orchestration.live import began, is_interrupt
 
 
 def _database_error(error: BaseException | None) -> str | None:
@@ -53,6 +53,7 @@ def run(job_name: str, allow: Collection[str] = (), slots: int | None = None) ->
     """Run a job; 0 if it succeeded."""
     console = Console(highlight=False, soft_wrap=True)
     warnings.filterwarnings("ignore", category=dg.BetaWarning)  # for whoever changes the code, not for whoever runs it
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:Function `multi_observable_source_asset`")  # in steps' processes
     # Dagster's six attempts at a database, each of several lines; how they end is told in one.
     logging.getLogger().addFilter(lambda record: not record.getMessage().startswith("Retrying failed database"))
     os.environ["DAGSTER_HOME"] = str(dagster_home())
@@ -61,6 +62,7 @@ def run(job_name: str, allow: Collection[str] = (), slots: int | None = None) ->
     if job_name not in {job.name for job in defs.jobs}:
         print(f"error: there is no job {job_name!r}; jobs: {', '.join(j.name for j in defs.jobs)}", file=sys.stderr)
         return 2
+    began()
     home = Home.from_env()
     console.print(f"{job_name}: state is under {home.root}")
     with dg.DagsterInstance.get() as instance, _slots(instance, slots):

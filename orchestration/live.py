@@ -1,6 +1,7 @@
 """A job's progress on the terminal: the stages' own lines, each step's start and end, and each asset as it is made."""
 
 import logging
+import os
 import time
 from typing import Any
 
@@ -13,7 +14,16 @@ _SHOWN = {
     "ASSET_MATERIALIZATION": "done  ",
     "ASSET_CHECK_EVALUATION": "check ",
 }
-_started = time.monotonic()
+BEGAN = "_OPENLM_BEGAN"
+"""Environment variable: id of the process that runs the job, and its monotonic clock when it began."""
+_process, _started = os.getpid(), time.monotonic()
+if BEGAN in os.environ:
+    _process, _started = int((_of := os.environ[BEGAN].split())[0]), float(_of[1])
+
+
+def began() -> None:
+    """Have lines of steps in processes of their own count the time of this process, and name their runs."""
+    os.environ[BEGAN] = f"{_process} {_started}"
 
 
 class LiveHandler(logging.Handler):
@@ -41,7 +51,9 @@ class LiveHandler(logging.Handler):
 
 def _describe(event: dg.DagsterEvent, fields: dict) -> str | None:
     if event.event_type_value == "ASSET_OBSERVATION":
-        return event.event_specific_data.asset_observation.description
+        seen = event.event_specific_data.asset_observation
+        beside_others = os.getpid() != _process and len(seen.asset_key.path) > 1
+        return f"{seen.asset_key.path[1]}: {seen.description}" if beside_others else seen.description
     if event.event_type_value == "ASSET_MATERIALIZATION":
         made = event.event_specific_data.materialization
         reused = made.metadata.get("reused")
