@@ -19,7 +19,7 @@ from openlm_pipeline.result import ALLOW_TAG, CONSENTS, parse_allow
 from openlm_pipeline.runs.programs import dagster_home
 from openlm_pipeline.storage.home import Home
 from orchestration.dead_runs import PROCESS_TAG, clear_dead_runs, this_process
-from orchestration.live import began, is_interrupt
+from orchestration.live import is_interrupt
 
 
 def _database_error(error: BaseException | None) -> str | None:
@@ -62,7 +62,6 @@ def run(job_name: str, allow: Collection[str] = (), slots: int | None = None) ->
     if job_name not in {job.name for job in defs.jobs}:
         print(f"error: there is no job {job_name!r}; jobs: {', '.join(j.name for j in defs.jobs)}", file=sys.stderr)
         return 2
-    began()
     home = Home.from_env()
     console.print(f"{job_name}: state is under {home.root}")
     with dg.DagsterInstance.get() as instance, _slots(instance, slots):

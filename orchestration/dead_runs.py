@@ -4,13 +4,18 @@ Dagster's code server tells of a run's process that dies under it, and the daemo
 ended; neither looks at a run whose code server died too.
 """
 
+import ctypes
+import multiprocessing
 import os
+import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 
 import dagster as dg
 import psutil
+from dagster._core.definitions.executor_definition import multiple_process_executor_requirements
 from dagster._core.events import DagsterEvent
 from dagster._core.execution.api import ExecuteRunWithPlanIterable
 from dagster._core.execution.context.system import PlanExecutionContext, PlanOrchestrationContext
@@ -22,12 +27,28 @@ from dagster._core.executor.in_process import InProcessExecutor
 from dagster._utils.interrupts import check_captured_interrupt
 
 from openlm_pipeline.result import Say
+from orchestration.live import began, run_process
 
 PROCESS_TAG = "openlm/process"
+_SET_DEATH_SIGNAL = 1
+"""Of prctl(2)."""
 _SLOT_SECONDS = 3.0
 """Between two looks for a free slot."""
 _CLOCK_SECONDS = 60.0
 """By how much the clock may have been set since a process began."""
+
+
+def end_with_run() -> None:
+    """Have a step in a process of its own end as if asked to, once the process that runs its job is gone (Linux).
+
+    Killed, that asks nothing of its steps: they would train on, beside those of the next run.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None or parent.pid != run_process() or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGTERM)
+    if os.getppid() != parent.pid:  # it went before this was asked for
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def this_process() -> str:
@@ -145,6 +166,18 @@ def executor(context: dg.InitExecutorContext) -> dg.Executor:
     clear_dead_runs(context.instance)
     made = dg.in_process_executor.executor_creation_fn(context)
     return _InProcess(made.retries, made.step_dependency_config)
+
+
+@dg.executor(
+    name="multiprocess",
+    config_schema=dg.multiprocess_executor.config_schema,
+    requirements=multiple_process_executor_requirements(),
+)
+def executor_of_processes(context: dg.InitExecutorContext) -> dg.Executor:
+    """Dagster's multiprocess executor, whose steps end with it, for runs that find the slots of dead ones free."""
+    clear_dead_runs(context.instance)
+    began()
+    return dg.multiprocess_executor.executor_creation_fn(context)
 
 
 def dead_run_sensor() -> dg.SensorDefinition:

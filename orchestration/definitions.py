@@ -21,7 +21,7 @@ from openlm_pipeline.pipeline.recipes import load_recipes
 from openlm_pipeline.shards.synthetic import SCHEME
 from openlm_pipeline.studies.study import StudyRun, expand, load_study
 from orchestration.automation import alert_sensors, checkpoint_sensor, gap_schedule
-from orchestration.dead_runs import dead_run_sensor, executor
+from orchestration.dead_runs import dead_run_sensor, end_with_run, executor
 from orchestration.jobs import (
     dataset_job,
     derive_job,
@@ -118,6 +118,7 @@ def _studies(experiments: list[Experiment], not_loaded: dict[str, str]) -> dict[
     return found
 
 
+end_with_run()
 gc.disable()  # what is made here stays: a collection meanwhile or at the end would look through all of it for nothing
 try:
     defs = build_definitions(*load_recipes(os.environ.get("OPENLM_ONLY", "").replace(",", " ").split()))

@@ -25,6 +25,7 @@ from openlm_pipeline.experiments import Dataset, Experiment
 from openlm_pipeline.pipeline.new_recipe import derive
 from openlm_pipeline.pipeline.recipes import DERIVE, RESERVED, SAVE
 from openlm_pipeline.studies.study import StudyRun
+from orchestration.dead_runs import executor_of_processes
 
 
 def _data_keys(datasets: list[Dataset]) -> list[dg.AssetKey]:
@@ -84,7 +85,7 @@ def study_job(name: str, runs: Sequence[StudyRun]) -> dg.JobDefinition:
         name,
         selection=dg.AssetSelection.assets(*dict.fromkeys(keys)),
         description=f"All runs of the study {name}, and what they predict.",
-        executor_def=dg.multiprocess_executor,
+        executor_def=executor_of_processes,
         tags={"openlm/study": name, "openlm/stage": "all"},
     )
 

@@ -21,6 +21,11 @@ if BEGAN in os.environ:
     _process, _started = int((_of := os.environ[BEGAN].split())[0]), float(_of[1])
 
 
+def run_process() -> int:
+    """Id of the process that runs the job, as its steps know it."""
+    return _process
+
+
 def began() -> None:
     """Have lines of steps in processes of their own count the time of this process, and name their runs."""
     os.environ[BEGAN] = f"{_process} {_started}"
