@@ -18,6 +18,8 @@ from openlm_pipeline.experiments import load_experiment, recipe_names
 from openlm_pipeline.result import ALLOW_TAG, CONSENTS, parse_allow
 from openlm_pipeline.runs.programs import dagster_home
 from openlm_pipeline.storage.home import Home
+from openlm_pipeline.studies.stage import PAGE
+from openlm_pipeline.studies.study import is_study
 from orchestration.dead_runs import PROCESS_TAG, clear_dead_runs, this_process
 from orchestration.live import is_interrupt
 
@@ -85,6 +87,8 @@ def run(job_name: str, allow: Collection[str] = (), slots: int | None = None) ->
     if job_name in recipe_names():
         experiment = load_experiment(job_name)
         console.print(f"  report   file://{home.report(experiment.name, experiment.version) / 'report.html'}")
+    elif is_study(job_name):
+        console.print(f"  report   file://{home.study(job_name) / PAGE}")
     if job_name == "demo":
         import torch
 
