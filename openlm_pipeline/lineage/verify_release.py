@@ -13,6 +13,7 @@ import math
 import re
 import struct
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ NOT_PROVED = (
     "whoever writes all of it can write a chain that holds."
 )
 _BLOCK = 1 << 22
+_MOST_LINE, _MOST_BYTES = 1 << 24, 1 << 30
+"""Of a compressed file: characters of a line, and of all. More is no release of ours, and would fill the memory."""
 Link = tuple[str, str, str]
 """Name, one of the three, and what was compared or differs."""
 _SHARD_FIELDS = ("shard", "num_sequences", "bytes", "sha256", "tokens", "source")
@@ -64,13 +67,42 @@ def links(root: Path) -> Iterator[Link]:
             found = list(check(root))
         except FileNotFoundError as e:
             found = [(DIFFERS, f"{Path(e.filename).name} is missing")]
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError, EOFError, struct.error) as e:
+        except _DAMAGE as e:
             found = [(DIFFERS, f"{type(e).__name__}: {e}")]
         for status, what in found:
             yield name, status, what
 
 
 Found = Iterator[tuple[str, str]]
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OSError, EOFError)
+_DAMAGE += (struct.error, zlib.error)
+"""What reading a damaged file raises."""
+
+
+def _inside(root: Path, name: str) -> Path:
+    """A file of the release.
+
+    Raises:
+        ValueError: the name leads out of its folder.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"{name!r} leads out of the release")
+    return root / name
+
+
+def json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a compressed file.
+
+    Raises:
+        ValueError: it is damaged, or far larger than one of ours.
+    """
+    read = 0
+    with gzip.open(path, "rt", encoding="utf-8") as f:
+        while line := f.readline(_MOST_LINE):
+            read += len(line)
+            if len(line) == _MOST_LINE or read > _MOST_BYTES:
+                raise ValueError(f"{path.name} has more text than a release has")
+            yield json.loads(line)
 
 
 def _compared(what: str, pairs: Iterable[tuple[str, Any, Any]]) -> Found:
@@ -86,7 +118,7 @@ def _files(root: Path) -> Found:
     recorded = manifest["files"]
     wrong = []
     for name, about in sorted(recorded.items()):
-        path = root / name
+        path = _inside(root, name)
         if not path.is_file():
             wrong.append(f"{name} is missing")
         elif path.stat().st_size != about["bytes"] or sha256_of(path) != about["sha256"]:
@@ -134,13 +166,13 @@ def _weights(root: Path) -> Found:
         path, begin, about = tensors[f"model.{name}"]
         described.append([name, _DTYPES[about["dtype"]], about["shape"], _digest(path, begin, about)])
     found = fingerprint({"weights": described})
-    yield from _compared(
-        f"{len(names)} tensors have the checkpoint's digest {found[:12]}",
-        [
-            ("digest of the weights", found, export["weights_digest"]),
-            ("the export's digest", export["weights_digest"], checkpoint["weights_digest"]),
-        ],
-    )
+    pairs = [("digest of the weights", found, export["weights_digest"])]
+    if export["average"]:
+        yield from _compared(f"{len(names)} tensors have the export's digest {found[:12]}", pairs)
+        yield NOT_HERE, f"whether they are the average {export['average']}: a checkpoint notes no digest of that"
+        return
+    pairs.append(("the export's digest", export["weights_digest"], checkpoint["weights_digest"]))
+    yield from _compared(f"{len(names)} tensors have the checkpoint's digest {found[:12]}", pairs)
 
 
 def _checkpoint(root: Path) -> dict[str, Any]:
@@ -191,7 +223,7 @@ def _data(root: Path) -> Found:
             continue
         version = None
         for segment in about["segments"]:
-            folder = root / "openlm/data" / segment
+            folder = _inside(root, f"openlm/data/{segment}")
             own = _version(folder)
             version = hashlib.sha256(f"{version} {own}".encode()).hexdigest() if version else own
             yield from _dataset(folder, segment, own)
@@ -227,25 +259,18 @@ def _close(a: Any, b: Any) -> bool:
     return a == b if a is None or b is None else math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
 
 
-def _rows(root: Path) -> Iterator[dict[str, Any]]:
-    with gzip.open(root / "openlm/items.jsonl.gz", "rt", encoding="utf-8") as f:
-        yield from map(json.loads, f)
+def _values(row: dict[str, Any]) -> tuple[float | None, ...]:
+    """Of an item: whether it is right, nats and bytes of the right answer; None for what is not known."""
+    size = row["choice_bytes"][row["gold"]] if row["choice_bytes"] else None
+    return tuple(None if v is None else float(v) for v in (row["correct"], row["nll"], size or None))
 
 
-def _mean(rows: list[dict[str, Any]], name: str) -> float | None:
-    values = [float(row[name]) for row in rows if row[name] is not None]
-    return math.fsum(values) / len(values) if values else None
-
-
-def _measured(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The numbers of a task without categories."""
-    names = {"accuracy": "correct", "accuracy_sum": "correct_sum", "accuracy_norm": "correct_norm"}
-    found: dict[str, Any] = {name: _mean(rows, column) for name, column in names.items()}
-    sizes = [row["choice_bytes"] and row["choice_bytes"][row["gold"]] for row in rows]
-    found["bits_per_byte"] = None
-    if all(sizes) and all(row["nll"] is not None for row in rows):
-        found["bits_per_byte"] = math.fsum(row["nll"] for row in rows) / (math.fsum(sizes) * math.log(2))
-    return found
+def _measured(items: list[tuple[float | None, ...]]) -> dict[str, float | None]:
+    """The numbers of a task without categories, from the values of its items."""
+    correct, nll, sizes = zip(*items)
+    known = [value for value in correct if value is not None]
+    bits = None if None in nll + sizes else math.fsum(nll) / (math.fsum(sizes) * math.log(2))
+    return {"accuracy": math.fsum(known) / len(known) if known else None, "bits_per_byte": bits}
 
 
 def recomputed(card: dict[str, Any], rows: Iterable[dict[str, Any]], averages: dict[str, Any]) -> tuple[int, list[str]]:
@@ -254,15 +279,16 @@ def recomputed(card: dict[str, Any], rows: Iterable[dict[str, Any]], averages: d
     Args:
         averages: `NAME/KIND` -> `weights` and `chances`, by task.
     """
-    by_task: dict[tuple[str, int], dict[str | None, list[dict[str, Any]]]] = {}
+    by_task: dict[tuple[str, int], dict[str | None, list[tuple[float | None, ...]]]] = {}
     for row in rows:
-        by_task.setdefault((row["task"], row["num_fewshot"]), {}).setdefault(row["category"], []).append(row)
+        task = by_task.setdefault((row["task"], row["num_fewshot"]), {})
+        task.setdefault(row["category"], []).append(_values(row))
     wrong, numbers, accuracy, bits = [], 0, {}, {}
     for task in card["tasks"]:
         if task["status"] != "scored":
             continue
         name, parts = f"{task['task']}/{task['num_fewshot']}-shot", by_task[task["task"], task["num_fewshot"]]
-        measured = [_measured(rows) for rows in parts.values()]
+        measured = [_measured(part) for part in parts.values()]
         items = sum(map(len, parts.values()))
         wrong += [f"{name}: {task['num_items']} items, and there are {items}"] if items != task["num_items"] else []
         for key in ("accuracy", "bits_per_byte"):
@@ -293,10 +319,12 @@ def recomputed(card: dict[str, Any], rows: Iterable[dict[str, Any]], averages: d
 def _scores(root: Path) -> Found:
     card, release = unsealed(root / "openlm/scorecard.json"), json.loads((root / "openlm/release.json").read_bytes())
     checkpoint = _checkpoint(root)
-    wanted = checkpoint["weights_digest"]
-    if card.get("precision", "fp32") != "fp32":
-        of = {"weights": wanted, "precision": card["precision"], "average": card.get("average_of_weights")}
-        wanted = fingerprint(of)
+    wanted, precision, average = checkpoint["weights_digest"], card["precision"], card["average_of_weights"]
+    if average:  # filed under the files
+        names = {"files": "files", "run": "run_fingerprint", "step": "step"}
+        wanted = fingerprint({name: checkpoint[of] for name, of in names.items()})
+    if average or precision != "fp32":
+        wanted = fingerprint({"weights": wanted, "precision": precision, "average": average})
     pairs = [
         ("checkpoint that was scored", card["checkpoint_digest"], wanted),
         ("sha256 of items.parquet", sha256_of(root / "openlm/items.parquet"), card["items_sha256"]),
@@ -305,10 +333,11 @@ def _scores(root: Path) -> Found:
         ("held-out loss", card["validation_loss"], checkpoint["metrics"].get("validation_loss")),
     ]
     yield from _compared("the scorecard is of this checkpoint, and of these items", pairs)
-    numbers, wrong = recomputed(card, _rows(root), release["averages"])
+    numbers, wrong = recomputed(card, json_lines(root / "openlm/items.jsonl.gz"), release["averages"])
     yield from ((DIFFERS, line) for line in wrong)
     if not wrong:
-        yield OK, f"{numbers} numbers of the scorecard are what {sum(1 for _ in _rows(root)):,} items give"
+        items = sum(task["num_items"] for task in card["tasks"])
+        yield OK, f"{numbers} numbers of the scorecard are what {items:,} items give"
 
 
 def _card(root: Path) -> Found:
@@ -340,14 +369,13 @@ def _contamination(root: Path) -> Found:
         yield NOT_HERE, "which items were seen in training; the data was not scanned for them"
         return
     facts, tokens = json.loads(path.read_bytes()), _checkpoint(root)["tokens"]
-    with gzip.open(root / "openlm/contamination.jsonl.gz", "rt", encoding="utf-8") as f:
-        rows = [json.loads(line) for line in f]
-    first = [row["first_seen_tokens"] for row in rows if row["first_seen_tokens"] is not None]
+    every = [row["first_seen_tokens"] for row in json_lines(root / "openlm/contamination.jsonl.gz")]
+    first = [tokens for tokens in every if tokens is not None]
     text = (root / "README.md").read_text(encoding="utf-8")
-    told = f"{len(first):,} of {len(rows):,} items were seen in training"
+    told = f"{len(first):,} of {len(every):,} items were seen in training"
     pairs = [
         ("tokens up to which it was looked", facts["tokens"], tokens),
-        ("items", len(rows), facts["items"]),
+        ("items", len(every), facts["items"]),
         ("items that were seen", len(first), facts["seen"]),
         ("items seen after the milestone", sum(at > tokens for at in first), 0),
         ("README.md says", told if told in text else "otherwise", told),

@@ -22,7 +22,7 @@ from openlm_pipeline.errors import DataError, IdentityError, MissingInputError, 
 from openlm_pipeline.experiments import Dataset, Experiment, load_experiment
 from openlm_pipeline.fingerprint import differences, settings_tree
 from openlm_pipeline.lineage import verify_release
-from openlm_pipeline.lineage.verify_release import DIFFERS, MANIFEST, NOT_HERE, OK, Link, links
+from openlm_pipeline.lineage.verify_release import DIFFERS, MANIFEST, NOT_HERE, OK, Link, json_lines, links
 from openlm_pipeline.pipeline.contamination import joined_if_scanned
 from openlm_pipeline.pipeline.evaluation import CARD
 from openlm_pipeline.pipeline.items import milestone_named
@@ -354,9 +354,8 @@ def _same_card(folder: Path) -> tuple[str, str]:
     records = folder / RECORDS
     suite, card = _suite_and_card(folder)
     items, _ = read_items(records / "items.parquet")
-    with gzip.open(records / "items.jsonl.gz", "rt", encoding="utf-8") as f:
-        if [json.loads(line) for line in f] != json.loads(json.dumps(items.to_pylist())):
-            return DIFFERS, "items.jsonl.gz has other rows than items.parquet"
+    if list(json_lines(records / "items.jsonl.gz")) != json.loads(json.dumps(items.to_pylist())):
+        return DIFFERS, "items.jsonl.gz has other rows than items.parquet"
     files = {f"{t.task}/{t.num_fewshot}-shot": t.task_file_sha256 for t in card.tasks}
     rows = {f"{t.task}/{t.num_fewshot}-shot": t.num_rows for t in card.tasks}
     made = make_scorecard(
@@ -432,11 +431,14 @@ def _replay(folder: Path, steps: int, home: Home, report: Say) -> tuple[str, str
 
     In a home of its own below `replays/`, where the shards of this home are linked; through the recipe's launcher.
     """
-    told = read_json(folder / RECORDS / "checkpoint.json")
-    experiment = load_experiment(str(folder / RECORDS / "experiment.yaml"))
-    run = RunFolder(home.run(experiment.name, experiment.version))
-    if not (run.path / "run.json").exists() or run.fingerprint != told["run_fingerprint"]:
+    told, of = read_json(folder / RECORDS / "checkpoint.json"), read_sealed(folder / RECORDS / "run.json")
+    try:
+        run = find_run(home, str(of["name"]), str(of["version"]))
+    except MissingInputError as e:
+        return NOT_HERE, str(e)
+    if run.fingerprint != told["run_fingerprint"]:
         return NOT_HERE, f"{run.path} is not the run of this release"
+    experiment = run.experiment()  # the release may be a stranger's, and a launcher runs what a recipe says
     kept = [c for c in run.saved() if told["step"] - steps <= c.step < told["step"]]
     if not kept:
         what = f"no checkpoint of the {steps} steps before {told['milestone']} was kept"

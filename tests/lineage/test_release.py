@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,30 @@ def test_an_item_that_was_seen_and_is_told_otherwise_is_named(bundle: Path):
     assert {link for link, _ in wrong(bundle)} == {"contamination"}
 
 
+def test_a_release_of_a_stranger_leads_nowhere_and_fills_no_memory(bundle: Path, tmp_path: Path):
+    secret = tmp_path / "secret.json"
+    secret.write_text("{}")
+    _json(bundle / "openlm" / "data.json", lambda data: data[0].update(segments=["../../../secret"]))
+    with gzip.open(bundle / "openlm" / "items.jsonl.gz", "wb", compresslevel=9) as f:
+        for _ in range(200):
+            f.write(b" " * (1 << 20))
+    (bundle / MANIFEST).unlink()
+    _seal(bundle)
+    _json(
+        bundle / MANIFEST,
+        lambda manifest: (manifest.pop("seal_sha256"), manifest["files"].update({"../secret.json": {}})),
+    )
+    tracemalloc.start()
+    found = wrong(bundle)
+    assert tracemalloc.get_traced_memory()[1] < 200 << 20
+    tracemalloc.stop()
+    assert ("files", "ValueError: '../secret.json' leads out of the release") in found
+    assert any("leads out of the release" in what for link, what in found if link == "run -> data -> raw files")
+    assert any(
+        "more text than a release has" in what for link, what in found if link == "scores -> items -> checkpoint"
+    )
+
+
 def test_a_printed_score_that_is_changed_is_named(bundle: Path):
     text = (bundle / "README.md").read_text()
     row = next(line for line in text.splitlines() if line.startswith("| choice 1-shot"))
@@ -246,6 +271,20 @@ def test_the_last_steps_trained_again_give_the_same_weights(finished: FinishedPi
         _json(tmp_path / "out" / "openlm" / "checkpoint.json", _other_digest)
         ended = verify(pipeline, tmp_path / "out", "--replay", "7")
         assert ended.returncode == 4 and "steps 150 to 157 give weights" in ended.stdout
+
+
+def test_scores_of_averaged_weights(finished: FinishedPipeline, tmp_path: Path):
+    pipeline = finished.copy(tmp_path)
+    recipe = pipeline.root / "recipes" / "tiny.yaml"
+    text = recipe.read_text().replace("schedule: constant", "schedule: constant, averages: [ema_0.9_1]")
+    recipe.write_text(text.replace('suite.yaml"', 'suite.yaml", average: ema_0.9_1') + "version: v2\n")
+    with forked_trainers(torchrun=True):
+        for command in (["train", "tiny"], ["evaluate", "tiny"], ["release", "tiny", "-o", tmp_path / "out"]):
+            ended = openlm(*command, variables=pipeline.variables)
+            assert ended.returncode == 0, ended.stdout + ended.stderr
+    ended = verify(pipeline, tmp_path / "out", "--deep", "--device", "cpu")
+    assert ended.returncode == 0, ended.stdout
+    assert "whether they are the average ema_0.9_1" in ended.stdout and "scored again" in ended.stdout
 
 
 def test_only_a_release_is_replaced(released: Path, finished: FinishedPipeline, tmp_path: Path):
