@@ -122,6 +122,8 @@ def test_sampling(add, tmp_path: Path):
     add("openlm_pipeline/ordering/samplings/in_order.py")
     source, sample = make_order("in_order", [np.array([2, 1])], [1], 0).picks(0, 5)
     assert (source.tolist(), sample.tolist()) == ([0] * 5, [0, 1, 2, 0, 1])
+    index, places = make_order("in_order", [np.array([2, 1])], [1], 0).occurrences(0, np.array([1, 2]), 2, 9)
+    assert (index.tolist(), places.tolist()) == ([1, 0, 1, 0, 1], [2, 4, 5, 7, 8])
     assert settings_identity(small.experiment()) == before
     own = settings_identity(small.experiment("training.sampling=in_order"))["training"]
     assert own == before["training"] | {"sampling": "in_order"}

@@ -154,14 +154,19 @@ class MixedOrder(ABC):
     def samples(self, source: int, positions: np.ndarray) -> np.ndarray:
         """The samples of a source at increasing `positions` of its order, counted through all epochs: int64."""
 
-    @abstractmethod
     def find(self, source: int, samples: np.ndarray, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
         """Where samples stand at the positions first..last of their source's order, the inverse of `samples`.
 
         Returns:
             Indices in `samples`, and the positions, both int64[n] and sorted by position: a sample comes as often as
             it stands there.
+
+        Raises:
+            ConfigError: the order has no inverse.
         """
+        raise ConfigError(
+            f"{type(self).__name__} has no `find`, by which the steps that read a sample are known; give it one"
+        )
 
     def occurrences(self, source: int, samples: np.ndarray, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Where samples of a source come among the samples begin..end of the run, the inverse of `picks`.

@@ -5,37 +5,19 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
-import yaml
+from study_pipeline import study_pipeline
 from tiny_pipeline import TinyPipeline
 
 from openlm_pipeline.checkpoints.folders import promote, read_checkpoint
 from openlm_pipeline.studies.stage import FIT, PAGE
 from openlm_pipeline.studies.study import expand, load_study, save_recipes
 
-STUDY = {
-    "base": "tiny",
-    "models": [{"hidden_dim": d, "n_layers": 1, "n_heads": 2} for d in (8, 16, 24)],
-    "tokens": [5120, 10240],
-    "cooldown": 0,
-    "set": {"validation": {"source": {"name": "held", "files": ["raw/held/*.jsonl"]}, "max_samples": 20}},
-    "predict": {"recipe": "larger"},
-}
 KEY = dg.AssetKey(["study", "sizes"])
 
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> TinyPipeline:
-    made = TinyPipeline.create(tmp_path_factory.mktemp("study") / "pipeline")
-    rows = [{"text": "a held-out text of some words " * 9} for _ in range(40)]
-    (made.home / "raw" / "held").mkdir()
-    (made.home / "raw" / "held" / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (made.root / "recipes" / "sizes.study.yaml").write_text(yaml.safe_dump(STUDY))
-    larger = {
-        "extends": "tiny", "name": "larger", "model": {"hidden_dim": 32, "n_layers": 1}, "milestones": [20480],
-        "evaluation": None, **STUDY["set"],
-    }  # fmt: skip
-    (made.root / "recipes" / "larger.yaml").write_text(yaml.safe_dump(larger))
-    return made
+    return study_pipeline(tmp_path_factory.mktemp("study") / "pipeline")
 
 
 def names(pipeline: TinyPipeline) -> tuple[str, ...]:
