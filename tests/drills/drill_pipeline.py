@@ -178,7 +178,9 @@ class DrillPipeline(TinyPipeline):
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
                 if "train" in _arguments(process) and "LOCAL_RANK" in process.environ():
-                    found.setdefault(int(process.environ()["LOCAL_RANK"]), []).append(process)
+                    same = found.setdefault(int(process.environ()["LOCAL_RANK"]), [])
+                    if process.ppid() not in [one.pid for one in same]:  # that is about to become another program
+                        same.append(process)
         return found
 
 
