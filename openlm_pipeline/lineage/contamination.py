@@ -31,9 +31,8 @@ from openlm_pipeline.ordering.continued import Sizes, seen
 from openlm_pipeline.pools import Call, PoolFactory, TaskProgress
 from openlm_pipeline.result import Say
 from openlm_pipeline.shards.dataset import ShardedDataset
-from openlm_pipeline.shards.opening import Opened, open_dataset
+from openlm_pipeline.shards.opening import Opened, open_dataset, segments_of
 from openlm_pipeline.shards.provenance import read_spans
-from openlm_pipeline.shards.subset import FirstSamples
 from openlm_pipeline.shards.synthetic import SyntheticDataset
 from openlm_pipeline.storage.files import atomic_writer, folder_lock, remove_leftovers
 from openlm_pipeline.storage.home import Home
@@ -64,12 +63,11 @@ def segments(opened: Opened) -> list[tuple[ShardedDataset, int]]:
     """
     if isinstance(opened, SyntheticDataset):
         raise ConfigError(f"{opened.folder} are random ids, which hold no text to look for")
-    whole = opened.whole if isinstance(opened, FirstSamples) else opened
     left, found = len(opened.entries), []
-    for segment in whole.segments:
+    for segment, _ in segments_of(opened):
         found.append((segment, min(left, len(segment.entries))))
         left -= found[-1][1]
-    return [(segment, count) for segment, count in found if count]
+    return found
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,8 @@ from openlm_pipeline.storage.remote import is_remote
 from openlm_pipeline.tokenization.documents import results
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from openlm_pipeline.evaluation.scorecard import Scorecard
     from openlm_pipeline.evaluation.suite import Suite
 
@@ -182,8 +184,13 @@ def _records(run: RunFolder, checkpoint: Checkpoint, cards: Path, out: Path) -> 
     for name in (CARD, "items.parquet"):
         shutil.copyfile(cards / name, out / name)
     items, _ = read_items(cards / "items.parquet")
-    with _compressed(out / "items.jsonl.gz") as packed:
-        for batch in items.to_batches(max_chunksize=1024):
+    _write_rows(items, out / "items.jsonl.gz")
+
+
+def _write_rows(table: "pa.Table", path: Path) -> None:
+    """A line of JSON for each row."""
+    with _compressed(path) as packed:
+        for batch in table.to_batches(max_chunksize=1024):
             packed.writelines(json.dumps(row).encode() + b"\n" for row in batch.to_pylist())
 
 
@@ -254,10 +261,8 @@ def _contamination(experiment: Experiment, home: Home, label: str, out: Path, re
         report(f"the release says nothing of contamination: {why}")
         return None
     (joined,) = found
-    rows = joined.table.to_pylist()
-    with _compressed(out / "contamination.jsonl.gz") as packed:
-        packed.writelines(json.dumps(row).encode() + b"\n" for row in rows)
-    facts = {**joined.facts, "items": len(rows), "seen": len(joined.seen()), "notes": joined.notes()}
+    _write_rows(joined.table, out / "contamination.jsonl.gz")
+    facts = {**joined.facts, "items": joined.table.num_rows, "seen": len(joined.seen()), "notes": joined.notes()}
     write_json(out / "contamination.json", facts)
     return facts
 
@@ -266,7 +271,7 @@ def about_averages(suite: "Suite", card: "Scorecard") -> dict[str, Any]:
     """The weights and chances that a card's averages are taken with, by `NAME/KIND`."""
     from openlm_pipeline.evaluation.averages import suite_averages
 
-    scored = {f"{t.task}/{t.num_fewshot}-shot": t for t in card.tasks if t.status == "scored"}
+    scored = {t.name: t for t in card.tasks if t.status == "scored"}
     chances = {name: t.chance for name, t in scored.items() if t.chance is not None}
     found = {}
     for made in suite_averages(suite, {name: t.num_items for name, t in scored.items()}):
@@ -356,8 +361,8 @@ def _same_card(folder: Path) -> tuple[str, str]:
     items, _ = read_items(records / "items.parquet")
     if list(json_lines(records / "items.jsonl.gz")) != json.loads(json.dumps(items.to_pylist())):
         return DIFFERS, "items.jsonl.gz has other rows than items.parquet"
-    files = {f"{t.task}/{t.num_fewshot}-shot": t.task_file_sha256 for t in card.tasks}
-    rows = {f"{t.task}/{t.num_fewshot}-shot": t.num_rows for t in card.tasks}
+    files = {t.name: t.task_file_sha256 for t in card.tasks}
+    rows = {t.name: t.num_rows for t in card.tasks}
     made = make_scorecard(
         items, None, suite=suite, task_files=files, num_rows=rows, warnings=card.warnings,
         provenance=Provenance(**{name: getattr(card, name) for name in Provenance.model_fields}),
@@ -407,7 +412,7 @@ def _score_again(folder: Path, home: Home, report: Say, device: str | None) -> t
         return NOT_HERE, str(e)
     rows = read_items(folder / RECORDS / "items.parquet")[0].to_pylist()
     stored = {(row["task"], row["num_fewshot"], row["item"]): row for row in rows}
-    files = {f"{t.task}/{t.num_fewshot}-shot": t.task_file_sha256 for t in card.tasks}
+    files = {t.name: t.task_file_sha256 for t in card.tasks}
     if other := [t.name for t in tasks if t.file.sha256 != files.get(t.name)]:
         return NOT_HERE, f"the file of {other[0]} is another one here"
     asked = [(t, item) for t in tasks for item in t.items if not RULES[t.task.rule].generates and item.requests]

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from openlm_pipeline.checkpoints.folders import Checkpoint
 from openlm_pipeline.pipeline.overview import scores, state_of
 from openlm_pipeline.runs.dry_run import describe
 from openlm_pipeline.runs.folder import RunFolder
@@ -94,14 +95,18 @@ def plan_study(
             continue
         told = describe(experiment, experiment.launcher.world_size, device, mfu, home)
         hours = told.seconds * told.processes / 3600 if told.seconds is not None else None
-        done = min(told.tokens, max(0, _trained(run, home) - experiment.start_tokens()))
+        trained = _trained(_folder(run, home).saved())
+        done = min(told.tokens, max(0, trained - experiment.start_tokens()))
         costs[run.name] = RunCost(run, told.tokens, done, hours)
     return StudyPlan(study, tuple(costs.values()), apart, price)
 
 
-def _trained(run: StudyRun, home: Home) -> int:
-    folder = RunFolder(home.run(run.name, run.experiment.version))
-    return max((checkpoint.tokens for checkpoint in folder.saved()), default=0)
+def _folder(run: StudyRun, home: Home) -> RunFolder:
+    return RunFolder(home.run(run.name, run.experiment.version))
+
+
+def _trained(saved: Sequence[Checkpoint]) -> int:
+    return max((checkpoint.tokens for checkpoint in saved), default=0)
 
 
 def status_lines(runs: Sequence[StudyRun], home: Home) -> Iterator[str]:
@@ -111,12 +116,13 @@ def status_lines(runs: Sequence[StudyRun], home: Home) -> Iterator[str]:
     done = 0
     points = [run for run in runs if run.budget is not None]
     for run in runs:
-        folder = RunFolder(home.run(run.name, run.experiment.version))
+        folder = _folder(run, home)
+        saved = folder.saved()
         state = state_of(run.experiment, home, folder)[0] if folder.path.exists() else "not begun"
-        tokens = f"{format_tokens(_trained(run, home), 3)}/{format_tokens(run.experiment.milestones[-1], 3)}"
+        tokens = f"{format_tokens(_trained(saved), 3)}/{format_tokens(run.experiment.milestones[-1], 3)}"
         loss = score = "-"
         if run.budget is not None:
-            found = [c for c in folder.saved() if c.milestone == run.label]
+            found = [c for c in saved if c.milestone == run.label]
             if found and "validation_loss" in found[0].metrics:
                 done, loss = done + 1, f"{found[0].metrics['validation_loss']:.4f}"
             if (average := scores(home, folder, run.label)) and average["value"] is not None:

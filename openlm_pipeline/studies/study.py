@@ -214,8 +214,8 @@ def expand(study: Study) -> list[StudyRun]:
     families = []
     for size in study.models:
         for settings in study.combinations():
-            first = _recipe(study, size, settings, study.seeds[0], [], [])
-            families.append((count_parameters(first.model_config_resolved()), size, settings))
+            parameters = count_parameters(_probe(study, size, settings).model_config_resolved())
+            families.append((parameters, size, settings))
     families.sort(key=lambda family: family[0])
     smallest = families[0][0]
     runs: list[StudyRun] = []
@@ -243,8 +243,8 @@ def target_experiment(study: Study) -> Experiment:
     target = study.predict
     if target.recipe is not None:
         return load_experiment(target.recipe)
-    size = Size(**_as_size(target.model)) if target.model is not None else expand_sizes(study)[-1]
-    return _recipe(study, size, {}, study.seeds[0], [], [])
+    size = Size(**_as_size(target.model)) if target.model is not None else _largest(study)
+    return _probe(study, size)
 
 
 def target_of(study: Study) -> tuple[int, int] | None:
@@ -267,20 +267,18 @@ def is_study(name: str) -> bool:
     return name.endswith(STUDY) or name in study_paths()
 
 
-def expand_sizes(study: Study) -> list[Size]:
-    """The models of a study, from small to large."""
-    parameters = {s.label: count_parameters(_probe(study, s).model_config_resolved()) for s in study.models}
-    return sorted(study.models, key=lambda size: parameters[size.label])
+def _largest(study: Study) -> Size:
+    return max(study.models, key=lambda size: count_parameters(_probe(study, size).model_config_resolved()))
 
 
-def _probe(study: Study, size: Size) -> Experiment:
-    return _recipe(study, size, {}, study.seeds[0], [], [])
+def _probe(study: Study, size: Size, settings: Mapping[str, Any] = {}) -> Experiment:
+    """A recipe with the model and settings, for what these say."""
+    return _made(_document(study, size, settings, study.seeds[0], [], []))[0]
 
 
 def _family(study: Study, size: Size, settings: Mapping[str, Any], seed: int, parameters: int) -> Iterator[StudyRun]:
     """The trunk of a size and its forks."""
-    probe = _recipe(study, size, settings, seed, [], [])
-    batch = probe.training.global_batch
+    batch = _probe(study, size, settings).training.global_batch
     wanted = study.tokens or [ratio * parameters for ratio in study.tokens_per_parameter]
     budgets = sorted({max(1, round(tokens / batch)) * batch for tokens in wanted})
     if not study.cooldown:
@@ -309,12 +307,6 @@ def _family(study: Study, size: Size, settings: Mapping[str, Any], seed: int, pa
 
 def _tokens(tokens: int) -> str:
     return format_tokens(tokens, 4).lower().replace(".", "p")
-
-
-def _recipe(
-    study: Study, size: Size, settings: Mapping[str, Any], seed: int, milestones: list[int], changes: list[str]
-) -> Experiment:
-    return _made(_document(study, size, settings, seed, milestones, changes))[0]
 
 
 def _document(
