@@ -22,6 +22,7 @@ from assets.common import (
 )
 from openlm_pipeline.experiments import Experiment
 from openlm_pipeline.pipeline import training as stages
+from openlm_pipeline.runs.estimates import flops_per_token
 from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.identity import settings_identity
 from openlm_pipeline.runs.launch import MilestoneReached, MilestoneReused, StepSkipped
@@ -71,6 +72,7 @@ def checkpoint_assets(experiment: Experiment) -> dg.AssetsDefinition:
         specs=specs,
         can_subset=True,
         pool=TRAINING_POOL,
+        op_tags=_longest_first(experiment) if experiment.study else None,
         check_specs=[
             dg.AssetCheckSpec(name, asset=checkpoint_key(run, label), blocking=True, description=description)
             for label in labels
@@ -101,6 +103,13 @@ def checkpoint_assets(experiment: Experiment) -> dg.AssetsDefinition:
                     _observe(context, experiment, history, skipped)
 
     return train
+
+
+def _longest_first(experiment: Experiment) -> dict[str, str]:
+    """The priority of a study's run grows with its cost, so that the longest does not train alone at the end."""
+    tokens = experiment.milestones[-1] - experiment.start_tokens()
+    flops = tokens * flops_per_token(experiment.model_config_resolved(), experiment.seq_len)
+    return {"dagster/priority": str(round(100 * math.log10(flops)))}
 
 
 def _read(history: History | None, folder: RunFolder) -> History:

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,7 +87,12 @@ class SlurmCluster:
         return process
 
     def kill_controller(self) -> None:
-        """As a crash of its machine would; its state is on disk."""
+        """As a crash of its machine would, once its state is on disk: it writes jobs seconds after they change."""
+        marks = {job_id: uuid.uuid4().hex for job_id in job_ids()}
+        for job_id, mark in marks.items():
+            command("scontrol", "update", f"JobId={job_id}", f"Comment={mark}")
+        state = self.folder / "state" / "job_state"
+        wait_until(lambda: all(mark.encode() in state.read_bytes() for mark in marks.values()), seconds=120)
         process = self._daemons["slurmctld -D"]
         process.kill()
         process.wait()

@@ -229,7 +229,12 @@ class Trainer:
                 if self.step % self.experiment.execution.log_every == 0 or self.step == target:
                     self._log()
                 self.hooks.between_steps()
-                if self.world.any(self.stop.requested or self.saver.failed):
+                for hook in self.hooks:
+                    hook.before_agreement()
+                ends = self.world.any(self.stop.requested or self.saver.failed)
+                for hook in self.hooks:
+                    hook.after_agreement()
+                if ends:
                     self.saver.wait()  # raises what went wrong in a save
                     return False
                 due = save_every and self.step % save_every == 0 or self.step in kept

@@ -37,7 +37,11 @@ def test_a_study_is_in_the_graph_once_its_recipes_are(pipeline: TinyPipeline):
         assert len([key for key in node.parent_keys if key.path[0] == "checkpoint"]) == 7  # one is the predicted run's
         groups = {graph.get(key).group_name for key in node.parent_keys if key.path[1] != "larger"}
         assert groups == {"sizes", "sizes_scores"}
-        assert definitions.resolve_job_def("sizes").executor_def.name == "multiprocess"
+        job = definitions.resolve_job_def("sizes")
+        assert job.executor_def.name == "multiprocess"
+        training = [node for node in job.nodes if node.name.startswith("train_sizes")]
+        first, *_ = sorted(training, key=lambda node: -int(node.definition.tags["dagster/priority"]))
+        assert first.name == "train_sizes_d24_l1_h2"  # the largest
 
 
 def result_of(pipeline: TinyPipeline, *others: str) -> tuple[dict, bool]:

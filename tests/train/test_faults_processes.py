@@ -1,9 +1,7 @@
 """Workers that hang under torchrun."""
 
-import contextlib
 import json
 import re
-import time
 from pathlib import Path
 
 import psutil
@@ -32,13 +30,7 @@ def test_a_hang_is_written_down_and_ends_the_run(tmp_path: Path):
     wait_until(lambda: last_step(small) > 15, launcher)
     ranks = ranks_of(launcher)
     try:
-        for _ in range(10):  # between two steps nothing is watched
-            ranks[1].suspend()
-            with contextlib.suppress(AssertionError):
-                wait_until(lambda: small.run.read_outcome() is not None, launcher, seconds=30)
-                break
-            ranks[1].resume()
-            time.sleep(0.2)
+        ranks[1].suspend()
         wait_until(lambda: not ranks[0].is_running() or ranks[0].status() == psutil.STATUS_ZOMBIE, seconds=300)
     finally:
         ranks[1].resume()

@@ -39,7 +39,8 @@ class Step:
 class Hook:
     """Does nothing at each point of a run; a hook has what it wants to do. Every rank has its own, called alike.
 
-    Within a step: `before_step`, `accepts`, `after_step`, `record` where one is due, `between_steps`, then a save.
+    Within a step: `before_step`, `accepts`, `after_step`, `record` where one is due, `between_steps`, the agreement of
+    all ranks on going on, then a save.
     """
 
     order: ClassVar[int] = 50
@@ -77,7 +78,14 @@ class Hook:
         """A record was written; on rank 0 alone."""
 
     def between_steps(self) -> None:
-        """What takes its time and is no part of a step; it counts for no speed."""
+        """What takes its time and is no part of a step; it counts for no speed. A rank that needs
+        `execution.hang_seconds` longer than another is taken for a hang."""
+
+    def before_agreement(self) -> None:
+        """`between_steps` is over here, and this rank waits until all know whether to go on."""
+
+    def after_agreement(self) -> None:
+        """All know it."""
 
     def at_milestone(self) -> dict[str, float]:
         """Numbers that are kept with the milestone that is about to be saved."""

@@ -68,7 +68,7 @@ class Watchdog:
                 faulthandler.cancel_dump_traceback_later()
 
     def step(self) -> None:
-        """A step begins."""
+        """A step begins, or what takes no longer than one."""
         if self._seconds is not None:
             self._deadline = time.monotonic() + self._seconds + (FIRST_STEP_SECONDS if self._first else 0)
 
@@ -114,7 +114,8 @@ class Watchdog:
 
 @HOOKS.register("watchdog")
 class HangWatch(Hook):
-    """Ends a process whose step takes `execution.hang_seconds`; what is done between steps may take its time."""
+    """Ends a process whose step, or whose wait for the others after one, takes `execution.hang_seconds`; what is done
+    between steps may take its time."""
 
     order = 20
 
@@ -131,6 +132,12 @@ class HangWatch(Hook):
         self.watchdog.step()
 
     def between_steps(self) -> None:
+        self.watchdog.pause()
+
+    def before_agreement(self) -> None:
+        self.watchdog.step()
+
+    def after_agreement(self) -> None:
         self.watchdog.pause()
 
     def at_end(self) -> None:
