@@ -12,7 +12,7 @@ import dagster as dg
 from dagster._core.definitions.reconstruct import ReconstructableRepository
 from rich.console import Console
 
-from assets.common import TRAINING_POOL
+from assets.common import EVALUATION_POOL, TRAINING_POOL
 from openlm_pipeline.errors import OpenLMError
 from openlm_pipeline.experiments import load_experiment, recipe_names
 from openlm_pipeline.result import ALLOW_TAG, CONSENTS, parse_allow
@@ -40,15 +40,18 @@ def _database_error(error: BaseException | None) -> str | None:
 
 @contextmanager
 def _slots(instance: dg.DagsterInstance, count: int | None) -> Iterator[None]:
-    """So many runs may train at a time, until this one ends; without a number as `dagster.yaml` says."""
+    """So many runs may train, and be scored, at a time until this one ends; without a number as `dagster.yaml` says."""
     if count is None:
         yield
         return
-    instance.event_log_storage.set_concurrency_slots(TRAINING_POOL, count)
+    pools, storage = (TRAINING_POOL, EVALUATION_POOL), instance.event_log_storage
+    for pool in pools:
+        storage.set_concurrency_slots(pool, count)
     try:
         yield
     finally:
-        instance.event_log_storage.delete_concurrency_limit(TRAINING_POOL)
+        for pool in pools:
+            storage.delete_concurrency_limit(pool)
 
 
 def run(job_name: str, allow: Collection[str] = (), slots: int | None = None) -> int:

@@ -32,7 +32,7 @@ def plan(study: StudyName, gpu: Gpu = None, mfu: Mfu = 0.4, price: Price = None)
 
 def run(
     study: StudyName,
-    slots: Annotated[int, typer.Option(min=1, help="Runs that train at the same time.")] = 1,
+    slots: Annotated[int, typer.Option(min=1, help="Runs that train, or are scored, at the same time.")] = 1,
     gpu: Gpu = None,
     mfu: Mfu = 0.4,
     yes: Annotated[bool, typer.Option("--yes", help="Run although it is over the study's budget.")] = False,
