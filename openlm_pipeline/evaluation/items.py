@@ -4,17 +4,15 @@ Its schema is `SCHEMA`; a file's metadata holds the JSON document given to `writ
 at all.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from openlm_pipeline.errors import DataError, MissingInputError
-from openlm_pipeline.storage.files import atomic_writer
+from openlm_pipeline.storage.tables import read_table, write_table
 
 
 def column(name: str, kind: pa.DataType, about: str, *, nullable: bool = True) -> pa.Field:
@@ -64,7 +62,6 @@ _OF_FIRST_RELEASE = SCHEMA.names[: SCHEMA.names.index("value")]
 """A table without the others is read: they are null there, and `value` is `correct`."""
 CONTEXT_COLUMNS = ("run", "run_version", "milestone", "step", "tokens", "suite", "suite_version")
 """Columns that say what was scored; the same in every row of a scorecard's table."""
-_METADATA_KEY = b"openlm"
 
 
 def items_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
@@ -94,9 +91,7 @@ def concat_items(tables: Sequence[pa.Table]) -> pa.Table:
 
 def write_items(path: Path, table: pa.Table, metadata: Mapping[str, Any]) -> None:
     """Write the table atomically, with a JSON document in the file's metadata."""
-    table = table.cast(SCHEMA).replace_schema_metadata({_METADATA_KEY: json.dumps(metadata)})
-    with atomic_writer(path) as f:
-        pq.write_table(table, f, compression="zstd")
+    write_table(path, table.cast(SCHEMA), metadata)
 
 
 def read_items(path: Path) -> tuple[pa.Table, dict[str, Any]]:
@@ -104,10 +99,10 @@ def read_items(path: Path) -> tuple[pa.Table, dict[str, Any]]:
 
     Raises:
         MissingInputError: there is no such file.
-        DataError: it is not Parquet, or not a table of `SCHEMA`, or of the first release's.
+        DataError: it is damaged, or not a table of `SCHEMA`, or of the first release's.
     """
     try:
-        table = pq.read_table(path)
+        table, metadata = read_table(path)
         names = table.schema.names
         if missing := [name for name in _OF_FIRST_RELEASE if name not in names]:
             raise DataError(f"{path} is not a per-item table: it has no column {missing[0]!r}")
@@ -117,9 +112,8 @@ def read_items(path: Path) -> tuple[pa.Table, dict[str, Any]]:
         for name in SCHEMA.names:
             if name not in table.schema.names:
                 table = table.append_column(name, pa.nulls(table.num_rows, SCHEMA.field(name).type))
-        metadata = json.loads((table.schema.metadata or {}).get(_METADATA_KEY, b"{}"))
-        return table.select(SCHEMA.names).replace_schema_metadata(None).cast(SCHEMA), metadata
-    except FileNotFoundError:
+        return table.select(SCHEMA.names).cast(SCHEMA), metadata
+    except MissingInputError:
         raise MissingInputError(f"{path} does not exist: this checkpoint has not been scored") from None
-    except (pa.ArrowException, OSError, ValueError, KeyError) as e:  # names of columns may be no UTF-8, or there twice
+    except (DataError, pa.ArrowException, ValueError, KeyError) as e:
         raise DataError(f"{path} is not a readable Parquet file: {e}. Delete it and score again") from e

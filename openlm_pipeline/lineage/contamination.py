@@ -8,7 +8,6 @@ Sample i of a run (from 0, its parents' included) is read when (i + 1) * seq_len
 one sample into the next, as soon as both are. Samples of steps that the trainer left out count as read.
 """
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,9 +18,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from openlm_pipeline.errors import ConfigError, DataError
+from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
 from openlm_pipeline.evaluation.estimates import accuracy, cluster_codes, unpaired_difference
 from openlm_pipeline.experiments import Dataset
 from openlm_pipeline.fingerprint import fingerprint
@@ -34,8 +32,9 @@ from openlm_pipeline.shards.dataset import ShardedDataset
 from openlm_pipeline.shards.opening import Opened, open_dataset, segments_of
 from openlm_pipeline.shards.provenance import read_spans
 from openlm_pipeline.shards.synthetic import SyntheticDataset
-from openlm_pipeline.storage.files import atomic_writer, folder_lock, remove_leftovers
+from openlm_pipeline.storage.files import folder_lock, remove_leftovers
 from openlm_pipeline.storage.home import Home
+from openlm_pipeline.storage.tables import read_document, read_table, write_table
 from openlm_pipeline.tokenization.tasks import Meter, raise_all, run_all
 from openlm_pipeline.tokenizers.token_bytes import texts_of_ids, tokenizer_json
 
@@ -52,7 +51,6 @@ BOILERPLATE = 10
 MOST_ROWS = 1000
 """Occurrences of a window in one shard that are kept."""
 TOO_SHORT, CLEAN, SEEN = "too short to tell", "clean", "seen"
-_METADATA_KEY = b"openlm"
 
 
 def segments(opened: Opened) -> list[tuple[ShardedDataset, int]]:
@@ -99,8 +97,13 @@ class ScanOf:
         ]
 
     def missing(self) -> list[tuple[int, ShardedDataset, int, Path]]:
-        """Those of `shards` that are not scanned, or were something else then."""
-        return [one for one in self.shards() if (_recorded(one[3]) or {}).get("of") != self.identity(one[1], one[2])]
+        """Those of `shards` that are not scanned, or were something else then, or whose file is damaged."""
+        return [one for one in self.shards() if not self.is_scanned(one) or not _is_sound(one[3])]
+
+    def is_scanned(self, shard: tuple[int, ShardedDataset, int, Path]) -> bool:
+        """Whether there is a file, of what `identity` says."""
+        _, segment, k, path = shard
+        return (read_document(path) or {}).get("of") == self.identity(segment, k)
 
     @property
     def version(self) -> str:
@@ -108,12 +111,23 @@ class ScanOf:
         return fingerprint({"dataset": self.opened.version, "windows": self.windows.fingerprint})
 
 
-def _recorded(path: Path) -> dict[str, Any] | None:
-    """What a shard's file says of itself; None where there is none that can be read."""
+def _read(path: Path) -> tuple[pa.Table, dict[str, Any]]:
+    """
+    Raises:
+        MissingInputError, DataError: it is not there, or damaged.
+    """
     try:
-        return json.loads(pq.read_schema(path).metadata[_METADATA_KEY])
-    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
-        return None  # it is made again
+        return read_table(path)
+    except DataError as e:
+        raise DataError(f"{e}. `openlm contamination` makes it again") from e
+
+
+def _is_sound(path: Path) -> bool:
+    try:
+        read_table(path)
+    except (MissingInputError, DataError):
+        return False
+    return True
 
 
 def scan(of: ScanOf, pools: PoolFactory, report: Say) -> int:
@@ -207,9 +221,7 @@ def scan_shard(
     table = pa.table([pa.array(c, kind) for c, (kind, _) in zip(columns, COLUMNS.values())], schema=_SCHEMA)
     facts = {"of": identity, "tokens": own.size, "left_out": int((~kept).sum())}
     facts["seconds"] = round(time.process_time() - begun, 3)
-    table = table.replace_schema_metadata({_METADATA_KEY: json.dumps(facts)})
-    with atomic_writer(path, shared=True) as f:
-        pq.write_table(table, f, compression="zstd")
+    write_table(path, table, facts, shared=True)
     progress({"raw_bytes": own.nbytes, "tokens": own.size})
     return own.size
 
@@ -230,19 +242,20 @@ class Occurrences:
 
 
 def read_scan(of: ScanOf) -> Occurrences | None:
-    """The occurrences in a dataset, or in the part of it that it is; None where not all of it is scanned."""
+    """The occurrences in a dataset, or in the part of it that it is; None where not all of it is scanned.
+
+    Raises:
+        DataError: a shard's file is damaged.
+    """
     parts: list[tuple[np.ndarray, ...]] = []
     facts = {"tokens": 0, "seconds": 0.0, "left_out": 0}
     firsts = np.cumsum([0, *(len(segment) for segment, _ in segments(of.opened))])
-    for n, (s, segment, k, path) in enumerate(of.shards()):
-        if (recorded := _recorded(path)) is None or recorded["of"] != of.identity(segment, k):
+    for n, shard in enumerate(of.shards()):
+        if not of.is_scanned(shard):
             return None
+        s, _, _, path = shard
+        table, recorded = _read(path)
         facts = {name: facts[name] + recorded[name] for name in facts}
-        try:
-            with pq.ParquetFile(path) as file:
-                table = file.read()
-        except (OSError, pa.ArrowException) as e:
-            raise DataError(f"{path} is damaged: {e}; delete it and scan again") from e
         window, sample, last, _, document = (table[name].to_numpy() for name in COLUMNS)
         parts.append((window, sample + firsts[s], last + firsts[s], document.astype(np.int64) + (n << 32)))
     window, sample, last, document = map(np.concatenate, zip(*parts))
@@ -261,8 +274,8 @@ def documents_with(of: ScanOf, dropped: np.ndarray) -> dict[tuple[str, int], np.
     """
     found: dict[tuple[str, int], list[int]] = {}
     for _, segment, _, path in of.shards():
-        table = pq.read_table(path, columns=["window", "sample", "token"])
-        window, sample, token = (table[name].to_numpy() for name in table.column_names)
+        table, _ = _read(path)
+        window, sample, token = (table[name].to_numpy() for name in ("window", "sample", "token"))
         width, first = segment.format.sample_tokens, segment.shard_sizes.cumsum()
         for j in np.unique(np.searchsorted(first, sample, side="right")).tolist():  # its own, or the one before
             spans, begin = read_spans(segment, j), int(first[j] - segment.shard_sizes[j])

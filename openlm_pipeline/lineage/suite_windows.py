@@ -5,11 +5,13 @@ least size; an item that has none is too short to tell. What all questions of a 
 `Question: `, is no part of them.
 """
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,12 +21,13 @@ from openlm_pipeline.evaluation.task_files import TaskFile, TaskItem, read_task_
 from openlm_pipeline.fingerprint import Tree, fingerprint
 from openlm_pipeline.lineage import SCAN_VERSION
 from openlm_pipeline.lineage.windows import RULES, Hasher, Rule, Windows, codes, joined, mixed, normalised, words_of
-from openlm_pipeline.storage.files import atomic_writer, read_json, write_json
+from openlm_pipeline.storage.files import atomic_writer, read_sealed, sha256_file, write_sealed
 from openlm_pipeline.storage.home import Home
 
 _ROWS_OF_A_TEMPLATE = 10
 """With fewer rows, what they all begin with may be no template."""
-IDENTITY, _ARRAYS = "windows.json", "windows.npz"
+_IDENTITY, _ARRAYS, _ARRAYS_SHA256 = "windows.json", "windows.npz", "arrays_sha256"
+_AGAIN = "`openlm contamination` makes it again"
 
 
 @dataclass(frozen=True)
@@ -105,15 +108,28 @@ def suite_windows(suite: Suite, home: Home, rule: Rule) -> SuiteWindows:
     identity = {"code": SCAN_VERSION, "rule": rule.name, "tasks": tasks}
     folder = home.windows(suite.name, rule.name)
     with home.artefact(folder):
-        if (folder / IDENTITY).exists() and read_json(folder / IDENTITY) == identity:
-            return load_windows(folder)
+        with contextlib.suppress(MissingInputError, DataError):  # what is damaged is made again
+            if read_identity(folder) == identity:
+                return load_windows(folder)
         made = _made(identity, suite.icl_tasks, files, rule)
         arrays = {name: value for name, value in vars(made).items() if isinstance(value, np.ndarray)}
-        (folder / IDENTITY).unlink(missing_ok=True)
+        (folder / _IDENTITY).unlink(missing_ok=True)
         with atomic_writer(folder / _ARRAYS) as f:
             np.savez(f, **arrays)
-        write_json(folder / IDENTITY, identity)
+        write_sealed(folder / _IDENTITY, {**identity, _ARRAYS_SHA256: sha256_file(folder / _ARRAYS)})
     return made
+
+
+def read_identity(folder: Path) -> dict[str, Any]:
+    """What the windows in a folder are made from.
+
+    Raises:
+        MissingInputError: there are none.
+        DataError: it is damaged.
+    """
+    identity = read_sealed(folder / _IDENTITY)
+    identity.pop(_ARRAYS_SHA256, None)
+    return identity
 
 
 def load_windows(folder: Path) -> SuiteWindows:
@@ -123,14 +139,14 @@ def load_windows(folder: Path) -> SuiteWindows:
         MissingInputError: nothing.
         DataError: it is damaged.
     """
-    identity = read_json(folder / IDENTITY)
+    path = folder / _ARRAYS
     try:
-        with np.load(folder / _ARRAYS) as arrays:
-            return SuiteWindows(identity, **arrays)
+        if sha256_file(path) != read_sealed(folder / _IDENTITY).get(_ARRAYS_SHA256):
+            raise DataError(f"{path} is damaged: it has another hash than {_IDENTITY} says. {_AGAIN}")
+        with np.load(path) as arrays:
+            return SuiteWindows(read_identity(folder), **arrays)
     except FileNotFoundError:
-        raise MissingInputError(f"{folder / _ARRAYS} does not exist; `openlm contamination` makes it") from None
-    except (ValueError, OSError, EOFError, TypeError) as e:
-        raise DataError(f"{folder / _ARRAYS} is damaged ({e}); delete it, and it is made again") from e
+        raise MissingInputError(f"{path} does not exist. {_AGAIN}") from None
 
 
 def _made(identity: Tree, tasks: Sequence[IclTask], files: dict[str, TaskFile], rule: Rule) -> SuiteWindows:

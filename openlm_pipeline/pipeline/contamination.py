@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from openlm_pipeline.errors import MissingInputError, OpenLMError
+from openlm_pipeline.errors import DataError, MissingInputError, OpenLMError
 from openlm_pipeline.experiments import Dataset, Experiment
 from openlm_pipeline.fingerprint import Tree, fingerprint
 from openlm_pipeline.ordering.continued import order_record
@@ -25,7 +25,7 @@ from openlm_pipeline.runs.folder import RunFolder
 from openlm_pipeline.runs.identity import run_identity
 from openlm_pipeline.runs.parent import parent_folder, parent_identity
 from openlm_pipeline.shards.opening import Opened, open_dataset, published_url
-from openlm_pipeline.storage.files import atomic_writer, read_json, write_text
+from openlm_pipeline.storage.files import write_text
 from openlm_pipeline.storage.home import Home
 from openlm_pipeline.tokenization.documents import record_offsets
 from openlm_pipeline.units import format_tokens
@@ -225,12 +225,12 @@ def windows_identity(experiment: Experiment, home: Home, window: str) -> Tree:
     Raises:
         MissingInputError: none was scanned.
     """
-    from openlm_pipeline.lineage.suite_windows import IDENTITY
+    from openlm_pipeline.lineage.suite_windows import read_identity
 
     suite = suite_of(experiment)
     home.pull(folder := home.windows(suite, window))
     try:
-        return read_json(folder / IDENTITY)
+        return read_identity(folder)
     except MissingInputError:
         raise MissingInputError(f"the data of {experiment.name} is {_not_scanned(experiment, suite)}") from None
 
@@ -248,6 +248,7 @@ def joined(experiment: Experiment, home: Home, labels: Sequence[str], window: st
         MissingInputError: a dataset that the run or its parents read is not scanned, or not there.
     """
     from openlm_pipeline.lineage.contamination import join, read_scan
+    from openlm_pipeline.storage.tables import write_table
 
     suite = suite_of(experiment)
     identity = windows_identity(experiment, home, window)
@@ -272,28 +273,19 @@ def joined(experiment: Experiment, home: Home, labels: Sequence[str], window: st
         made.append(Joined(table, facts, items))
         if keeps:
             with home.artefact(out):
-                _keep(table, facts, out / FILE)
+                write_table(out / FILE, table, facts)
     return made
 
 
 def _kept(path: Path, of: str) -> "tuple[pa.Table, dict[str, Any]] | None":
-    """What `_keep` left, where it is of the same windows and order."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    """What is kept there, where it is of the same windows and order."""
+    from openlm_pipeline.storage.tables import read_table
 
     try:
-        table = pq.read_table(path)
-        facts = json.loads(table.schema.metadata[b"openlm"])
-    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
+        table, facts = read_table(path)
+    except (MissingInputError, DataError):
         return None  # it is made again
     return (table, facts) if facts["of"] == of else None
-
-
-def _keep(table: "pa.Table", facts: dict[str, Any], path: Path) -> None:
-    import pyarrow.parquet as pq
-
-    with atomic_writer(path) as f:
-        pq.write_table(table.replace_schema_metadata({b"openlm": json.dumps(facts)}), f, compression="zstd")
 
 
 def joined_if_scanned(

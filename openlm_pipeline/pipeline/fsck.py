@@ -15,6 +15,8 @@ from openlm_pipeline.errors import DataError, OpenLMError
 from openlm_pipeline.evaluation.items import read_items
 from openlm_pipeline.evaluation.scorecard import check_items, load_scorecard
 from openlm_pipeline.evaluation.scored import milestone_digest, scored_digest
+from openlm_pipeline.lineage.suite_windows import load_windows
+from openlm_pipeline.pipeline.contamination import FILE as JOINED
 from openlm_pipeline.pipeline.evaluation import CARD
 from openlm_pipeline.pipeline.overview import experiment_of
 from openlm_pipeline.runs.folder import RunFolder
@@ -22,6 +24,7 @@ from openlm_pipeline.shards.inspect import check_shards
 from openlm_pipeline.shards.manifest import MANIFEST
 from openlm_pipeline.storage.files import is_held, is_set_aside, set_aside, sha256_file
 from openlm_pipeline.storage.home import Home
+from openlm_pipeline.storage.tables import read_table
 from openlm_pipeline.tokenization.documents import check_streams
 from openlm_pipeline.tokenizers.tokenizer import read_tokenizer_info
 
@@ -212,4 +215,23 @@ def _of_its_checkpoint(home: Home, folder: Path) -> None:
         raise DataError(f"{folder / CARD} scores another checkpoint than {now.path}")
 
 
-_CHECKS: tuple[Callable[[Home, bool], Found], ...] = (_raw, _tokenizers, _streams, _shards, _runs, _scorecards)
+def _contamination(home: Home, quick: bool) -> Found:
+    root, again = home.root / "contamination", "openlm contamination RECIPE makes it again"
+    for folder in _folders(home, "contamination/suites/*/*"):
+        wrong = _refused(load_windows, folder)
+        yield folder, wrong and Damage(folder, wrong, "no dataset is scanned for these items", again)
+    harms = "which items a run has seen can't be told"
+    for path in [*sorted((root / "datasets").rglob("*.parquet")), *sorted((home.root / "scorecards").rglob(JOINED))]:
+        wrong = _refused(read_table, path)
+        yield path, wrong and Damage(path, wrong, harms, again)
+
+
+_CHECKS: tuple[Callable[[Home, bool], Found], ...] = (
+    _raw,
+    _tokenizers,
+    _streams,
+    _shards,
+    _runs,
+    _scorecards,
+    _contamination,
+)

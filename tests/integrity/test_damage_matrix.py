@@ -116,6 +116,11 @@ def report(root: Path) -> tuple[Ended, Result]:
     return ended, {} if ended.returncode else _contents(page, "*.html", "*.md", "*.csv")
 
 
+def find_items(root: Path) -> tuple[Ended, Result]:
+    ended = run(root, "contamination one --json --workers 1")
+    return ended, {} if ended.returncode else json.loads(ended.stdout)
+
+
 def generate(root: Path) -> tuple[Ended, Result]:
     return _said(root, "generate one@2.048K --prompt import --max-tokens 4 --greedy")
 
@@ -176,6 +181,10 @@ ROWS: dict[str, tuple[Stage, ...]] = {
     "scorecards/*/*/*/items.parquet": (rescore, report),
     "scorecards/*/*/*/scorecard.json": (rescore, report),
     "scorecards/*/*/*/tasks/*.parquet": (rescore,),
+    "scorecards/*/*/*/contamination.parquet": (find_items, report),
+    "contamination/suites/*/*/windows.json": (find_items,),
+    "contamination/suites/*/*/windows.npz": (find_items,),
+    "contamination/datasets/*/*/*/*/*.parquet": (find_items,),
     "reports/*/*/*": (report,),
     "exports/*/huggingface/model.safetensors": (evaluate_huggingface,),
     "exports/*/huggingface/config.json": (evaluate_huggingface,),
@@ -258,7 +267,7 @@ def _place(whole: Path, pattern: str) -> Path:
     home = whole / "home"
     found = [file for file in _files(home) if _kind(file) == [pattern]]
     own = [file for file in found if OTHER.keys() & set(Path(file).parts) or "tasks" in file]
-    return Path(own[0 if "shards" in pattern else -1])
+    return Path((own or found)[0 if "shards" in pattern else -1])
 
 
 def _other(place: Path) -> Path:

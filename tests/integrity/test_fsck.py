@@ -96,3 +96,21 @@ def test_scores_in_another_precision_are_no_damage(finished, tmp_path):
     assert found(pipeline) == []
     card = json.loads((pipeline.home / "scorecards/tiny/v1/t0040K/scorecard.json").read_text())
     assert card["precision"] == "bf16"
+
+
+def test_what_is_known_of_seen_items_is_looked_at(finished, tmp_path):
+    pipeline = finished.copy(tmp_path)
+    command = "contamination", "tiny", "--json", "--workers=1"
+    items = openlm(*command, variables=pipeline.variables)
+    assert items.returncode == 0 and found(pipeline) == []
+    folders = [pipeline.home / "contamination", pipeline.home / "scorecards" / "tiny" / "v1" / "t0040K"]
+    patterns = ("suites/*/*/windows.*", "datasets/*/*/*/*/*.parquet", "contamination.parquet")
+    paths = [path for folder in folders for pattern in patterns for path in folder.glob(pattern)]
+    assert len(paths) >= 4
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:-20])
+        (damage,) = found(pipeline, "--repair")
+        assert path.name in damage["what"] and "openlm contamination" in damage["mends"]
+        again = openlm(*command, variables=pipeline.variables)
+        assert again.returncode == 0 and json.loads(again.stdout) == json.loads(items.stdout)
+        assert path.exists() and found(pipeline) == []

@@ -78,7 +78,8 @@ def _make(root: Path) -> None:
     tasks.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (home / "raw" / "suite.yaml").write_text(SUITE.format(sha256=sha256_file(tasks)))
     for name in RUNS:
-        for line in (f"tokenize {name} --workers 1", f"train {name}", f"evaluate {name}", f"report {name}"):
+        scan = f"contamination {name} --workers 1"
+        for line in (f"tokenize {name} --workers 1", f"train {name}", f"evaluate {name}", scan, f"report {name}"):
             ended = run(root, line)
             assert ended.returncode == 0, (line, ended)
         tokenizer = home / "tokenizers" / f"{name}_bpe"
