@@ -129,12 +129,20 @@ def read_sealed(path: Path) -> dict[str, Any]:
         MissingInputError: there is no such file.
         DataError: it is not a JSON object, or not what was written.
     """
-    value = read_json(path)
+    return unsealed(read_json(path), path)
+
+
+def unsealed(value: Any, where: object) -> dict[str, Any]:
+    """What a file of `write_sealed` holds, without its seal.
+
+    Raises:
+        DataError: as `read_sealed`; it names `where`.
+    """
     if not isinstance(value, dict):
-        raise DataError(f"{path} is not a JSON object")
+        raise DataError(f"{where} is not a JSON object")
     seal = value.pop(_SEAL, None)
     if seal is not None and seal != _seal(value):
-        raise DataError(f"{path} is damaged: it is not what was written; delete it, and it is made again")
+        raise DataError(f"{where} is damaged: it is not what was written; delete it, and it is made again")
     return value
 
 

@@ -36,7 +36,7 @@ from openlm_pipeline.ordering.permutation import unpermute_array
 from openlm_pipeline.pools import Call, TaskProgress
 from openlm_pipeline.shards.format import SampleFormat
 from openlm_pipeline.storage import copies
-from openlm_pipeline.storage.files import make_folder, read_sealed, sha256_file, write_json
+from openlm_pipeline.storage.files import make_folder, read_sealed, sha256_file, unsealed, write_sealed
 from openlm_pipeline.storage.remote import (
     download,
     file_system,
@@ -71,6 +71,7 @@ BLOCK_DOCUMENTS = 1 << 20
 _PART = re.compile(r"(.+)\.part-\d{5}\.tokens")
 _BLOCK_TOKENS = 4 << 20
 _ROWS = 1 << 16
+_SHA256_BYTES = 32
 _PLACE_COLUMNS, _ORDER_COLUMNS, _PIECE_COLUMNS = 2, 3, 5
 """Of a document: place in the order, tokens; first token in the order, tokens, record. Of a piece: first token in the
 order, tokens skipped, tokens, file, record."""
@@ -84,6 +85,35 @@ def _put(path: Path, url: str) -> None:
     """Send a file, unless the store has it."""
     if not copies.holds(url, copies.describe_file(path)):
         upload(path, url)
+
+
+def _send(path: Path, url: str) -> None:
+    """Send a file with the sha256 of its bytes after them."""
+    digest = sha256_file(path)
+    with path.open("ab") as f:
+        f.write(bytes.fromhex(digest))
+    upload(path, url)
+
+
+def _fetch(url: str, path: Path) -> None:
+    """Fetch what `_send` sent.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    download(url, path)
+    size = max(0, path.stat().st_size - _SHA256_BYTES)
+    with path.open("rb+") as f:
+        f.seek(size)
+        recorded = f.read()
+        f.truncate(size)
+    if sha256_file(path) != recorded.hex():
+        raise _altered(url)
+
+
+def _altered(url: str) -> DataError:
+    folder = public(url.rpartition("/")[0])
+    return DataError(f"{public(url)} is damaged: remove the folder {folder}, and run the command again")
 
 
 @dataclass(frozen=True)
@@ -301,7 +331,7 @@ class Shuffle:
         of_unit = first_tokens[:-1] // max(1, -(-int(first_tokens[-1]) // units_wanted))
         units = {}
         with _scratch() as scratch:
-            self._put_json(Path(scratch, "names.json"), [file.name for file in files])
+            self._put_json(Path(scratch, "names.json"), {"names": [file.name for file in files]})
             for number, found in enumerate(np.unique(of_unit)):
                 first, last = np.searchsorted(of_unit, found), np.searchsorted(of_unit, found, side="right")
                 unit = _Unit(int(first_ids[first]), streams[first:last])
@@ -310,21 +340,28 @@ class Shuffle:
         return units
 
     def unit(self, number: int) -> "_Unit":
-        made = read_json_at(join(self.work, f"unit-{number}.json"))
+        made = self._json(f"unit-{number}.json")
         return _Unit(made["first_id"], [_Stream(**stream) for stream in made["streams"]])
 
-    def _put_json(self, path: Path, value: Any) -> None:
-        write_json(path, value)
+    def names(self) -> list[str]:
+        """Of the raw files."""
+        return self._json("names.json")["names"]
+
+    def _put_json(self, path: Path, value: dict[str, Any]) -> None:
+        write_sealed(path, value)
         _put(path, join(self.work, path.name))
+
+    def _json(self, name: str) -> dict[str, Any]:
+        return unsealed(read_json_at(url := join(self.work, name)), public(url))
 
     def done(self, task: str) -> Any:
         """What a task gave, None while it is not done."""
-        note = read_json_at(join(self.work, f"{task}.done.json"))
-        return None if note is None else note["result"]
+        note = read_json_at(url := join(self.work, f"{task}.done.json"))
+        return None if note is None else unsealed(note, public(url))["result"]
 
     def note(self, task: str, result: Any, scratch: Path) -> Any:
         """Note that a task is done, and give its result."""
-        write_json(scratch / "done.json", {"result": result})
+        write_sealed(scratch / "done.json", {"result": result})
         upload(scratch / "done.json", join(self.work, f"{task}.done.json"))
         return result
 
@@ -334,12 +371,19 @@ class Shuffle:
 
         def tables() -> Iterator[tuple[np.ndarray, np.ndarray]]:
             for number, unit in units.items():
-                with open_remote(join(self.work, f"order-{number}")) as table:
+                digest = hashlib.sha256()
+                with open_remote(url := join(self.work, f"order-{number}")) as table:
                     for stream in unit.streams:
                         for at in range(0, stream.documents, _ROWS):
                             count = min(_ROWS, stream.documents - at)
-                            rows = np.frombuffer(table.read(count * _ORDER_COLUMNS * INDEX_DTYPE.itemsize), INDEX_DTYPE)
+                            data = table.read(size := count * _ORDER_COLUMNS * INDEX_DTYPE.itemsize)
+                            if len(data) < size:
+                                raise _altered(url)
+                            digest.update(data)
+                            rows = np.frombuffer(data, INDEX_DTYPE)
                             yield np.full(count, stream.file), rows.reshape(count, _ORDER_COLUMNS)
+                    if table.read() != digest.digest():
+                        raise _altered(url)
 
         write_index(path, [file.name for file in files], tables())
 
@@ -410,7 +454,7 @@ def place(shuffle: Shuffle, number: int, *, progress: TaskProgress) -> list[int]
         blocks = np.unique(of_block).tolist()
         for block in blocks:
             rows[of_block == block].tofile(scratch / "places")
-            upload(scratch / "places", join(shuffle.work, f"{number}.{block}.places"))
+            _send(scratch / "places", join(shuffle.work, f"{number}.{block}.places"))
         return shuffle.note(f"place-{number}", blocks, scratch)
 
 
@@ -424,7 +468,7 @@ def add_up(shuffle: Shuffle, block: int, units: list[int], *, progress: TaskProg
         Tokens of the block.
 
     Raises:
-        DataError: documents are missing.
+        DataError: documents are missing, or what was dealt is damaged.
     """
     first = block * shuffle.documents_per_block
     count = min(shuffle.documents_per_block, shuffle.documents - first)
@@ -434,7 +478,7 @@ def add_up(shuffle: Shuffle, block: int, units: list[int], *, progress: TaskProg
         lengths[:] = -1
         for unit in units:
             path = scratch / f"{unit}.places"
-            download(join(shuffle.work, f"{unit}.{block}.places"), path)
+            _fetch(join(shuffle.work, f"{unit}.{block}.places"), path)
             places, tokens = np.fromfile(path, INDEX_DTYPE).reshape(-1, _PLACE_COLUMNS).T
             lengths[places - first] = tokens
         if (lengths < 0).any():
@@ -446,7 +490,7 @@ def add_up(shuffle: Shuffle, block: int, units: list[int], *, progress: TaskProg
         for unit in units:
             places, tokens = np.fromfile(scratch / f"{unit}.places", INDEX_DTYPE).reshape(-1, _PLACE_COLUMNS).T
             (ends[places - first] - tokens).tofile(scratch / "starts")
-            upload(scratch / "starts", join(shuffle.work, f"{unit}.{block}.starts"))
+            _send(scratch / "starts", join(shuffle.work, f"{unit}.{block}.starts"))
         return shuffle.note(f"block-{block}", int(ends[-1]), scratch)
 
 
@@ -460,7 +504,7 @@ def _order(shuffle: Shuffle, number: int, unit: _Unit, blocks: list[int], scratc
     of_block = _places(shuffle, unit) // shuffle.documents_per_block
     starts = np.zeros(len(lengths), INDEX_DTYPE)
     for block in np.unique(of_block).tolist():
-        download(join(shuffle.work, f"{number}.{block}.starts"), scratch / "starts")
+        _fetch(join(shuffle.work, f"{number}.{block}.starts"), scratch / "starts")
         starts[of_block == block] = blocks[block] + np.fromfile(scratch / "starts", INDEX_DTYPE)
     return np.stack([starts, lengths, records], axis=1)
 
@@ -472,14 +516,14 @@ def scatter(shuffle: Shuffle, number: int, blocks: list[int], *, progress: TaskP
         blocks: first token of each block of places.
 
     Raises:
-        DataError: a stream is not what stage 1 wrote.
+        DataError: a stream is not what stage 1 wrote, or what the block gave is damaged.
     """
     dtype, unit = shuffle.sample_format.numpy_dtype, shuffle.unit(number)
     with _scratch() as scratch:
         rows = _order(shuffle, number, unit, blocks, Path(scratch))
         table = Path(scratch, "order")
         rows.astype(INDEX_DTYPE).tofile(table)
-        upload(table, join(shuffle.work, f"order-{number}"))
+        _send(table, join(shuffle.work, f"order-{number}"))
         table.unlink()
         outs: dict[int, tuple[Any, Any]] = {}
         try:
@@ -502,7 +546,7 @@ def scatter(shuffle: Shuffle, number: int, blocks: list[int], *, progress: TaskP
         for group in groups:
             for kind in ("tokens", "pieces"):
                 path = Path(scratch, f"{group}.{kind}")
-                upload(path, join(shuffle.work, f"{number}.{group}.{kind}"))
+                _send(path, join(shuffle.work, f"{number}.{group}.{kind}"))
                 path.unlink()
         return shuffle.note(f"unit-{number}", groups, Path(scratch))
 
@@ -560,7 +604,7 @@ def gather(
         num_tokens: of the whole order.
 
     Raises:
-        DataError: pieces are missing.
+        DataError: pieces are missing, or damaged.
     """
     from openlm_pipeline.tokenization.packing import Spans, provenance, write_shard_files  # and with it Arrow
 
@@ -574,7 +618,7 @@ def gather(
         for unit in units:
             data, index = Path(scratch, "tokens"), Path(scratch, "pieces")
             for path in (data, index):
-                download(join(shuffle.work, f"{unit}.{group}.{path.name}"), path)
+                _fetch(join(shuffle.work, f"{unit}.{group}.{path.name}"), path)
             pieces = np.fromfile(index, INDEX_DTYPE).reshape(-1, _PIECE_COLUMNS)
             ids = np.memmap(data, dtype, "r") if data.stat().st_size else np.zeros(0, dtype)
             at = 0
@@ -594,7 +638,7 @@ def gather(
                 f"pieces of group {group} are missing in {public(shuffle.work)}: remove that folder, and run "
                 "the command again"
             )
-        names = read_json_at(join(shuffle.work, "names.json"))
+        names = shuffle.names()
         out = Path(scratch, "out")
         make_folder(out)
         made = []

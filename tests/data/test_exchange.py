@@ -102,6 +102,47 @@ def test_damage_in_the_store_is_named(apart: SmallDataset, inline: PoolFactory, 
         apart.make_shards(files, inline)
 
 
+DEALT = {  # object: notes without which it is read again
+    "*.places": "block-*",
+    "*.starts": "unit-*",
+    "order-*": "group-*",
+    "*.tokens": "group-*",
+    "*.pieces": "group-*",
+    "block-*.done.json": "group-*",
+}
+
+
+def test_damage_of_what_workers_hand_on_is_named(
+    alone: SmallDataset, apart: SmallDataset, inline: PoolFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    files, _ = apart.tokenize(inline)
+    with monkeypatch.context() as patch:
+        patch.setattr(exchange.Shuffle, "clear", lambda shuffle: None)
+        apart.make_shards(files, inline)
+    (work,) = (tmp_path / "exchange").rglob("packing-*")
+    for pattern, notes in DEALT.items():
+        for damage in (flipped, lambda data: data[: len(data) // 2]):
+            shutil.rmtree(apart.shards)
+            for note in work.glob(f"{notes}.done.json"):
+                note.unlink()
+            path = min(work.glob(pattern))
+            whole = path.read_bytes()
+            path.write_bytes(damage(whole))
+            with pytest.raises(DataError, match=path.name):
+                apart.make_shards(files, inline)
+            path.write_bytes(whole)
+            with monkeypatch.context() as patch:
+                patch.setattr(exchange.Shuffle, "clear", lambda shuffle: None)
+                apart.make_shards(files, inline)
+    assert open_dataset(apart.dataset, apart.home).version == open_dataset(alone.dataset, alone.home).version
+
+
+def flipped(data: bytes) -> bytes:
+    """With another bit in its middle; in text, another digit in its first number."""
+    at = next((i for i, byte in enumerate(data) if chr(byte).isdigit()), 0) if data[:1] == b"{" else len(data) // 2
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
 def test_a_large_file_is_cut_and_its_parts_are_not_joined(
     small, inline: PoolFactory, no_client: PoolFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
