@@ -15,7 +15,7 @@ import orjson
 from openlm_pipeline.checkpoints.folders import COMPLETE, read_checkpoint
 from openlm_pipeline.corpus.discovery import RawFile, discover
 from openlm_pipeline.corpus.reader import RecordReader
-from openlm_pipeline.errors import MissingInputError
+from openlm_pipeline.errors import DataError, MissingInputError
 from openlm_pipeline.lineage.run_order import RunOrder, Source
 from openlm_pipeline.ordering.continued import recorded_order
 from openlm_pipeline.runs.folder import RunFolder
@@ -151,7 +151,11 @@ def _quarantined(segment: ShardedDataset) -> Counter[str] | None:
     names = sorted(segment.info["inputs"], key=len, reverse=True)
     found: Counter[str] = Counter()
     with path.open("rb") as lines:
-        for place, count in Counter(orjson.loads(line)["file"] for line in lines).items():
+        try:
+            places = Counter(orjson.loads(line)["file"] for line in lines)
+        except (ValueError, KeyError, TypeError) as e:
+            raise DataError(f"{path} is damaged: {e}; `openlm tokenize` makes it again once it is deleted") from e
+        for place, count in places.items():
             found[next((n for n in names if f"/{place}".endswith(f"/{n}")), place)] += count
     return found
 

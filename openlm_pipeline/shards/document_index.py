@@ -51,7 +51,7 @@ def _opened(dataset: ShardedDataset) -> Iterator[pq.ParquetFile | None]:
     try:
         with open_remote(str(path) if here else join(dataset.remote, DOCUMENTS)) as raw, pq.ParquetFile(raw) as file:
             yield file
-    except pa.ArrowException as e:
+    except (pa.ArrowException, OSError, KeyError) as e:  # Arrow has both of its own and of Python's
         raise DataError(f"{path} is damaged: {e}; `openlm tokenize` makes it again once it is deleted") from e
 
 

@@ -229,28 +229,34 @@ def finished(
         elsewhere: path in `folder` -> size of what is in an exchange.
 
     Raises:
-        DataError: more of its records are bad than the source allows by now.
+        DataError: more of its records are bad than the source allows by now, or the list of these is damaged.
     """
     paths = _Paths.of(folder, raw.name)
     if not paths.done.exists():
         return None
-    fields = read_sealed(paths.done)
-    if fields["identity"]["code"] != STAGE_VERSION:
+    done = _file_tokens(paths.done)
+    if done.identity["code"] != STAGE_VERSION:
         return None
-    done = FileTokens(**fields)
     raw_sha256 = done.identity["raw_sha256"] if done.stamp == raw.stamp else sha256_url(raw.url)
     if _plain(done.identity) != _identity(dataset, tokenizer, raw_sha256):
         return None
     if not paths.sizes_fit(done, _token_bytes(tokenizer), elsewhere):
         return None
-    with paths.quarantine.open("rb") as bad:
-        first_bad = BadRecord(**orjson.loads(line)) if (line := bad.readline()) else None
     limit = dataset.source.max_bad_fraction
-    judged = (done.records - done.quarantined, done.quarantined, limit, first_bad)
+    judged = (done.records - done.quarantined, done.quarantined, limit, _first_bad(paths.quarantine))
     check_bad_fraction(raw.url, *judged, done.bad_bytes, done.content_bytes)
     if done.stamp != raw.stamp:  # touched, but the same: remember it, or it is hashed again each time
-        write_sealed(paths.done, {**fields, "stamp": raw.stamp})
+        write_sealed(paths.done, {**read_sealed(paths.done), "stamp": raw.stamp})
     return done
+
+
+def _first_bad(path: Path) -> BadRecord | None:
+    with path.open("rb") as bad:
+        line = bad.readline()
+    try:
+        return BadRecord(**orjson.loads(line)) if line else None
+    except (ValueError, TypeError) as e:
+        raise _damaged(path) from e
 
 
 def record_offsets(folder: Path, name: str, records: Collection[int]) -> dict[int, int | None]:
@@ -338,13 +344,36 @@ def files_to_add(
 _LEFT_OUT = ".left_out.json"
 
 
+def _file_tokens(path: Path) -> FileTokens:
+    """
+    Raises:
+        DataError: `F.json` is damaged.
+    """
+    try:
+        return FileTokens(**read_sealed(path))
+    except TypeError as e:
+        raise _damaged(path) from e
+
+
+def read_part(path: Path) -> PartTokens:
+    """The result of a part, as its `.json` has it.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    try:
+        return PartTokens(**read_sealed(path))
+    except TypeError as e:
+        raise _damaged(path) from e
+
+
 def results(folder: Path) -> list[FileTokens]:
     """Those of all raw files that are finished.
 
     Raises:
-        DataError, TypeError: a file is damaged.
+        DataError: a file is damaged.
     """
-    return [FileTokens(**read_sealed(path)) for path in _done_files(folder)]
+    return [_file_tokens(path) for path in _done_files(folder)]
 
 
 def results_of_others(folder: Path, names: Collection[str]) -> list[FileTokens]:
@@ -352,8 +381,8 @@ def results_of_others(folder: Path, names: Collection[str]) -> list[FileTokens]:
     found = []
     for path in _done_files(folder):
         if path.relative_to(folder).as_posix().removesuffix(".json") not in names:
-            with suppress(DataError, TypeError):
-                found.append(FileTokens(**read_sealed(path)))
+            with suppress(DataError):
+                found.append(_file_tokens(path))
     return found
 
 
@@ -371,7 +400,7 @@ def check_streams(folder: Path, *, quick: bool = False) -> Iterator[tuple[Path, 
     """
     for path in _done_files(folder):
         try:
-            made = FileTokens(**read_sealed(path))
+            made = _file_tokens(path)
             paths = _Paths.of(path.parent, path.name.removesuffix(".json"))
             recorded = {paths.tokens: made.tokens_sha256, paths.documents: made.index_sha256}
             recorded |= {paths.offsets: made.offsets_sha256, paths.quarantine: made.quarantine_sha256}
@@ -380,8 +409,8 @@ def check_streams(folder: Path, *, quick: bool = False) -> Iterator[tuple[Path, 
                     raise DataError(f"{file} is missing")
                 if sha256 and not quick and sha256_file(file) != sha256:
                     raise DataError(f"{file} does not have its recorded sha256: it is damaged")
-        except (OpenLMError, TypeError, OSError) as e:
-            yield path, f"{path}: {e}" if isinstance(e, TypeError) else str(e)
+        except (OpenLMError, OSError) as e:
+            yield path, str(e)
         else:
             yield path, None
 
@@ -474,7 +503,7 @@ def finished_part(
         elsewhere: as for `finished`.
     """
     paths = _Paths.of(folder, part_stem(raw, number))
-    done = PartTokens(**read_sealed(paths.done))
+    done = read_part(paths.done)
     fits = done.identity == _part_identity(dataset, tokenizer, raw, part)
     return done if fits and paths.sizes_fit(done, _token_bytes(tokenizer), elsewhere) else None
 
@@ -699,8 +728,12 @@ def read_quarantine(path: Path, recorded: str | None) -> bytes:
     """
     content = path.read_bytes()
     if recorded not in (None, hashlib.sha256(content).hexdigest()):
-        raise DataError(f"{path} is damaged: it is not what was written; delete it, and it is made again")
+        raise _damaged(path)
     return content
+
+
+def _damaged(path: Path) -> DataError:
+    return DataError(f"{path} is damaged: it is not what was written; delete it, and it is made again")
 
 
 def join_parts(
@@ -723,7 +756,7 @@ def join_parts(
     """
     final = _Paths.of(folder, raw.name)
     sources = [_Paths.of(folder, part_stem(raw, number)) for number in range(count)]
-    parts = [PartTokens(**read_sealed(paths.done)) for paths in sources]
+    parts = [read_part(paths.done) for paths in sources]
     summed = ("documents", "quarantined", "tokens", "text_bytes", "content_bytes", "bad_bytes", "changed")
     totals = {name: sum(getattr(p, name) for p in parts) for name in summed}
     totals |= {name: added([getattr(p, name) for p in parts]) for name in ("dropped", "breakdown")}

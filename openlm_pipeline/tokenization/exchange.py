@@ -36,7 +36,7 @@ from openlm_pipeline.ordering.permutation import unpermute_array
 from openlm_pipeline.pools import Call, TaskProgress
 from openlm_pipeline.shards.format import SampleFormat
 from openlm_pipeline.storage import copies
-from openlm_pipeline.storage.files import make_folder, read_sealed, sha256_file, unsealed, write_sealed
+from openlm_pipeline.storage.files import make_folder, sha256_file, unsealed, write_sealed
 from openlm_pipeline.storage.remote import (
     download,
     file_system,
@@ -58,6 +58,7 @@ from openlm_pipeline.tokenization.documents import (
     finished_part,
     join_parts,
     part_stem,
+    read_part,
     tokenize_part,
 )
 from openlm_pipeline.tokenizers.tokenizer import TokenizerInfo, tokenizer_file
@@ -174,7 +175,7 @@ class Exchange:
             for stem in parts[file.name]:
                 with _scratch() as scratch:
                     download(join(self.url, f"streams/{stem}.json"), Path(scratch, "part"))
-                    made = PartTokens(**read_sealed(Path(scratch, "part")))
+                    made = read_part(Path(scratch, "part"))
                 found.append(_Stream.of(number, stem, record, made))
                 record += made.records
             if not parts[file.name]:

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -356,7 +357,10 @@ class _Packing:
     def _still_whole(self, numbers: Iterable[int], pool: Pool) -> dict[int, ShardEntry]:
         """The shards that an attempt that was stopped has finished, by their numbers."""
         notes = {n: self.building / f"{n:08d}.json" for n in numbers if (self.folder / f"{n:08d}.tar").exists()}
-        noted = {n: ShardEntry(**read_json(note)) for n, note in notes.items() if note.exists()}
+        noted = {}
+        for n, note in notes.items():
+            with suppress(MissingInputError, DataError, TypeError):  # of one that is damaged the shard is made again
+                noted[n] = ShardEntry(**read_json(note))
         noted = {n: entry for n, entry in noted.items() if entry.sums_sha256}  # a release without them began to pack
         if not noted:
             return {}

@@ -81,7 +81,10 @@ def read_tokenizer_info(folder: Path) -> TokenizerInfo:
     """
     if not (folder / _INFO).exists():
         raise MissingInputError(f"there is no tokenizer in {folder}; `openlm tokenize RECIPE` makes or fetches it")
-    info = TokenizerInfo(**read_json(folder / _INFO))
+    try:
+        info = TokenizerInfo(**read_json(folder / _INFO))
+    except TypeError as e:
+        raise DataError(f"{folder / _INFO} is damaged: {e}; delete the folder to make it again") from e
     path = tokenizer_file(folder)
     if not path.exists() or sha256_file(path) != info.sha256:
         raise DataError(f"{path} is not the file that {folder / _INFO} describes; delete the folder to make it again")

@@ -46,7 +46,10 @@ def _contents(folder: Path, *patterns: str) -> Result:
 
 def _weights(root: Path) -> Result:
     folder = RunFolder(root / "home" / "runs" / "one" / "v1")
-    records = map(json.loads, folder.metrics_file.read_text().splitlines())
+    records = []
+    for line in folder.metrics_file.read_bytes().splitlines():
+        with contextlib.suppress(ValueError):  # what was damaged
+            records.append(json.loads(line))
     losses = {record["step"]: record["loss"] for record in records if record["step"] > 8}
     return {"losses": losses, **{str(c.step): (c.milestone, c.weights_digest) for c in folder.saved()}}
 
@@ -142,6 +145,14 @@ def look(root: Path) -> tuple[Ended, Result]:
     return _said(root, "runs", "show one", "cost one")
 
 
+def account(root: Path) -> tuple[Ended, Result]:
+    return _said(root, "verify one --tokens")
+
+
+def trace(root: Path) -> tuple[Ended, Result]:
+    return _said(root, "trace one --step 3")
+
+
 def look_at_shards(root: Path) -> tuple[Ended, Result]:
     return _said(root, "shards verify one", "shards stats one", "shards inspect one 3")
 
@@ -165,8 +176,8 @@ ROWS: dict[str, tuple[Stage, ...]] = {
     "shards/*/*/documents.parquet": (look_at_shards,),
     "shards/*/*/quarantine.jsonl": (tokenize, look_at_shards),
     "shards/*/*/quarantine.sha256": (tokenize, look_at_shards),
-    "shards/*/*/dataset.json": (tokenize, train),
-    "shards/*/*/manifest.jsonl": (tokenize, train),
+    "shards/*/*/dataset.json": (tokenize, train, account),
+    "shards/*/*/manifest.jsonl": (tokenize, train, trace),
     "runs/*/*/checkpoints/*/*.distcp": (resume, evaluate, evaluate_path, export),
     "runs/*/*/checkpoints/*/.metadata": (resume, evaluate, evaluate_path, export),
     "runs/*/*/checkpoints/*/model_config.json": (resume, evaluate, evaluate_path, export),
@@ -175,7 +186,7 @@ ROWS: dict[str, tuple[Stage, ...]] = {
     "runs/*/*/run.json": (resume, evaluate, report),
     "runs/*/*/experiment.yaml": (resume, evaluate_path, export, generate),
     "runs/*/*/metrics.jsonl": (resume, report, look),
-    "runs/*/*/ledger.jsonl": (report, look),
+    "runs/*/*/ledger.jsonl": (report, look, trace),
     "runs/*/*/environments.jsonl": (resume,),
     "runs/*/*/outcome.json": (resume, look),
     "scorecards/*/*/*/items.parquet": (rescore, report),
@@ -225,6 +236,13 @@ def flip(path: Path, other: Path, rng: random.Random) -> None:
     path.write_bytes(content)
 
 
+def flip_any(path: Path, other: Path, rng: random.Random) -> None:
+    """A bit, whatever comes of the text."""
+    content = bytearray(path.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+
+
 def cut(path: Path, other: Path, rng: random.Random) -> None:
     content = path.read_bytes()
     lines = content.splitlines(keepends=True)
@@ -241,7 +259,7 @@ def swap(path: Path, other: Path, rng: random.Random) -> None:
     shutil.copyfile(other, path)
 
 
-DAMAGE = (flip, cut, delete, swap)
+DAMAGE = (flip, flip_any, cut, delete, swap)
 
 
 def _kind(file: str) -> list[str]:
@@ -291,7 +309,7 @@ def cells(whole: Path) -> list[tuple[str, Callable[..., None], Stage]]:
         place = _place(whole, pattern)
         content, other = (whole / "home" / place).read_bytes(), whole / "home" / _other(place)
         for damage in DAMAGE:
-            if content if damage in (flip, cut) else damage is delete or content != other.read_bytes():
+            if content if damage in (flip, flip_any, cut) else damage is delete or content != other.read_bytes():
                 found += [(pattern, damage, stage) for stage in stages]
     return found
 
