@@ -102,7 +102,7 @@ def read_items(path: Path) -> tuple[pa.Table, dict[str, Any]]:
         DataError: it is damaged, or not a table of `SCHEMA`, or of the first release's.
     """
     try:
-        table, metadata = read_table(path)
+        table, metadata = read_table(path, again="Delete it and score again")
         names = table.schema.names
         if missing := [name for name in _OF_FIRST_RELEASE if name not in names]:
             raise DataError(f"{path} is not a per-item table: it has no column {missing[0]!r}")
@@ -115,5 +115,5 @@ def read_items(path: Path) -> tuple[pa.Table, dict[str, Any]]:
         return table.select(SCHEMA.names).cast(SCHEMA), metadata
     except MissingInputError:
         raise MissingInputError(f"{path} does not exist: this checkpoint has not been scored") from None
-    except (DataError, pa.ArrowException, ValueError, KeyError) as e:
+    except (pa.ArrowException, ValueError, KeyError) as e:
         raise DataError(f"{path} is not a readable Parquet file: {e}. Delete it and score again") from e

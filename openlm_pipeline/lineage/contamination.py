@@ -23,7 +23,7 @@ from openlm_pipeline.errors import ConfigError, DataError, MissingInputError
 from openlm_pipeline.evaluation.estimates import accuracy, cluster_codes, unpaired_difference
 from openlm_pipeline.experiments import Dataset
 from openlm_pipeline.fingerprint import fingerprint
-from openlm_pipeline.lineage.suite_windows import SuiteWindows, load_windows
+from openlm_pipeline.lineage.suite_windows import AGAIN, SuiteWindows, load_windows
 from openlm_pipeline.lineage.windows import TokenCharacters, Windows
 from openlm_pipeline.ordering.continued import Sizes, seen
 from openlm_pipeline.pools import Call, PoolFactory, TaskProgress
@@ -34,7 +34,7 @@ from openlm_pipeline.shards.provenance import read_spans
 from openlm_pipeline.shards.synthetic import SyntheticDataset
 from openlm_pipeline.storage.files import folder_lock, remove_leftovers
 from openlm_pipeline.storage.home import Home
-from openlm_pipeline.storage.tables import read_document, read_table, write_table
+from openlm_pipeline.storage.tables import read_table, write_table
 from openlm_pipeline.tokenization.tasks import Meter, raise_all, run_all
 from openlm_pipeline.tokenizers.token_bytes import texts_of_ids, tokenizer_json
 
@@ -98,36 +98,33 @@ class ScanOf:
 
     def missing(self) -> list[tuple[int, ShardedDataset, int, Path]]:
         """Those of `shards` that are not scanned, or were something else then, or whose file is damaged."""
-        return [one for one in self.shards() if not self.is_scanned(one) or not _is_sound(one[3])]
+        found = []
+        for shard in self.shards():
+            try:
+                if self.read(shard) is not None:
+                    continue
+            except DataError:
+                pass  # it is made again
+            found.append(shard)
+        return found
 
-    def is_scanned(self, shard: tuple[int, ShardedDataset, int, Path]) -> bool:
-        """Whether there is a file, of what `identity` says."""
+    def read(self, shard: tuple[int, ShardedDataset, int, Path]) -> tuple[pa.Table, dict[str, Any]] | None:
+        """What was found in one of `shards`, and what its file says of itself; None where it is of something else.
+
+        Raises:
+            DataError: the file is damaged.
+        """
         _, segment, k, path = shard
-        return (read_document(path) or {}).get("of") == self.identity(segment, k)
+        try:
+            table, facts = read_table(path, again=AGAIN)
+        except MissingInputError:
+            return None
+        return (table, facts) if facts.get("of") == self.identity(segment, k) else None
 
     @property
     def version(self) -> str:
         """Equal for equal datasets and windows."""
         return fingerprint({"dataset": self.opened.version, "windows": self.windows.fingerprint})
-
-
-def _read(path: Path) -> tuple[pa.Table, dict[str, Any]]:
-    """
-    Raises:
-        MissingInputError, DataError: it is not there, or damaged.
-    """
-    try:
-        return read_table(path)
-    except DataError as e:
-        raise DataError(f"{e}. `openlm contamination` makes it again") from e
-
-
-def _is_sound(path: Path) -> bool:
-    try:
-        read_table(path)
-    except (MissingInputError, DataError):
-        return False
-    return True
 
 
 def scan(of: ScanOf, pools: PoolFactory, report: Say) -> int:
@@ -251,10 +248,9 @@ def read_scan(of: ScanOf) -> Occurrences | None:
     facts = {"tokens": 0, "seconds": 0.0, "left_out": 0}
     firsts = np.cumsum([0, *(len(segment) for segment, _ in segments(of.opened))])
     for n, shard in enumerate(of.shards()):
-        if not of.is_scanned(shard):
+        if (read := of.read(shard)) is None:
             return None
-        s, _, _, path = shard
-        table, recorded = _read(path)
+        s, (table, recorded) = shard[0], read
         facts = {name: facts[name] + recorded[name] for name in facts}
         window, sample, last, _, document = (table[name].to_numpy() for name in COLUMNS)
         parts.append((window, sample + firsts[s], last + firsts[s], document.astype(np.int64) + (n << 32)))
@@ -271,10 +267,11 @@ def documents_with(of: ScanOf, dropped: np.ndarray) -> dict[tuple[str, int], np.
 
     Raises:
         MissingInputError: a shard's provenance is not there.
+        DataError: it, or a shard's file, is damaged.
     """
     found: dict[tuple[str, int], list[int]] = {}
     for _, segment, _, path in of.shards():
-        table, _ = _read(path)
+        table, _ = read_table(path, again=AGAIN)
         window, sample, token = (table[name].to_numpy() for name in ("window", "sample", "token"))
         width, first = segment.format.sample_tokens, segment.shard_sizes.cumsum()
         for j in np.unique(np.searchsorted(first, sample, side="right")).tolist():  # its own, or the one before

@@ -27,7 +27,7 @@ from openlm_pipeline.storage.home import Home
 _ROWS_OF_A_TEMPLATE = 10
 """With fewer rows, what they all begin with may be no template."""
 _IDENTITY, _ARRAYS, _ARRAYS_SHA256 = "windows.json", "windows.npz", "arrays_sha256"
-_AGAIN = "`openlm contamination` makes it again"
+AGAIN = "`openlm contamination` makes it again"
 
 
 @dataclass(frozen=True)
@@ -139,14 +139,15 @@ def load_windows(folder: Path) -> SuiteWindows:
         MissingInputError: nothing.
         DataError: it is damaged.
     """
-    path = folder / _ARRAYS
+    path, identity = folder / _ARRAYS, read_sealed(folder / _IDENTITY)
+    recorded = identity.pop(_ARRAYS_SHA256, None)
     try:
-        if sha256_file(path) != read_sealed(folder / _IDENTITY).get(_ARRAYS_SHA256):
-            raise DataError(f"{path} is damaged: it has another hash than {_IDENTITY} says. {_AGAIN}")
+        if sha256_file(path) != recorded:
+            raise DataError(f"{path} is damaged: it has another hash than {_IDENTITY} says. {AGAIN}")
         with np.load(path) as arrays:
-            return SuiteWindows(read_identity(folder), **arrays)
+            return SuiteWindows(identity, **arrays)
     except FileNotFoundError:
-        raise MissingInputError(f"{path} does not exist. {_AGAIN}") from None
+        raise MissingInputError(f"{path} does not exist. {AGAIN}") from None
 
 
 def _made(identity: Tree, tasks: Sequence[IclTask], files: dict[str, TaskFile], rule: Rule) -> SuiteWindows:

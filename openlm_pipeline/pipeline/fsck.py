@@ -216,12 +216,14 @@ def _of_its_checkpoint(home: Home, folder: Path) -> None:
 
 
 def _contamination(home: Home, quick: bool) -> Found:
-    root, again = home.root / "contamination", "openlm contamination RECIPE makes it again"
+    again = "openlm contamination RECIPE makes it again"
     for folder in _folders(home, "contamination/suites/*/*"):
         wrong = _refused(load_windows, folder)
         yield folder, wrong and Damage(folder, wrong, "no dataset is scanned for these items", again)
     harms = "which items a run has seen can't be told"
-    for path in [*sorted((root / "datasets").rglob("*.parquet")), *sorted((home.root / "scorecards").rglob(JOINED))]:
+    scans = [path for folder in _folders(home, "contamination/datasets/*/*/*/*") for path in folder.glob("*.parquet")]
+    joined = [path for folder in _folders(home, "scorecards/*/*/*") for path in folder.glob(JOINED)]
+    for path in [*sorted(scans), *joined]:
         wrong = _refused(read_table, path)
         yield path, wrong and Damage(path, wrong, harms, again)
 

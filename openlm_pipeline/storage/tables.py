@@ -17,8 +17,6 @@ from openlm_pipeline.errors import DataError, MissingInputError
 from openlm_pipeline.storage.files import atomic_writer
 
 _DOCUMENT, _SEAL = b"openlm", b"openlm_seal_sha256"
-_UNREADABLE = (OSError, pa.ArrowException, KeyError, TypeError, ValueError)
-"""Names of columns may be no UTF-8, or there twice."""
 
 
 def write_table(path: Path, table: pa.Table, document: Mapping[str, Any], **how: bool) -> None:
@@ -29,8 +27,11 @@ def write_table(path: Path, table: pa.Table, document: Mapping[str, Any], **how:
         pq.write_table(table, f, compression="zstd", write_page_checksum=True)
 
 
-def read_table(path: Path) -> tuple[pa.Table, dict[str, Any]]:
+def read_table(path: Path, *, again: str = "") -> tuple[pa.Table, dict[str, Any]]:
     """What `write_table` wrote, or a release before the seal.
+
+    Args:
+        again: what makes it again, for an error.
 
     Raises:
         MissingInputError: there is no such file.
@@ -46,17 +47,9 @@ def read_table(path: Path) -> tuple[pa.Table, dict[str, Any]]:
         wrong = "it is not what was written"
     except FileNotFoundError:
         raise MissingInputError(f"{path} does not exist") from None
-    except _UNREADABLE as e:
-        wrong = str(e)
-    raise DataError(f"{path} is damaged: {wrong}")
-
-
-def read_document(path: Path) -> dict[str, Any] | None:
-    """The document alone, unchecked; None where there is no such file, or none that can be read."""
-    try:
-        return json.loads(pq.read_schema(path).metadata[_DOCUMENT])
-    except _UNREADABLE:
-        return None
+    except (OSError, pa.ArrowException, ValueError, TypeError, KeyError) as e:  # names of columns may be no UTF-8
+        wrong = f"it is not a readable Parquet file: {e}"
+    raise DataError(f"{path} is damaged: {wrong}" + (f". {again}" if again else ""))
 
 
 def _seal(table: pa.Table, said: str) -> str:

@@ -19,7 +19,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import orjson
@@ -55,6 +55,7 @@ from openlm_pipeline.tokenizers.engine import load_reference, make_engine, speci
 from openlm_pipeline.tokenizers.engines import Encoded, EncodingError
 from openlm_pipeline.tokenizers.tokenizer import TokenizerInfo, tokenizer_file
 
+_Result = TypeVar("_Result")
 STAGE_VERSION = 2
 """Raised when the same text and tokenizer would give another stream."""
 
@@ -234,9 +235,10 @@ def finished(
     paths = _Paths.of(folder, raw.name)
     if not paths.done.exists():
         return None
-    done = _file_tokens(paths.done)
-    if done.identity["code"] != STAGE_VERSION:
+    fields = read_sealed(paths.done)
+    if fields["identity"]["code"] != STAGE_VERSION:
         return None
+    done = _of_fields(FileTokens, fields, paths.done)
     raw_sha256 = done.identity["raw_sha256"] if done.stamp == raw.stamp else sha256_url(raw.url)
     if _plain(done.identity) != _identity(dataset, tokenizer, raw_sha256):
         return None
@@ -246,7 +248,7 @@ def finished(
     judged = (done.records - done.quarantined, done.quarantined, limit, _first_bad(paths.quarantine))
     check_bad_fraction(raw.url, *judged, done.bad_bytes, done.content_bytes)
     if done.stamp != raw.stamp:  # touched, but the same: remember it, or it is hashed again each time
-        write_sealed(paths.done, {**read_sealed(paths.done), "stamp": raw.stamp})
+        write_sealed(paths.done, {**fields, "stamp": raw.stamp})
     return done
 
 
@@ -344,26 +346,19 @@ def files_to_add(
 _LEFT_OUT = ".left_out.json"
 
 
-def _file_tokens(path: Path) -> FileTokens:
-    """
-    Raises:
-        DataError: `F.json` is damaged.
-    """
-    try:
-        return FileTokens(**read_sealed(path))
-    except TypeError as e:
-        raise _damaged(path) from e
-
-
-def read_part(path: Path) -> PartTokens:
-    """The result of a part, as its `.json` has it.
+def read_result(kind: type[_Result], path: Path) -> _Result:
+    """The result of a file or a part, as its `.json` has it.
 
     Raises:
-        DataError: it is damaged.
+        MissingInputError, DataError: it is not there, or damaged.
     """
+    return _of_fields(kind, read_sealed(path), path)
+
+
+def _of_fields(kind: type[_Result], fields: dict[str, Any], path: Path) -> _Result:
     try:
-        return PartTokens(**read_sealed(path))
-    except TypeError as e:
+        return kind(**fields)
+    except TypeError as e:  # other fields
         raise _damaged(path) from e
 
 
@@ -373,7 +368,7 @@ def results(folder: Path) -> list[FileTokens]:
     Raises:
         DataError: a file is damaged.
     """
-    return [_file_tokens(path) for path in _done_files(folder)]
+    return [read_result(FileTokens, path) for path in _done_files(folder)]
 
 
 def results_of_others(folder: Path, names: Collection[str]) -> list[FileTokens]:
@@ -382,7 +377,7 @@ def results_of_others(folder: Path, names: Collection[str]) -> list[FileTokens]:
     for path in _done_files(folder):
         if path.relative_to(folder).as_posix().removesuffix(".json") not in names:
             with suppress(DataError):
-                found.append(_file_tokens(path))
+                found.append(read_result(FileTokens, path))
     return found
 
 
@@ -400,7 +395,7 @@ def check_streams(folder: Path, *, quick: bool = False) -> Iterator[tuple[Path, 
     """
     for path in _done_files(folder):
         try:
-            made = _file_tokens(path)
+            made = read_result(FileTokens, path)
             paths = _Paths.of(path.parent, path.name.removesuffix(".json"))
             recorded = {paths.tokens: made.tokens_sha256, paths.documents: made.index_sha256}
             recorded |= {paths.offsets: made.offsets_sha256, paths.quarantine: made.quarantine_sha256}
@@ -503,7 +498,7 @@ def finished_part(
         elsewhere: as for `finished`.
     """
     paths = _Paths.of(folder, part_stem(raw, number))
-    done = read_part(paths.done)
+    done = read_result(PartTokens, paths.done)
     fits = done.identity == _part_identity(dataset, tokenizer, raw, part)
     return done if fits and paths.sizes_fit(done, _token_bytes(tokenizer), elsewhere) else None
 
@@ -756,7 +751,7 @@ def join_parts(
     """
     final = _Paths.of(folder, raw.name)
     sources = [_Paths.of(folder, part_stem(raw, number)) for number in range(count)]
-    parts = [read_part(paths.done) for paths in sources]
+    parts = [read_result(PartTokens, paths.done) for paths in sources]
     summed = ("documents", "quarantined", "tokens", "text_bytes", "content_bytes", "bad_bytes", "changed")
     totals = {name: sum(getattr(p, name) for p in parts) for name in summed}
     totals |= {name: added([getattr(p, name) for p in parts]) for name in ("dropped", "breakdown")}

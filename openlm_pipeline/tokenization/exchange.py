@@ -58,7 +58,7 @@ from openlm_pipeline.tokenization.documents import (
     finished_part,
     join_parts,
     part_stem,
-    read_part,
+    read_result,
     tokenize_part,
 )
 from openlm_pipeline.tokenizers.tokenizer import TokenizerInfo, tokenizer_file
@@ -175,7 +175,7 @@ class Exchange:
             for stem in parts[file.name]:
                 with _scratch() as scratch:
                     download(join(self.url, f"streams/{stem}.json"), Path(scratch, "part"))
-                    made = read_part(Path(scratch, "part"))
+                    made = read_result(PartTokens, Path(scratch, "part"))
                 found.append(_Stream.of(number, stem, record, made))
                 record += made.records
             if not parts[file.name]:

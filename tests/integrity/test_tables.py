@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from openlm_pipeline.errors import DataError, MissingInputError
-from openlm_pipeline.storage.tables import read_document, read_table, write_table
+from openlm_pipeline.storage.tables import read_table, write_table
 
 DOCUMENT = {"of": "shard 7", "tokens": 12_345}
 
@@ -32,10 +32,8 @@ def test_it_is_read_as_it_was_written(table: pa.Table, tmp_path: Path):
     path = tmp_path / "a=1" / "t.parquet"
     write_table(path, table, DOCUMENT)
     assert read_table(path) == (table, DOCUMENT)
-    assert read_document(path) == DOCUMENT
     with pytest.raises(MissingInputError, match="does not exist"):
         read_table(tmp_path / "none.parquet")
-    assert read_document(tmp_path / "none.parquet") is None
 
 
 def test_a_table_from_before_the_seal_is_read(table: pa.Table, tmp_path: Path):
